@@ -1,0 +1,48 @@
+# make quickstart | test | compare | lint; `make help` lists them all.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help install install-dev quickstart test test-slow lint format compare clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+install: $(VENV)/.installed ## the virtual environment with everything a run needs
+
+install-dev: $(VENV)/.installed-dev ## ... and what tests and lint need
+
+quickstart: install ## real text -> shards -> a small Hope, trained, evaluated, sampled (minutes)
+	$(BIN)/python -m tools.quickstart
+
+compare: install ## Hope against its controls and a Transformer++ of equal size, three seeds
+	$(BIN)/python -m tools.compare
+
+test: install-dev ## the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install-dev ## the tests that take longer
+	$(BIN)/python -m pytest -m slow
+
+lint: install-dev ## ruff (lint, formatting) and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install-dev ## rewrite the sources in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches; data/, runs/ and the virtual environment stay
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,118 @@
+"""Best-fit packing: documents are cut only where they are longer than a row.
+
+A document is cut into pieces of seq_len tokens and a rest. Rests are put, longest first, each into
+the fullest row that still has room for it; inside a row pieces start on multiples of `align`. Rows
+hold pieces of one shard only, so a plan is worked out shard by shard when it is needed, and is the
+same on every rank. How many rows each shard makes has to be known at the start: `plan_windows`
+writes that beside the corpus for corpora so large that counting would take long.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import DataError
+from data_pipeline.files import write_whole
+from data_pipeline.recent import Recent
+from data_pipeline.streams import is_url
+
+_PLANS_KEPT = 16
+
+
+def pack_shard(lengths: np.ndarray, seq_len: int, align: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for documents of these `lengths`, int64 [D], stored one after the other.
+
+    Returns (first, pieces): row r consists of pieces[first[r] : first[r + 1]], and each piece,
+    int64 [3], is (column, start, stop) with tokens counted from the first document.
+    """
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    whole, rest = np.divmod(lengths, seq_len)
+    rows: list[list[tuple[int, int, int]]] = []
+    for document in np.flatnonzero(whole):
+        for part in range(int(whole[document])):
+            at = int(starts[document]) + part * seq_len
+            rows.append([(0, at, min(at + seq_len + 1, int(ends[document])))])
+    units = -(-rest // align)
+    longest_first = np.argsort(-units, kind="stable")
+    room: list[list[int]] = [[] for _ in range(seq_len // align + 1)]
+    with_room = 0
+    for document in longest_first.tolist():
+        need = int(units[document])
+        if need == 0:
+            break
+        fitting = with_room >> need
+        if fitting:
+            left = need + (fitting & -fitting).bit_length() - 1
+            row = room[left].pop()
+            if not room[left]:
+                with_room &= ~(1 << left)
+        else:
+            left, row = seq_len // align, len(rows)
+            rows.append([])
+        end = int(ends[document])
+        rows[row].append((seq_len - left * align, end - int(rest[document]), end))
+        left -= need
+        if left:
+            room[left].append(row)
+            with_room |= 1 << left
+    first = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
+    return first, pieces
+
+
+def plan_path(corpus: Corpus, seq_len: int, align: int) -> Path:
+    """Where the counts are kept for a corpus in a local folder."""
+    if is_url(corpus.path):
+        raise DataError(f"{corpus.path}: counts are kept in local folders only")
+    return Path(corpus.path) / f"best-fit-{seq_len}-{align}.json"
+
+
+def _count(corpus: Corpus, seq_len: int, align: int) -> list[int]:
+    return [
+        len(pack_shard(corpus.document_lengths(shard), seq_len, align)[0]) - 1
+        for shard in range(corpus.num_shards)
+    ]
+
+
+def plan_windows(corpus: Corpus, seq_len: int, align: int) -> list[int]:
+    """Count the rows of each shard and keep the counts in the corpus's folder."""
+    counts = _count(corpus, seq_len, align)
+    note = {"fingerprint": corpus.fingerprint, "windows": counts}
+    write_whole(plan_path(corpus, seq_len, align), json.dumps(note).encode() + b"\n")
+    return counts
+
+
+class BestFit:
+    """Windows of one corpus. A window's pieces begin mid-document too: see `pieces`."""
+
+    def __init__(self, corpus: Corpus, seq_len: int, align: int) -> None:
+        self._corpus, self._seq_len, self._align = corpus, seq_len, align
+        try:
+            note = json.loads(plan_path(corpus, seq_len, align).read_bytes())
+        except (OSError, ValueError):  # no counts, or a corpus elsewhere
+            note = {}
+        known = note.get("fingerprint") == corpus.fingerprint
+        counts = note["windows"] if known else _count(corpus, seq_len, align)
+        self._bases = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        self._plans: Recent[int, tuple[np.ndarray, np.ndarray]] = Recent(_PLANS_KEPT)
+        self.num_windows = int(self._bases[-1])
+
+    def pieces(self, window: int) -> list[tuple[int, int, int]]:
+        """(column, start, stop) of each piece; one in column > 0 may begin inside a document."""
+        shard = int(np.searchsorted(self._bases, window, side="right")) - 1
+        plan = self._plans.get(shard)
+        if plan is None:
+            plan = pack_shard(self._corpus.document_lengths(shard), self._seq_len, self._align)
+            self._plans.put(shard, plan)
+        first, pieces = plan
+        row = window - int(self._bases[shard])
+        offset = self._corpus.shard_start(shard)
+        return [
+            (column, start + offset, stop + offset)
+            for column, start, stop in pieces[first[row] : first[row + 1]].tolist()
+        ]

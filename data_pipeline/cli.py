@@ -1,0 +1,311 @@
+"""python -m data_pipeline: the command line.
+
+Exit codes: 0 done, 1 damage was found by `verify`, 2 bad input (one line on stderr), 130 and 143
+interrupted, after which the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from data_pipeline.errors import DataError
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+class _Interrupted(BaseException):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        return value
+
+    return number
+
+
+def _corpus(args: argparse.Namespace) -> int:
+    from data_pipeline.corpora import fetch
+
+    note, fetched = fetch(args.name, args.out, args.holdout)
+    print(f"{args.out}: {'written' if fetched else 'there already'}")
+    for part, documents in note["documents"].items():
+        print(f"  {part:<12} {documents:,} documents, {note['bytes'][part]:,} bytes")
+    return 0
+
+
+def _tokenizer_train(args: argparse.Namespace) -> int:
+    from data_pipeline.training import train_to_file
+
+    tokenizer, trained = train_to_file(
+        args.input, args.model_out, args.vocab_size, args.type, args.text_field
+    )
+    print(f"{args.model_out}: {'trained' if trained else 'there already, from the same text'}")
+    print(f"  vocabulary   {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:16]}")
+    return 0
+
+
+def _tokenizer_inspect(args: argparse.Namespace) -> int:
+    from data_pipeline.inspecting import describe_tokenizer
+    from data_pipeline.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(args.model)
+    print(args.model)
+    for line in describe_tokenizer(tokenizer, args.text):
+        print(line)
+    return 0
+
+
+def _tokenize(args: argparse.Namespace) -> int:
+    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizing import tokenize
+
+    tokenizer = Tokenizer.open(args.tokenizer)
+    manifest, written = tokenize(
+        args.input,
+        tokenizer,
+        args.out,
+        args.workers,
+        args.shard_bytes,
+        args.text_field,
+        args.id_field,
+        args.max_bad,
+    )
+    rejected = sum(shard["rejected"] for shard in manifest["shards"])
+    if rejected:
+        print(f"  {rejected} bad records left out, see {Path(args.out) / 'rejects.jsonl'}")
+    _say_written(args.out, manifest, written)
+    return 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from data_pipeline.corpus import Corpus
+    from data_pipeline.inspecting import describe_corpus
+
+    corpus = Corpus.open(args.folder)
+    if args.json:
+        tokenizer = {k: v for k, v in corpus.manifest["tokenizer"].items() if k != "model_base64"}
+        print(json.dumps({**corpus.manifest, "tokenizer": tokenizer}, indent=1, sort_keys=True))
+        return 0
+    for line in describe_corpus(corpus, args.samples):
+        print(line)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from data_pipeline.verify import verify
+
+    corpus, damages = verify(args.folder)
+    for damage in damages:
+        print(f"data_pipeline: {damage}", file=sys.stderr)
+    if damages:
+        return 1
+    print(
+        f"{args.folder}: whole: {corpus.num_shards} shards, {corpus.num_tokens:,} tokens, "
+        f"{corpus.num_documents:,} documents; fingerprint {corpus.fingerprint}"
+    )
+    return 0
+
+
+def _say_written(out: str, manifest: dict[str, Any], written: int) -> None:
+    shards = len(manifest["shards"])
+    stored = sum(shard["bytes"] for shard in manifest["shards"])
+    print(f"{out}: {written} of {shards} shards written, {shards - written} there already")
+    print(
+        f"  {manifest['tokens']:,} tokens in {manifest['documents']:,} documents, "
+        f"{stored / manifest['tokens']:.3f} bytes a token; fingerprint {manifest['fingerprint']}"
+    )
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from data_pipeline.recombining import merge
+
+    _say_written(args.out, *merge(args.folders, args.out))
+    return 0
+
+
+def _split(args: argparse.Namespace) -> int:
+    from data_pipeline.recombining import split
+
+    for name, (manifest, written) in split(args.folder, args.out, args.holdout).items():
+        _say_written(f"{args.out}/{name}", manifest, written)
+    return 0
+
+
+def _import_megatron(args: argparse.Namespace) -> int:
+    from data_pipeline.megatron import import_megatron
+    from data_pipeline.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(args.tokenizer)
+    _say_written(args.out, *import_megatron(args.prefix, tokenizer, args.out))
+    return 0
+
+
+def _export_megatron(args: argparse.Namespace) -> int:
+    from data_pipeline.megatron import export_megatron
+
+    documents = export_megatron(args.folder, args.out)
+    print(f"{args.out}.bin, {args.out}.idx: {documents:,} documents, each ending with eos")
+    return 0
+
+
+def _import_mds(args: argparse.Namespace) -> int:
+    from data_pipeline.mds import import_mds
+    from data_pipeline.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.open(args.tokenizer)
+    _say_written(args.out, *import_mds(args.folder, tokenizer, args.out, args.column, args.dtype))
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from data_pipeline.bestfit import plan_path, plan_windows
+    from data_pipeline.corpus import Corpus
+
+    if args.seq_len % args.align:
+        raise DataError(f"--seq-len {args.seq_len} must be a multiple of --align {args.align}")
+    corpus = Corpus.open(args.folder)
+    rows = sum(plan_windows(corpus, args.seq_len, args.align))
+    print(f"{plan_path(corpus, args.seq_len, args.align)}: {rows:,} rows of {args.seq_len}")
+    print(f"  {1 - corpus.num_tokens / (rows * args.seq_len):.2%} of them padding")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_pipeline", description="From raw text to token shards."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(into: Any, name: str, handler: Handler, help: str) -> argparse.ArgumentParser:
+        added = into.add_parser(name, help=help, description=help)
+        added.set_defaults(handler=handler)
+        return added
+
+    corpus = command(commands, "corpus", _corpus, "get real text: one .txt file per document")
+    corpus.add_argument("name", choices=("sotu", "stdlib"), help="speeches, or Python code")
+    corpus.add_argument("--out", required=True, metavar="DIR", help="folder to make")
+    corpus.add_argument(
+        "--holdout",
+        type=_at_least(0),
+        default=20,
+        metavar="N",
+        help="one document in N, chosen by its hash, goes to DIR/validation; 0 for none (20)",
+    )
+
+    text_help = "field with the text in .jsonl and .parquet records (text)"
+    tokenizer = commands.add_parser("tokenizer", help="train or look at a tokenizer")
+    actions = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = command(actions, "train", _tokenizer_train, "train a SentencePiece tokenizer")
+    train.add_argument("--input", nargs="+", required=True, help="files, folders or patterns")
+    train.add_argument("--model-out", required=True, metavar="FILE", help="the .model to write")
+    train.add_argument("--vocab-size", type=_at_least(300), required=True, metavar="N")
+    train.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
+    train.add_argument("--text-field", default="text", metavar="NAME", help=text_help)
+    look = command(actions, "inspect", _tokenizer_inspect, "show a tokenizer")
+    look.add_argument("model", metavar="FILE")
+    look.add_argument("--text", help="show how this text is cut into tokens")
+
+    tokens = command(commands, "tokenize", _tokenize, "turn text into token shards")
+    tokens.add_argument("--input", nargs="+", required=True, help="files, folders or patterns")
+    tokens.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="FILE",
+        help="a .model or a Hugging Face tokenizer.json",
+    )
+    tokens.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
+    tokens.add_argument("--workers", type=_at_least(1), default=1, metavar="N", help="processes")
+    tokens.add_argument(
+        "--shard-bytes",
+        type=_at_least(1),
+        metavar="N",
+        help="input per shard (a 64th of the whole, but 1 to 256 MiB)",
+    )
+    tokens.add_argument("--text-field", default="text", metavar="NAME", help=text_help)
+    tokens.add_argument("--id-field", metavar="NAME", help="field with the document's name")
+    tokens.add_argument(
+        "--max-bad",
+        type=_at_least(0),
+        default=0,
+        metavar="N",
+        help="leave out up to N bad records, listed in DIR/rejects.jsonl; more stop the run (0)",
+    )
+
+    inspect = command(commands, "inspect", _inspect, "show what a corpus holds")
+    inspect.add_argument("folder", metavar="DIR")
+    inspect.add_argument("--samples", type=_at_least(0), default=3, metavar="N", help="documents")
+    inspect.add_argument("--json", action="store_true", help="print the manifest instead")
+
+    pack = command(commands, "pack", _pack, "count rows of best-fit packing ahead of training")
+    pack.add_argument("folder", metavar="DIR")
+    pack.add_argument("--seq-len", type=_at_least(1), required=True, metavar="N")
+    pack.add_argument("--align", type=_at_least(1), default=64, metavar="N")
+
+    merge = command(commands, "merge", _merge, "one corpus of several, in the order given")
+    merge.add_argument("folders", nargs="+", metavar="DIR")
+    merge.add_argument("--out", required=True, metavar="DIR")
+
+    split = command(commands, "split", _split, "hold out documents by their hash")
+    split.add_argument("folder", metavar="DIR")
+    split.add_argument("--out", required=True, metavar="DIR", help="gets train and validation")
+    split.add_argument(
+        "--holdout", type=_at_least(2), default=20, metavar="N", help="one document in N (20)"
+    )
+
+    megatron = command(commands, "import-megatron", _import_megatron, "from .bin and .idx")
+    megatron.add_argument("prefix", metavar="PREFIX", help="path without .bin and .idx")
+    export = command(commands, "export-megatron", _export_megatron, "to .bin and .idx")
+    export.add_argument("folder", metavar="DIR")
+    export.add_argument("--out", required=True, metavar="PREFIX", help="path without .bin, .idx")
+    mds = command(commands, "import-mds", _import_mds, "from a MosaicML Streaming dataset")
+    mds.add_argument("folder", metavar="DIR", help="folder with index.json")
+    mds.add_argument("--column", required=True, metavar="NAME", help="with text or token ids")
+    mds.add_argument("--dtype", choices=("uint16", "int32", "uint32", "int64"), help="of bytes")
+    for importer in (megatron, mds):
+        importer.add_argument("--tokenizer", required=True, metavar="FILE", help="of the ids")
+        importer.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
+
+    check = command(commands, "verify", _verify, "check every stored byte of a corpus")
+    check.add_argument("folder", metavar="DIR")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise _Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    try:
+        return args.handler(args)
+    except DataError as error:
+        message = " ".join(str(error).split("\n"))
+    except OSError as error:
+        where = error.filename or (Path(args.out) if hasattr(args, "out") else "input")
+        message = f"{where}: {error.strerror or error}; check the path, the rights and the space"
+    except _Interrupted as error:
+        name = signal.Signals(error.number).name
+        print(f"data_pipeline: stopped by {name}; run the same command to go on", file=sys.stderr)
+        return 128 + error.number
+    except BrokenPipeError:
+        return 1
+    print(f"data_pipeline: {message}", file=sys.stderr)
+    return 2

@@ -1,0 +1,109 @@
+"""Tokenizers that exist as a Hugging Face tokenizer.json; needs the package `tokenizers`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.units import SPACE
+
+_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
+_EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")
+_PAD = ("<pad>", "<|pad|>", "[PAD]", "<|finetune_right_pad_id|>")
+
+
+def _parts(part: Any) -> Iterator[dict[str, Any]]:
+    """All objects inside a piece of JSON."""
+    if isinstance(part, dict):
+        yield part
+    for inner in part.values() if isinstance(part, dict) else part:
+        if isinstance(inner, dict | list):
+            yield from _parts(inner)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A byte-level or byte-fallback tokenizer.json behind the interface of Tokenizer.
+
+    Of bos, eos and pad the usual names are looked for; what is not there gets an id behind the
+    vocabulary, so `vocab_size` may be a little larger than the file says. Special tokens that stand
+    in the text are encoded as text.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise DataError("a tokenizer.json needs `pip install tokenizers`") from None
+        try:
+            description = json.loads(model)
+            self._hf = tokenizers.Tokenizer.from_buffer(model)
+        except Exception as error:
+            raise DataError(f"not a Hugging Face tokenizer ({error})") from None
+        objects = list(_parts(description))
+        self._byte_level = any(part.get("type") == "ByteLevel" for part in objects)
+        if not (self._byte_level or description["model"].get("byte_fallback")):
+            raise DataError("the tokenizer is neither byte-level nor has it byte fallback: lossy")
+        self._hf.no_truncation()
+        self._hf.no_padding()
+        self._hf.encode_special_tokens = True
+        self.model = model
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        vocabulary = self._hf.get_vocab(with_added_tokens=True)
+        self._added = {
+            token: added.content for token, added in self._hf.get_added_tokens_decoder().items()
+        }
+        self._in_file = self.vocab_size = max(vocabulary.values()) + 1
+        self.bos_id = self._special(vocabulary, _BOS)
+        self.eos_id = self._special(vocabulary, _EOS)
+        self.pad_id = self._special(vocabulary, _PAD)
+        self.unk_id = vocabulary.get(description["model"].get("unk_token") or "", -1)
+
+    def _special(self, vocabulary: dict[str, int], names: tuple[str, ...]) -> int:
+        for name in names:
+            if vocabulary.get(name) in self._added:
+                return vocabulary[name]
+        self.vocab_size += 1
+        return self.vocab_size - 1
+
+    def describe(self) -> dict[str, Any]:
+        import tokenizers
+
+        described = super().describe()
+        del described["sentencepiece_version"]
+        return {**described, "kind": "huggingface", "tokenizers_version": tokenizers.__version__}
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._hf.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        specials = {self.bos_id, self.eos_id, self.pad_id}
+        kept = [int(i) for i in ids if int(i) not in specials]
+        return self._hf.decode(kept, skip_special_tokens=False)
+
+    def piece(self, token: int) -> str:
+        if token >= self._in_file:
+            return {self.bos_id: "<bos>", self.eos_id: "<eos>", self.pad_id: "<pad>"}[token]
+        return self._hf.id_to_token(token) or ""
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        sizes = np.zeros(self.vocab_size, np.int64)
+        specials = {self.bos_id, self.eos_id, self.pad_id, self.unk_id}
+        for token in set(range(self._in_file)) - specials:
+            piece = self.piece(token)
+            if token in self._added:
+                sizes[token] = len(self._added[token].encode())
+            elif self._byte_level:
+                sizes[token] = len(piece)
+            elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                sizes[token] = 1
+            else:
+                sizes[token] = len(piece.replace(SPACE, " ").encode())
+        return sizes

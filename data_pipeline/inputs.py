@@ -1,0 +1,244 @@
+"""Find the files that a command is given, and read the documents in them.
+
+Types by suffix: .txt (a document per file), .jsonl (a document per line), both also as .gz and
+.zst, and .parquet (a document per row). Paths with :// go through fsspec.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import zstandard
+
+from data_pipeline.errors import DataError
+from data_pipeline.streams import file_system, is_url, open_bytes, open_decompressed
+
+_PACKED = ("", ".gz", ".zst")
+SUFFIXES = (*(s + z for s in (".txt", ".jsonl") for z in _PACKED), ".parquet")
+_TYPES = ", ".join(SUFFIXES)
+_READ_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """An input file, or the lines of a .jsonl file that begin in the bytes start .. stop.
+
+    `name` is its path below the input that it was found in, `size` its bytes as stored.
+    """
+
+    path: str
+    name: str
+    size: int
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    name: str
+    text: str
+    text_bytes: int
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A record that is no document: `line` counts from 1 (rows of a .parquet file likewise)."""
+
+    file: str
+    line: int
+    reason: str
+
+
+def _find(given: str) -> list[Source]:
+    if is_url(given):
+        system = file_system(given)
+        prefix = given[: given.index("://") + 3]
+        root = system._strip_protocol(given)
+        if system.isdir(root):
+            paths = [path for path in system.find(root) if path.endswith(SUFFIXES)]
+        else:
+            paths, root = system.glob(root), None
+        return [
+            Source(
+                prefix + path.lstrip("/") if prefix != "file://" else prefix + path,
+                path[len(root) :].lstrip("/") if root else PurePosixPath(path).name,
+                system.size(path),
+            )
+            for path in paths
+        ]
+    path = Path(given)
+    if path.is_dir():
+        files = [p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
+        named = [(file, file.relative_to(path).as_posix()) for file in files]
+    else:
+        matches = [given] if path.is_file() else glob.glob(given, recursive=True)
+        named = [(Path(match), Path(match).name) for match in matches if Path(match).is_file()]
+    return [Source(str(file), name, file.stat().st_size) for file, name in named]
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """The files that `inputs` (files, folders searched deep, patterns, URLs) mean, by name.
+
+    DataError for an input that means no file, or a file of a type that is not read.
+    """
+    found: dict[str, Source] = {}
+    for given in inputs:
+        sources = _find(given)
+        if not sources:
+            raise DataError(
+                f"{given}: no input file there ({_TYPES}); name files, folders or patterns"
+            )
+        for source in sources:
+            if not source.name.endswith(SUFFIXES):
+                raise DataError(f"{source.path}: not a type that is read ({_TYPES})")
+            key = source.path if is_url(source.path) else str(Path(source.path).resolve())
+            found[key] = source
+    return sorted(found.values(), key=lambda source: (source.name, source.path))
+
+
+def split_source(source: Source, size: int) -> list[Source]:
+    """`source` as pieces of about `size` bytes, where its type can be entered in the middle."""
+    if not source.name.endswith(".jsonl") or source.size <= size:
+        return [source]
+    starts = range(0, source.size, size)
+    return [
+        Source(source.path, source.name, min(size, source.size - at), at, at + size)
+        for at in starts
+    ]
+
+
+def _txt(source: Source) -> Iterator[Document | Reject]:
+    with open_decompressed(source.path) as file:
+        data = file.read()
+    try:
+        yield Document(source.name, data.decode("utf-8"), len(data))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        yield Reject(source.name, line, f"byte {error.start} of the file is not UTF-8")
+
+
+def _document(record: Any, text_field: str, id_field: str | None, place: str) -> Document | str:
+    """The document in a record, or why there is none."""
+    if not isinstance(record, dict):
+        return f"a JSON {type(record).__name__}, not an object"
+    text = record.get(text_field)
+    if not isinstance(text, str):
+        return (
+            f"field {text_field!r} is not text"
+            if text_field in record
+            else (f"no field {text_field!r}")
+        )
+    name = place if id_field is None else record.get(id_field)
+    if not isinstance(name, str | int):
+        return f"no field {id_field!r} with a text or a number"
+    try:
+        return Document(str(name), text, len(text.encode()))
+    except UnicodeEncodeError:
+        return f"field {text_field!r} holds half of a surrogate pair"
+
+
+def _parse(data: bytes, text_field: str, id_field: str | None, place: str) -> Document | str | None:
+    """The document in a line of JSON, or why there is none; None for an empty line."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    if not text.strip():
+        return None
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        return "not JSON"
+    return _document(record, text_field, id_field, place)
+
+
+def _lines_before(path: str, stop: int) -> int:
+    lines = 0
+    with open_bytes(path) as file:
+        while stop > 0 and (block := file.read(min(stop, _READ_BYTES))):
+            lines += block.count(b"\n")
+            stop -= len(block)
+    return lines
+
+
+def _jsonl(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
+    with open_decompressed(source.path) as file:
+        first = at = source.start
+        if source.start:
+            file.seek(source.start - 1)
+            first = at = source.start - 1 + len(file.readline())
+        for line, data in enumerate(file, 1):
+            if source.stop is not None and at >= source.stop:
+                return
+            record = _parse(data, text_field, id_field, f"{source.name}@{at}")
+            at += len(data)
+            if isinstance(record, str):
+                yield Reject(source.name, _lines_before(source.path, first) + line, record)
+            elif record is not None:
+                yield record
+
+
+def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"{source.path}: reading .parquet needs `pip install pyarrow`") from None
+    columns = [text_field, *([id_field] if id_field else [])]
+    with open_bytes(source.path) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            missing = [name for name in columns if name not in table.schema_arrow.names]
+            if missing:
+                raise DataError(
+                    f"{source.path}: no column {', '.join(missing)}; "
+                    f"it has {', '.join(table.schema_arrow.names)}"
+                )
+            row = 0
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for record in batch.to_pylist():
+                    found = _document(record, text_field, id_field, f"{source.name}@{row}")
+                    row += 1
+                    yield Reject(source.name, row, found) if isinstance(found, str) else found
+        except ArrowException as error:
+            raise DataError(f"{source.path}: not a whole .parquet file ({error})") from None
+
+
+def read_source(
+    source: Source, text_field: str = "text", id_field: str | None = None
+) -> Iterator[Document | Reject]:
+    """The documents of a source, and what in it is none, in order.
+
+    A document is named by its field `id_field`, or by its file and where in it it begins (byte or
+    row). DataError where the file as a whole cannot be read.
+    """
+    kind = source.name.removesuffix(".gz").removesuffix(".zst")
+    try:
+        if kind.endswith(".txt"):
+            yield from _txt(source)
+        elif kind.endswith(".jsonl"):
+            yield from _jsonl(source, text_field, id_field)
+        else:
+            yield from _parquet(source, text_field, id_field)
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError(
+            f"{source.path}: the compressed data is damaged or cut off ({error}); get it again"
+        ) from None
+
+
+def read_texts(sources: Sequence[Source], text_field: str = "text") -> Iterator[str]:
+    """The texts of all documents, in order; DataError at the first record that is none."""
+    for source in sources:
+        for document in read_source(source, text_field):
+            if isinstance(document, Reject):
+                raise DataError(
+                    f"{source.path}: line {document.line}: {document.reason}; "
+                    "correct the file or leave it out"
+                )
+            yield document.text

@@ -1,0 +1,92 @@
+"""Make corpora from corpora: merge several into one, split one in two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from data_pipeline.building import Part, build_corpus
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import DataError
+from data_pipeline.writer import Document
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+def documents_of(corpus: Corpus, shard: int) -> Iterator[Document]:
+    """(name, tokens, bytes of text) of each document of a shard, in order."""
+    sizes = corpus.token_bytes
+    start = corpus.shard_start(shard)
+    names = corpus.shard(shard).names()
+    for name, length in zip(names, corpus.document_lengths(shard).tolist(), strict=True):
+        tokens = corpus.read(start, start + length)
+        start += length
+        yield name, tokens, int(sizes[tokens].sum())
+
+
+def _source(corpus: Corpus, shard: int, purpose: str) -> str:
+    content = corpus.manifest["shards"][shard]["xxh3_128"]
+    return xxhash.xxh3_128_hexdigest(f"{purpose}\0{content}".encode())
+
+
+def merge(folders: Sequence[str | Path], out: str | Path) -> tuple[dict[str, Any], int]:
+    """One corpus of the documents of several, in the order given: (manifest, shards written).
+
+    DataError unless all were made with one tokenizer.
+    """
+    corpora = [Corpus.open(folder) for folder in folders]
+    for corpus in corpora[1:]:
+        if corpus.tokenizer_sha256 != corpora[0].tokenizer_sha256:
+            raise DataError(
+                f"{corpus.path}: made with another tokenizer than {corpora[0].path}; "
+                "tokenize both with one"
+            )
+    parts = [
+        Part(
+            _source(corpus, shard, f"merge {number}"),
+            partial(documents_of, corpus, shard),
+        )
+        for number, corpus in enumerate(corpora)
+        for shard in range(corpus.num_shards)
+    ]
+    return build_corpus(out, corpora[0].manifest["tokenizer"], parts, "merge")
+
+
+def held_out(tokens: np.ndarray, every: int) -> bool:
+    """Whether a document of these tokens is for validation: a function of its content alone."""
+    return xxhash.xxh3_64_intdigest(tokens.astype("<u4").tobytes()) % every == 0
+
+
+def split(folder: str | Path, out: str | Path, every: int) -> dict[str, tuple[dict[str, Any], int]]:
+    """Two corpora, out/train and out/validation: one document in `every`, by its hash, for the
+    latter. Equal documents stay together.
+
+    Returns (manifest, shards written) of each. DataError where one would be empty.
+    """
+    if every < 2:
+        raise DataError(f"--holdout {every}: give 2 or more, to hold out one document in so many")
+    corpus = Corpus.open(folder)
+
+    def documents(shard: int, for_validation: bool) -> Iterable[Document]:
+        for document in documents_of(corpus, shard):
+            if held_out(document[1], every) == for_validation:
+                yield document
+
+    made = {}
+    for name, for_validation in ((TRAIN, False), (VALIDATION, True)):
+        parts = [
+            Part(
+                _source(corpus, shard, f"{name} {every}"),
+                partial(documents, shard, for_validation),
+            )
+            for shard in range(corpus.num_shards)
+        ]
+        made[name] = build_corpus(
+            Path(out) / name, corpus.manifest["tokenizer"], parts, f"split {name}"
+        )
+    return made

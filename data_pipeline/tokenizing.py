@@ -1,0 +1,315 @@
+"""Documents to shards: parallel, interruptible, and the same bytes whatever happens on the way.
+
+Which documents a shard holds follows from the input alone. Each finished shard leaves a note in
+.progress, so a run that was killed goes on behind the shards it finished; the manifest comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from tqdm import tqdm
+
+from data_pipeline import manifest as manifests
+from data_pipeline.building import PROGRESS, REJECTS, refuse_foreign, shard_name
+from data_pipeline.errors import DataError
+from data_pipeline.files import file_checksum, only_writer, remove_temporaries, write_whole
+from data_pipeline.inputs import Reject, Source, find_sources, read_source, split_source
+from data_pipeline.streams import open_bytes
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.writer import write_shard
+
+_READ_BYTES = 1 << 20
+_SMALLEST, _LARGEST, _SHARDS = 1 << 20, 256 << 20, 64
+_WATCH_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard: its file name, and what goes into it."""
+
+    file: str
+    sources: tuple[Source, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(source.size for source in self.sources)
+
+
+def plan(sources: Sequence[Source], shard_bytes: int | None) -> list[Job]:
+    """Cut `sources` into shards of about `shard_bytes` of text, in order.
+
+    None takes a 64th of the input, but at least 1 MiB and at most 256 MiB.
+    """
+    total = sum(source.size for source in sources)
+    target = shard_bytes or min(max(total // _SHARDS, _SMALLEST), _LARGEST)
+    groups: list[list[Source]] = [[]]
+    filled = 0
+    for source in (piece for whole in sources for piece in split_source(whole, target)):
+        if filled >= target:
+            groups.append([])
+            filled = 0
+        groups[-1].append(source)
+        filled += source.size
+    return [Job(shard_name(n), tuple(group)) for n, group in enumerate(groups)]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How records become tokens: what every job of a run shares."""
+
+    tokenizer: Tokenizer
+    text_field: str = "text"
+    id_field: str | None = None
+    max_bad: int = 0
+
+
+def _input_checksum(job: Job, recipe: Recipe) -> str:
+    settings = (recipe.tokenizer.sha256, recipe.text_field, recipe.id_field)
+    digest = xxhash.xxh3_128(repr(settings).encode())
+    for source in job.sources:
+        digest.update(f"\0{source.name}\0{source.start}\0".encode())
+        with open_bytes(source.path) as file:
+            file.seek(source.start)
+            left = source.size
+            while left > 0 and (block := file.read(min(left, _READ_BYTES))):
+                digest.update(block)
+                left -= len(block)
+    return digest.hexdigest()
+
+
+def _documents(
+    job: Job, recipe: Recipe, rejects: list[Reject]
+) -> Iterator[tuple[str, np.ndarray, int]]:
+    for source in job.sources:
+        for record in read_source(source, recipe.text_field, recipe.id_field):
+            if isinstance(record, Reject):
+                rejects.append(record)
+                if len(rejects) > recipe.max_bad:
+                    raise TooManyRejectsError(rejects)
+            elif record.text:
+                tokens = recipe.tokenizer.encode_document(record.text)
+                yield record.name, tokens, record.text_bytes
+
+
+class TooManyRejectsError(Exception):
+    """A shard alone has more bad records than the run may have; carries them."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished shard: its manifest entry, its bad records, whether it was written just now."""
+
+    entry: dict[str, Any]
+    rejects: list[Reject]
+    written: bool
+
+
+def _make(job: Job, folder: Path, recipe: Recipe, known: Done | None) -> Done:
+    """The job's shard; it is written unless it is there already."""
+    path, checksum = folder / job.file, _input_checksum(job, recipe)
+    if (
+        known is not None
+        and known.entry["input_xxh3_128"] == checksum
+        and known.entry["rejected"] == len(known.rejects)
+        and path.is_file()
+        and file_checksum(path) == known.entry["xxh3_128"]
+    ):
+        return known
+    rejects: list[Reject] = []
+    entry = write_shard(
+        path,
+        _documents(job, recipe, rejects),
+        vocab_size=recipe.tokenizer.vocab_size,
+        tokenizer_sha256=recipe.tokenizer.sha256,
+    )
+    entry = {"file": job.file, "input_xxh3_128": checksum, "rejected": len(rejects), **entry}
+    note = {"entry": entry, "rejects": [asdict(reject) for reject in rejects]}
+    write_whole(folder / PROGRESS / f"{job.file}.json", json.dumps(note).encode())
+    return Done(entry, rejects, True)
+
+
+_worker: tuple[Path, Recipe]
+
+
+def _start_worker(folder: Path, model: bytes, settings: dict[str, Any], parent: int) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _worker = (folder, Recipe(Tokenizer.from_bytes(model), **settings))
+
+    def leave_with_parent() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
+
+
+def _work(job: Job, known: Done | None) -> Done:
+    return _make(job, *_worker, known)
+
+
+def _run(
+    jobs: Sequence[Job], known: dict[str, Done], folder: Path, recipe: Recipe, workers: int
+) -> Iterator[tuple[Job, Done]]:
+    """The jobs and what they made, as they get done."""
+    if workers == 1:
+        for job in jobs:
+            yield job, _make(job, folder, recipe, known.get(job.file))
+        return
+    settings = {name: getattr(recipe, name) for name in ("text_field", "id_field", "max_bad")}
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        multiprocessing.get_context("spawn"),
+        _start_worker,
+        (folder, recipe.tokenizer.model, settings, os.getpid()),
+    )
+    try:
+        futures = {pool.submit(_work, job, known.get(job.file)): job for job in jobs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"{folder}: a worker process was killed (out of memory?); "
+            "run the same command again, finished shards are kept"
+        ) from None
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _known(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Done]:
+    """The shards that an earlier run finished, by file name."""
+    if manifest is not None:
+        rejects: dict[str, list[Reject]] = {}
+        if (folder / REJECTS).exists():
+            for line in (folder / REJECTS).read_text().splitlines():
+                fields = json.loads(line)
+                rejects.setdefault(fields.pop("shard"), []).append(Reject(**fields))
+        return {
+            entry["file"]: Done(entry, rejects.get(entry["file"], []), False)
+            for entry in manifest["shards"]
+        }
+    known = {}
+    for path in (folder / PROGRESS).glob("*.json"):
+        note = json.loads(path.read_bytes())
+        rejects_there = [Reject(**fields) for fields in note["rejects"]]
+        known[note["entry"]["file"]] = Done(note["entry"], rejects_there, False)
+    return known
+
+
+def _check_manifest(
+    folder: Path, manifest: dict[str, Any], jobs: Sequence[Job], recipe: Recipe
+) -> None:
+    """DataError unless `manifest` is of this input and recipe."""
+    if manifest["tokenizer"]["sha256"] != recipe.tokenizer.sha256:
+        difference = "was made with another tokenizer"
+    elif [shard["file"] for shard in manifest["shards"]] != [job.file for job in jobs]:
+        difference = "is of other input or another shard size"
+    else:
+        same = all(
+            shard.get("input_xxh3_128") == _input_checksum(job, recipe)
+            for shard, job in zip(manifest["shards"], jobs, strict=True)
+        )
+        if same:
+            return
+        difference = "is of other input or other fields"
+    raise DataError(
+        f"{folder}: the corpus there {difference}; name another --out or remove the folder"
+    )
+
+
+def _write_rejects(folder: Path, done: dict[str, list[Reject]], max_bad: int) -> None:
+    """Write rejects.jsonl, if there is anything to write; DataError if there is too much."""
+    found = [(shard, reject) for shard in sorted(done) for reject in done[shard]]
+    lines = [json.dumps({"shard": shard, **asdict(reject)}) + "\n" for shard, reject in found]
+    content = "".join(lines).encode()
+    path = folder / REJECTS
+    if content and not (path.exists() and path.read_bytes() == content):
+        write_whole(path, content)
+    elif not content:
+        path.unlink(missing_ok=True)
+    if len(found) > max_bad:
+        first = found[0][1]
+        raise DataError(
+            f"{len(found)} bad records, --max-bad is {max_bad}; the first is {first.file} line "
+            f"{first.line}: {first.reason}; see {path}, correct the input or raise --max-bad"
+        )
+
+
+def tokenize(
+    inputs: Sequence[str],
+    tokenizer: Tokenizer,
+    out: str | Path,
+    workers: int = 1,
+    shard_bytes: int | None = None,
+    text_field: str = "text",
+    id_field: str | None = None,
+    max_bad: int = 0,
+) -> tuple[dict[str, Any], int]:
+    """Write the corpus of `inputs` to the folder `out`.
+
+    `text_field` and `id_field` are the fields of .jsonl and .parquet records that hold the text
+    and, if given, the name of a document. Up to `max_bad` bad records are left out and listed in
+    rejects.jsonl in `out`; more stop the run.
+
+    Returns (manifest, number of shards written): 0 where all was there already. Finished shards are
+    compared with their checksums and kept; a damaged one is made again. DataError where the input
+    cannot be read, or `out` holds another corpus.
+    """
+    folder = Path(out)
+    recipe = Recipe(tokenizer, text_field, id_field, max_bad)
+    jobs = plan(find_sources(inputs), shard_bytes)
+    manifest = manifests.load(folder) if (folder / manifests.MANIFEST).exists() else None
+    if manifest is not None:
+        _check_manifest(folder, manifest, jobs, recipe)
+    else:
+        refuse_foreign(folder)
+    with only_writer(folder):
+        remove_temporaries(folder)
+        (folder / PROGRESS).mkdir(exist_ok=True)
+        known = _known(folder, manifest)
+        done: dict[str, Done] = {}
+        rejects: dict[str, list[Reject]] = {}
+        total = sum(job.size for job in jobs)
+        try:
+            with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
+                for job, result in _run(jobs, known, folder, recipe, workers):
+                    done[job.file], rejects[job.file] = result, result.rejects
+                    if sum(map(len, rejects.values())) > max_bad:
+                        break
+                    bar.update(job.size)
+        except TooManyRejectsError as error:
+            rejects["unfinished"] = error.args[0]
+        finally:
+            remove_temporaries(folder)
+        _write_rejects(folder, rejects, max_bad)
+        for left in folder.glob("shard-*.tok"):
+            if left.name not in done:
+                left.unlink()
+        shards = [done[job.file].entry for job in jobs]
+        made = manifests.build(tokenizer.describe(), shards)
+        if made["tokens"] == 0:
+            raise DataError(f"{', '.join(inputs)}: every document is empty; give some text")
+        if made != manifest:
+            manifests.save(folder, made)
+        shutil.rmtree(folder / PROGRESS)
+    return made, sum(shard.written for shard in done.values())

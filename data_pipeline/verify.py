@@ -1,0 +1,87 @@
+"""Check every stored byte of a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+from tqdm import tqdm
+
+from data_pipeline.corpus import Corpus
+from data_pipeline.errors import CorruptDataError
+from data_pipeline.files import file_checksum
+from data_pipeline.reader import ShardReader
+
+
+def verify(path: str | Path) -> tuple[Corpus, list[str]]:
+    """Check the corpus in the folder `path` and return (corpus, damages), one line per damage.
+
+    Checked: the manifest against its fingerprint, the embedded tokenizer against its hash, each
+    file, footer and frame against its checksum, every id against the vocabulary, that documents
+    begin with bos and end with eos and hold neither inside, and the counts of the manifest.
+    DataError where the manifest itself cannot be used.
+    """
+    corpus = Corpus.open(path)
+    damages: list[str] = []
+    try:
+        described = corpus.manifest["tokenizer"]
+        if corpus.tokenizer.vocab_size != described["vocab_size"]:
+            damages.append(f"{corpus.path}: the tokenizer has another vocabulary than the manifest")
+    except CorruptDataError as error:
+        damages.append(str(error))
+    total = sum(shard["bytes"] for shard in corpus.manifest["shards"])
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
+        for number, entry in enumerate(corpus.manifest["shards"]):
+            damages += _verify_shard(corpus, number, entry)
+            bar.update(entry["bytes"])
+    return corpus, damages
+
+
+def _verify_shard(corpus: Corpus, number: int, entry: dict[str, Any]) -> list[str]:
+    try:
+        reader = corpus.shard(number)
+    except CorruptDataError as error:
+        return [str(error)]
+    damages: list[str] = []
+    decompressor = zstandard.ZstdDecompressor()
+    frames = []
+    for frame in range(reader.num_frames):
+        try:
+            tokens = reader.frame(frame, decompressor)
+        except CorruptDataError as error:
+            damages.append(str(error))
+            continue
+        frames.append(tokens)
+        if tokens.max() >= corpus.vocab_size:
+            damages.append(f"{reader.path}: frame {frame}: an id is outside the vocabulary")
+        if tokens[0] != reader.first_tokens[frame]:
+            damages.append(f"{reader.path}: frame {frame}: the index gives another first token")
+    try:
+        if len(reader.names()) != len(reader.document_lengths):
+            damages.append(f"{reader.path}: {len(reader.names())} names of documents")
+    except CorruptDataError as error:
+        damages.append(str(error))
+    counts = (reader.num_tokens, len(reader.document_lengths), reader.text_bytes)
+    if counts != (entry["tokens"], entry["documents"], entry["text_bytes"]):
+        damages.append(f"{reader.path}: the manifest gives other counts")
+    if not damages and reader.num_tokens:
+        damages += _verify_documents(corpus, reader, np.concatenate(frames))
+    if not damages and file_checksum(reader.path) != entry["xxh3_128"]:
+        damages.append(f"{reader.path}: the file does not match the checksum in the manifest")
+    return damages
+
+
+def _verify_documents(corpus: Corpus, reader: ShardReader, tokens: np.ndarray) -> list[str]:
+    ends = np.cumsum(reader.document_lengths)
+    starts = ends - reader.document_lengths
+    is_start, is_end = tokens == corpus.bos_id, tokens == corpus.eos_id
+    good = (
+        (reader.document_lengths >= 2).all()
+        and is_start[starts].all()
+        and is_end[ends - 1].all()
+        and is_start.sum() == is_end.sum() == len(ends)
+        and (corpus.pad_id == corpus.eos_id or not (tokens == corpus.pad_id).any())
+    )
+    return [] if good else [f"{reader.path}: bos and eos do not stand at the ends of documents"]

@@ -1,0 +1,124 @@
+"""Softmax attention: the mixer of Hope-Attention and of the Transformer++ baseline."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from hope.config import HopeConfig
+from hope.convolution import CausalConvolution
+from hope.init import Linear
+from hope.state import AttentionState
+
+
+def rotary_angles(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary embedding (arXiv 2104.09864), [T, head_dim / 2] each."""
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=dtype) / head_dim
+    angles = positions.to(dtype)[:, None] * theta**-exponent
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotate the halves of the last axis of x [..., T, d] by the given angles [T, d / 2].
+
+    Computed in the angles' precision, returned in x's.
+    """
+    first, second = x.to(cosine.dtype).chunk(2, dim=-1)
+    turned = [first * cosine - second * sine, first * sine + second * cosine]
+    return torch.cat(turned, dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention, rotary positions, optional width-4 convolution on q, k, v.
+
+    forward(x [B, T, dim], state, document_starts) -> (y [B, T, dim], state). With state None
+    nothing is carried; with an `AttentionState`, keys and values are appended to it (decoding).
+    A token attends to earlier tokens of its own document only.
+    """
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        self.rope_theta = config.attention.rope_theta
+        std = config.dim**-0.5
+        self.q = Linear(config.dim, config.dim, std)
+        self.k = Linear(config.dim, config.dim, std)
+        self.v = Linear(config.dim, config.dim, std)
+        self.out = Linear(config.dim, config.dim, std / (2 * config.num_layers) ** 0.5)
+        width = config.attention.conv_width
+        self.reach = max(width - 1, 0)
+        self.convs: nn.ModuleList | None = None
+        if width > 0:
+            self.convs = nn.ModuleList(CausalConvolution(config.dim, width) for _ in range(3))
+
+    def initial_state(self, batch: int, decoding: bool) -> AttentionState | None:
+        """An empty cache for `batch` rows when decoding, else None."""
+        if not decoding:
+            return None
+        weight = self.q.weight
+        empty = weight.new_zeros(batch, self.num_heads, 0, self.head_dim)
+        return AttentionState(
+            k=empty,
+            v=empty,
+            document_ids=torch.zeros(batch, 0, dtype=torch.int64, device=weight.device),
+            conv=weight.new_zeros(batch, self.reach, 3, self.num_heads * self.head_dim),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        state: AttentionState | None = None,
+        document_starts: Tensor | None = None,
+    ) -> tuple[Tensor, AttentionState | None]:
+        batch, length, dim = x.shape
+        projected = [self.q(x), self.k(x), self.v(x)]
+        conv_tail = x.new_zeros(batch, 0, 3, dim)
+        if self.convs is not None:
+            tails = state.conv.unbind(2) if state is not None else (None,) * 3
+            pairs = [
+                conv(part, tail, document_starts)
+                for conv, part, tail in zip(self.convs, projected, tails, strict=True)
+            ]
+            projected = [y for y, _ in pairs]
+            conv_tail = torch.stack([tail for _, tail in pairs], dim=2)
+        heads = (batch, length, self.num_heads, self.head_dim)
+        q, k, v = (part.view(heads).transpose(1, 2) for part in projected)
+
+        seen = state.k.shape[2] if state is not None else 0
+        positions = torch.arange(seen, seen + length, device=x.device)
+        precision = torch.promote_types(x.dtype, torch.float32)
+        cosine, sine = rotary_angles(positions, self.head_dim, self.rope_theta, precision)
+        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+
+        if state is None and document_starts is None:
+            mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            documents = self._document_ids(x, state, document_starts)
+            if state is not None:
+                k = torch.cat([state.k.to(k.dtype), k], dim=2)
+                v = torch.cat([state.v.to(v.dtype), v], dim=2)
+                state = AttentionState(k, v, documents, conv_tail)
+            keys = torch.arange(seen + length, device=x.device)
+            visible = keys[None, :] <= positions[:, None]
+            visible = visible & (documents[:, seen:, None] == documents[:, None, :])
+            mixed = scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1)), state
+
+    @staticmethod
+    def _document_ids(
+        x: Tensor, state: AttentionState | None, document_starts: Tensor | None
+    ) -> Tensor:
+        """Which document of its row each key belongs to, [B, S + T]."""
+        batch, length, _ = x.shape
+        if document_starts is None:
+            ids = torch.zeros(batch, length, dtype=torch.int64, device=x.device)
+        else:
+            ids = torch.cumsum(document_starts, dim=1)
+        if state is None:
+            return ids
+        if state.document_ids.shape[1] > 0:
+            ids = ids + state.document_ids[:, -1:]
+        return torch.cat([state.document_ids, ids], dim=1)

@@ -1,0 +1,57 @@
+"""Continuum Memory System (Eqs. 70-74): a chain of MLPs, each with its own update period.
+
+The periods act in the optimizer (`train/optim/cadence.py`); here a level is only an MLP. Each has
+its own pre-norm and residual, so one level is exactly a Transformer's feed-forward sublayer:
+
+    sequential:   h <- h + MLP_l(norm_l(h)),  l = 1 ... K          (70, 97)
+    independent:  h <- h + sum_l softmax(w)_l MLP_l(norm_l(h))     (74)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from hope.config import HopeConfig, LevelConfig
+from hope.init import Constant, Initialiser, Linear, RMSNorm
+
+
+class Level(nn.Module):
+    """One level: a pre-normed gated MLP, W_down(silu(W_gate n) * W_up n) with n = norm(x)."""
+
+    def __init__(self, config: HopeConfig, level: LevelConfig) -> None:
+        super().__init__()
+        std = config.dim**-0.5
+        depth = (2 * config.num_layers * len(config.cms.levels)) ** 0.5
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.gate = Linear(config.dim, level.hidden_size, std)
+        self.up = Linear(config.dim, level.hidden_size, std)
+        self.down = Linear(level.hidden_size, config.dim, level.hidden_size**-0.5 / depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., dim] -> what this level adds to the residual stream, [..., dim]."""
+        normed = self.norm(x)
+        return self.down(silu(self.gate(normed)) * self.up(normed))
+
+
+class ContinuumMemory(nn.Module):
+    """All levels of one layer. forward(x [B, T, dim]) -> y [B, T, dim], residual included."""
+
+    def __init__(self, config: HopeConfig) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(Level(config, level) for level in config.cms.levels)
+        self.mixing: nn.Parameter | None = None
+        if config.cms.mode == "independent":
+            self.mixing = nn.Parameter(torch.empty(len(config.cms.levels)))
+            self.initialisers: dict[str, Initialiser] = {"mixing": Constant(0.0)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mixing is None:
+            for level in self.levels:
+                x = x + level(x)
+            return x
+        shares = torch.softmax(self.mixing, dim=0).unbind(0)
+        return x + torch.stack(
+            [share * level(x) for share, level in zip(shares, self.levels, strict=True)]
+        ).sum(dim=0)

@@ -1,0 +1,171 @@
+"""Configuration of the model: one frozen dataclass per component.
+
+Every value that changes the mathematics of Hope stands here; how a run is trained (rates, batch
+sizes, schedules) does not, except the period of each CMS level, which is part of what the model
+is (arXiv 2512.24695, Eq. 71). `__pydantic_config__` lets a typed outer configuration embed these
+classes and refuse unknown keys; this module itself needs nothing beyond torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from hope.scan import ScanConfig
+
+STRICT: dict[str, Any] = {"extra": "forbid"}
+
+MixerName = Literal["titans", "attention"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TitansConfig:
+    """Self-modifying Titans (Eqs. 83-91).
+
+    memory_expansion: hidden width of each memory over the head's width.
+    adaptive_query: also let a sixth memory M_q produce the query.
+    writes: False freezes every memory at its learned start, the memory-off control: only
+        M_mem,0 is read, and nothing is written or recurrent beyond the convolution.
+    conv_width: taps of the causal depthwise convolutions before the memories.
+    initial_eta: the write strength that training starts from, below scan.eta_max.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    memory_expansion: int = 1
+    adaptive_query: bool = False
+    writes: bool = True
+    conv_width: int = 4
+    initial_eta: float = 0.02
+    scan: ScanConfig = field(default_factory=ScanConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.memory_expansion >= 1, "titans.memory_expansion must be at least 1")
+        _require(self.conv_width >= 1, "titans.conv_width must be at least 1")
+        _require(
+            0 < self.initial_eta < self.scan.eta_max,
+            f"titans.initial_eta={self.initial_eta} must lie between 0 and "
+            f"titans.scan.eta_max={self.scan.eta_max}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Causal softmax attention with rotary positions.
+
+    conv_width: taps of a causal depthwise convolution on each of q, k and v (0: none), the same
+        convolution as the Titans mixer has, so that a baseline can be given what it brings.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    rope_theta: float = 10_000.0
+    conv_width: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.rope_theta > 0, "attention.rope_theta must be positive")
+        _require(self.conv_width >= 0, "attention.conv_width must be 0 (none) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelConfig:
+    """One level of the Continuum Memory System.
+
+    name: how configuration, logs and checkpoints call it; `fast` is taken by everything that is
+        not a CMS level.
+    hidden_size: inner width of its gated MLP.
+    update_every_tokens: its period in tokens over all ranks, or "step" to fire every step.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    name: str
+    hidden_size: int
+    update_every_tokens: int | Literal["step"] = "step"
+
+    def __post_init__(self) -> None:
+        _require(self.name.isidentifier(), f"CMS level name {self.name!r} must be an identifier")
+        _require(self.name != "fast", "a CMS level can't be called 'fast': that is the rest")
+        _require(self.hidden_size >= 1, f"CMS level {self.name!r}: hidden_size must be positive")
+        _require(
+            self.update_every_tokens == "step" or self.update_every_tokens >= 1,
+            f"CMS level {self.name!r}: update_every_tokens must be positive or 'step'",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CMSConfig:
+    """Continuum Memory System (Eqs. 70-74): its levels, fastest first, and how they compose."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    mode: Literal["sequential", "independent"] = "sequential"
+    levels: tuple[LevelConfig, ...] = (LevelConfig(name="level_1", hidden_size=512),)
+
+    def __post_init__(self) -> None:
+        _require(len(self.levels) >= 1, "cms.levels needs at least one level")
+        names = [level.name for level in self.levels]
+        _require(len(set(names)) == len(names), f"cms.levels: names must differ, got {names}")
+        periods = [
+            0 if level.update_every_tokens == "step" else level.update_every_tokens
+            for level in self.levels
+        ]
+        _require(
+            periods == sorted(periods),
+            f"cms.levels must be ordered fastest first, got periods {periods}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HopeConfig:
+    """A decoder-only language model of Hope layers.
+
+    vocab_size: rows of the embedding; None until the tokenizer is known (the trainer fills it in).
+    dim: width of the residual stream; num_heads heads of dim / num_heads each.
+    mixer: the sequence mixer of every layer; pattern, when given, names the mixers of
+        consecutive layers instead and repeats until num_layers are named.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+
+    vocab_size: int | None = None
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    mixer: MixerName = "titans"
+    pattern: tuple[MixerName, ...] | None = None
+    titans: TitansConfig = field(default_factory=TitansConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    cms: CMSConfig = field(default_factory=CMSConfig)
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "dim", "num_layers", "num_heads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"model.{name} must be positive, got {value}")
+        _require(
+            self.dim % self.num_heads == 0,
+            f"model.dim={self.dim} must be a multiple of model.num_heads={self.num_heads}",
+        )
+        _require(
+            "attention" not in self.mixers or self.head_dim % 2 == 0,
+            f"rotary attention needs an even head width, got {self.head_dim}",
+        )
+        _require(self.pattern is None or len(self.pattern) >= 1, "model.pattern must not be empty")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.dim // self.num_heads
+
+    @property
+    def mixers(self) -> tuple[MixerName, ...]:
+        """The mixer of each layer, first to last."""
+        pattern = self.pattern or (self.mixer,)
+        return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))

@@ -1,0 +1,51 @@
+"""Causal depthwise convolution that respects documents and can be continued (section 2: conv4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hope.init import Initialiser, Uniform
+
+
+class CausalConvolution(nn.Module):
+    """y_t = sum_j weight[width - 1 - j] * x_{t-j}, over the x of the same document only.
+
+    x: [B, T, channels]. `tail`, the width - 1 inputs before x, makes a split sequence equal to
+    the whole; without it the sequence starts from zeros.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.empty(width, channels))
+        self.initialisers: dict[str, Initialiser] = {"weight": Uniform(width**-0.5)}
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None, document_starts: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Convolve x; also return the tail for the next call.
+
+        tail: [B, width - 1, channels] or None; document_starts: bool [B, T] or None.
+        """
+        batch, length, channels = x.shape
+        reach = self.width - 1
+        if tail is None:
+            tail = x.new_zeros(batch, reach, channels)
+        extended = torch.cat([tail.to(x.dtype), x], dim=1)
+        weight = self.weight.to(x.dtype)
+        if document_starts is None:
+            y = extended[:, reach:] * weight[reach]
+            for back in range(1, self.width):
+                y = y + extended[:, reach - back : reach - back + length] * weight[reach - back]
+            return y, extended[:, length:]
+        document = torch.cumsum(document_starts, dim=1)
+        document = torch.cat([document.new_zeros(batch, reach), document], dim=1).unsqueeze(-1)
+        here = document[:, reach:]
+        y = x * weight[reach]
+        for back in range(1, self.width):
+            past = slice(reach - back, reach - back + length)
+            visible = (document[:, past] == here).to(x.dtype)
+            y = y + extended[:, past] * visible * weight[reach - back]
+        same = (document[:, length:] == document[:, -1:]).to(x.dtype)
+        return y, extended[:, length:] * same

@@ -1,0 +1,47 @@
+"""Sampling from the model, token by token, with the state carried."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hope.model import HopeModel
+
+
+@torch.inference_mode()
+def generate(
+    model: HopeModel,
+    prompt: Tensor,
+    num_tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue `prompt`, int64 [T], T >= 1; returns the new tokens, int64 [at most num_tokens].
+
+    temperature 0 takes the most likely token; top_k keeps that many candidates; generation ends
+    before `stop_token`. Raises ValueError for an empty prompt, a negative temperature or top_k < 1.
+    """
+    if prompt.ndim != 1 or prompt.numel() == 0:
+        raise ValueError(f"prompt must be [T] with T >= 1, got {tuple(prompt.shape)}")
+    if temperature < 0 or (top_k is not None and top_k < 1):
+        raise ValueError("temperature must be 0 or more and top_k at least 1")
+    logits, state = model(prompt[None], model.initial_state(1, decoding=True))
+    chosen: list[int] = []
+    while len(chosen) < num_tokens:
+        scores = logits[0, -1].float()
+        if top_k is not None and top_k < scores.numel():
+            floor = scores.topk(top_k).values[-1]
+            scores = scores.masked_fill(scores < floor, float("-inf"))
+        if temperature == 0:
+            token = int(scores.argmax())
+        else:
+            shares = torch.softmax(scores / temperature, dim=-1)
+            token = int(torch.multinomial(shares, 1, generator=generator))
+        if token == stop_token:
+            break
+        chosen.append(token)
+        logits, state = model(prompt.new_tensor([[token]]), state)
+    return torch.tensor(chosen, dtype=torch.int64)

@@ -1,0 +1,54 @@
+"""The self-modifying scan (Eqs. 83-91): sequence mixing by memories that rewrite themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hope.scan.chunked import scan_chunked
+from hope.scan.contract import (
+    MEMORIES,
+    MemoryState,
+    ScanConfig,
+    ScanWeights,
+    check_inputs,
+    check_reset,
+    initial_state,
+)
+from hope.scan.reference import scan_reference
+
+__all__ = ["MEMORIES", "MemoryState", "ScanConfig", "ScanWeights", "initial_state", "scan"]
+
+
+def scan(
+    x: Tensor,
+    q: Tensor,
+    weights: ScanWeights,
+    config: ScanConfig,
+    state: MemoryState | None = None,
+    reset: Tensor | None = None,
+    validate_reset: bool = True,
+) -> tuple[Tensor, MemoryState]:
+    """Run the memories over a sequence: read each token's answer, write its key and value.
+
+    x, q: [B, N, T, d], the inputs of the projections and the normalised queries (with six
+        memories q is the input of M_q instead), float32, float64 or bfloat16.
+    weights: the initial memories and read-out vectors; state: the memories to go on from
+        (default: the weights), as returned by an earlier call that ended on a projection chunk.
+    reset: bool [B, T], true where row b starts again from the weights; only at multiples of
+        config.projection_chunk. validate_reset=False skips that check, which reads the values
+        (it is also skipped under torch.compile).
+    Returns out [B, N, T, d] in x's dtype, and the state after T tokens (float32, or float64 for
+    float64 x). Gradients flow to x, q, weights and state from both. The first token is at a chunk
+    boundary; T need not be a multiple of a chunk.
+
+    Raises ValueError, in one line, for inputs that do not fit together.
+    """
+    check_inputs(x, q, weights, state, reset)
+    if reset is not None and validate_reset and not torch.compiler.is_compiling():
+        check_reset(reset, config.projection_chunk)
+    # Autocast would turn the matmuls of the fast weights into low-precision ones.
+    with torch.autocast(x.device.type, enabled=False):
+        if config.implementation == "reference":
+            return scan_reference(x, q, weights, config, state, reset)
+        return scan_chunked(x, q, weights, config, state, reset)

@@ -1,0 +1,300 @@
+"""The scan chunk by chunk in closed form, with a backward of its own.
+
+Forward keeps one fast-weight state in every `checkpoint_chunks` projection chunks; backward
+recomputes the rest, segment by segment from the end. It is registered as one operator, so that
+compilers and activation checkpointing see a single node; backward is another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope.scan.chunk import Chunk, Fast, Params, chunk_backward, ungroup
+from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
+from hope.scan.run import Run
+from hope.scan.writes import over_rows, with_base
+
+_KEEP_TOKENS = 256
+"""Segments up to this long keep their intermediate values while backward works on them."""
+
+
+def _config(
+    memory_chunk: int,
+    projection_chunk: int,
+    eta_max: float,
+    delta_rule: str,
+    decay_to: str,
+    read: str,
+    checkpoint_chunks: int,
+) -> ScanConfig:
+    return ScanConfig(
+        memory_chunk=memory_chunk,
+        projection_chunk=projection_chunk,
+        eta_max=eta_max,
+        delta_rule=delta_rule,  # type: ignore[arg-type]
+        decay_to=decay_to,  # type: ignore[arg-type]
+        read=read,  # type: ignore[arg-type]
+        checkpoint_chunks=checkpoint_chunks,
+    )
+
+
+def _restart(fast: Fast, fresh: Fast, again: Tensor | None) -> Fast:
+    if again is None:
+        return fast
+    return Fast(*(torch.where(again, new, old) for new, old in zip(fresh, fast, strict=True)))
+
+
+@torch.library.custom_op("hope::scan_chunked", mutates_args=())
+def _scan_chunked(
+    x: Tensor,
+    q: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_eta: Tensor,
+    b_eta: Tensor,
+    w_alpha: Tensor,
+    b_alpha: Tensor,
+    state1: Tensor | None,
+    state2: Tensor | None,
+    reset: Tensor | None,
+    memory_chunk: int,
+    projection_chunk: int,
+    eta_max: float,
+    delta_rule: str,
+    decay_to: str,
+    read: str,
+    checkpoint_chunks: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(out, final w1, final w2, saved Deltas of w1 and w2 [S, M, N, B, ...])."""
+    options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
+    config = _config(*options, checkpoint_chunks)
+    run = Run(config, x, q, [w1, w2, w_eta, b_eta, w_alpha, b_alpha], reset)
+    state = None if state1 is None or state2 is None else (state1, state2)
+    out, final1, final2, saved1, saved2 = _empty_outputs(x, w1, config, save)
+    for heads in run.head_slices():
+        params = run.params(heads)
+        bases = params.bases(config)
+        fresh = run.fresh(params)
+        fast = run.start(params, state, heads)
+        for chunk in range(run.num_chunks):
+            fast = _restart(fast, fresh, run.again(chunk, heads))
+            segment, inside = divmod(chunk, checkpoint_chunks)
+            if save and segment and not inside:
+                ungroup(saved1[segment - 1], heads, fast.slow1, fast.mem1)
+                ungroup(saved2[segment - 1], heads, fast.slow2, fast.mem2)
+            chunk_out, record = run.forward_chunk(params, fast, chunk, heads, keep=False)
+            run.put(out, chunk_out, chunk, heads)
+            fast = record.end()
+            del record
+        ends = Fast(*(with_base(z, base) for z, base in zip(fast, bases, strict=True)))
+        ungroup(final1.transpose(1, 2), heads, ends.slow1, ends.mem1)
+        ungroup(final2.transpose(1, 2), heads, ends.slow2, ends.mem2)
+    return out, final1, final2, saved1, saved2
+
+
+def _empty_outputs(
+    x: Tensor, w1: Tensor, config: ScanConfig, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, heads, tokens, width = x.shape
+    memories, _, _, hidden = w1.shape
+    length = config.projection_chunk * config.segment_chunks
+    saved = (tokens + length - 1) // length - 1 if save else 0
+    dtype = compute_dtype(x)
+
+    def empty(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        empty(memories, rows, heads, width, hidden),
+        empty(memories, rows, heads, hidden, width),
+        empty(saved, memories, heads, rows, width, hidden),
+        empty(saved, memories, heads, rows, hidden, width),
+    )
+
+
+@_scan_chunked.register_fake
+def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
+    return _empty_outputs(x, w1, _config(*options[:-1]), options[-1])
+
+
+@torch.library.custom_op("hope::scan_chunked_backward", mutates_args=())
+def _scan_chunked_backward(
+    d_out: Tensor | None,
+    d_final1: Tensor | None,
+    d_final2: Tensor | None,
+    saved1: Tensor,
+    saved2: Tensor,
+    x: Tensor,
+    q: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_eta: Tensor,
+    b_eta: Tensor,
+    w_alpha: Tensor,
+    b_alpha: Tensor,
+    state1: Tensor | None,
+    state2: Tensor | None,
+    reset: Tensor | None,
+    memory_chunk: int,
+    projection_chunk: int,
+    eta_max: float,
+    delta_rule: str,
+    decay_to: str,
+    read: str,
+    checkpoint_chunks: int,
+) -> list[Tensor]:
+    """Gradients of x, q, the six weights and, if there was one, the incoming state."""
+    options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
+    config = _config(*options, checkpoint_chunks)
+    weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
+    run = Run(config, x, q, weights, reset)
+    state = None if state1 is None or state2 is None else (state1, state2)
+    grads = _empty_gradients(x, q, weights, state)
+    with torch.autocast(x.device.type, enabled=False):
+        for heads in run.head_slices():
+            _backward_heads(run, heads, d_out, (d_final1, d_final2), (saved1, saved2), state, grads)
+    return grads
+
+
+def _empty_gradients(
+    x: Tensor, q: Tensor, weights: list[Tensor], state: tuple[Tensor, Tensor] | None
+) -> list[Tensor]:
+    inputs = [x, q, *weights, *(state or ())]
+    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs]
+
+
+@_scan_chunked_backward.register_fake
+def _(d_out, d_final1, d_final2, saved1, saved2, x, q, *rest):  # type: ignore[no-untyped-def]
+    state = None if rest[6] is None else (rest[6], rest[7])
+    return _empty_gradients(x, q, list(rest[:6]), state)
+
+
+def _backward_heads(
+    run: Run,
+    heads: slice,
+    d_out: Tensor | None,
+    d_final: tuple[Tensor | None, Tensor | None],
+    saved: tuple[Tensor, Tensor],
+    state: tuple[Tensor, Tensor] | None,
+    grads: list[Tensor],
+) -> None:
+    """Write the gradients of some heads into `grads`, in the order of the operator's inputs."""
+    config = run.config
+    params = run.params(heads)
+    fresh = run.fresh(params)
+    total = Params(*(torch.zeros_like(z) for z in params))
+
+    def add_base(d: Fast) -> None:
+        # Of the rows that start from the weights.
+        for one, z in zip(total[:4], d, strict=True):
+            one.add_(over_rows(z, one.shape[1]))
+
+    d_fast = run.gradient(d_final, params, heads)
+    length = config.segment_chunks
+    keep = length * config.projection_chunk <= _KEEP_TOKENS
+    for first in reversed(range(0, run.num_chunks, length)):
+        if first == 0:
+            fast = run.start(params, state, heads)
+        else:
+            fast = run.load(saved[0][first // length - 1], saved[1][first // length - 1], heads)
+        chunks = range(first, min(first + length, run.num_chunks))
+        starts: list[Fast] = []
+        records: dict[int, Chunk] = {}
+        for chunk in chunks:
+            fast = _restart(fast, fresh, run.again(chunk, heads))
+            starts.append(fast)
+            if keep or chunk != chunks[-1]:
+                _, record = run.forward_chunk(params, fast, chunk, heads, keep)
+                fast = record.end()
+                if keep:
+                    records[chunk] = record
+                del record
+        for chunk in reversed(chunks):
+            fast = starts.pop()
+            if chunk in records:
+                record = records.pop(chunk)
+            else:
+                _, record = run.forward_chunk(params, fast, chunk, heads, keep=True)
+            d_chunk = run.take_gradient(d_out, chunk, heads)
+            dx, dq, d_fast = chunk_backward(config, params, record, d_chunk, d_fast, total)
+            del record
+            run.put(grads[0], dx, chunk, heads)
+            run.put(grads[1], dq, chunk, heads)
+            again = run.again(chunk, heads)
+            if again is not None:
+                zero = Fast(*(torch.zeros_like(z) for z in d_fast))
+                add_base(_restart(zero, d_fast, again))
+                d_fast = _restart(d_fast, zero, again)
+
+    if state is not None:
+        ungroup(grads[8].transpose(1, 2), heads, d_fast.slow1, d_fast.mem1)
+        ungroup(grads[9].transpose(1, 2), heads, d_fast.slow2, d_fast.mem2)
+    else:
+        add_base(d_fast)
+    ungroup(grads[2], heads, total.slow1, total.mem1)
+    ungroup(grads[3], heads, total.slow2, total.mem2)
+    for i, z in zip((4, 6), total.readout, strict=True):
+        grads[i][heads] = z
+    for i, z in zip((5, 7), total.bias, strict=True):
+        grads[i][heads] = z
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, saved1, saved2 = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved1, saved2)
+    ctx.save_for_backward(saved1, saved2, *inputs[:11])
+    ctx.options = inputs[11:-1]
+
+
+def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    num_options = len(ctx.options) + 1
+    grads = _scan_chunked_backward(*d_outputs[:3], *ctx.saved_tensors, *ctx.options)
+    states = grads[8:] or (None, None)
+    return (*grads[:8], *states, None, *([None] * num_options))
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError("scan: no second derivative of the chunked scan; use the reference")
+
+
+_scan_chunked_backward.register_autograd(_refuse)
+_scan_chunked.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scan_chunked(
+    x: Tensor,
+    q: Tensor,
+    weights: ScanWeights,
+    config: ScanConfig,
+    state: MemoryState | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """The scan in closed form, chunk by chunk.
+
+    Shapes as in `hope.scan.scan`; inputs are expected to have passed
+    `hope.scan.contract.check_inputs`. Differentiable once, in every tensor but reset.
+    """
+    tensors = [x, q, *weights, *(state or ())]
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
+    out, final1, final2, _, _ = _scan_chunked(
+        x,
+        q,
+        *weights,
+        *(state or (None, None)),
+        reset,
+        config.memory_chunk,
+        config.projection_chunk,
+        config.eta_max,
+        config.delta_rule,
+        config.decay_to,
+        config.read,
+        config.segment_chunks,
+        save,
+    )
+    return out, MemoryState(final1, final2)

@@ -1,0 +1,59 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import DataError
+from data_pipeline.blend import MAX_PERIOD, Blend, quotas
+
+WEIGHTS = st.lists(st.integers(0, 300), min_size=1, max_size=7).filter(any)
+
+
+@settings(max_examples=150, deadline=None)
+@given(WEIGHTS)
+def test_exact_to_one_sample_at_every_prefix(weights):
+    blend = Blend(weights)
+    which, nth = blend.slots(np.arange(3 * blend.period + 17))
+    total = sum(weights)
+    for k, weight in enumerate(weights):
+        drawn = np.cumsum(which == k)
+        ideal = np.arange(1, len(which) + 1) * weight
+        assert (np.abs(drawn * total - ideal) < total).all()
+        assert nth[which == k].tolist() == list(range(int(drawn[-1])))
+
+
+@settings(max_examples=50, deadline=None)
+@given(WEIGHTS, st.integers(0, 10**15))
+def test_any_slot_is_found_at_once(weights, position):
+    blend = Blend(weights)
+    before, after = blend.counts(position), blend.counts(position + 40)
+    which, nth = blend.slots(np.arange(position, position + 40))
+    assert before.sum() == position
+    for k in range(len(weights)):
+        assert nth[which == k].tolist() == list(range(before[k], after[k]))
+
+
+def test_weights_are_the_decimals_they_are_written_as():
+    assert quotas([0.7, 0.2, 0.1]) == [7, 2, 1]
+    assert quotas([3, 1.5]) == [2, 1]
+    assert quotas([1e-3, 0.999]) == [1, 999]
+    assert quotas([5]) == [1]
+
+
+@given(st.lists(st.integers(10**9, 10**12), min_size=2, max_size=6))
+def test_long_ratios_are_rounded_to_the_period(weights):
+    shares = quotas(weights)
+    assert sum(shares) <= MAX_PERIOD
+    for share, weight in zip(shares, weights, strict=True):
+        error = Fraction(share, sum(shares)) - Fraction(weight, sum(weights))
+        assert abs(error) <= Fraction(1, MAX_PERIOD)
+
+
+@pytest.mark.parametrize(
+    "weights", [[], [0, 0], [-1, 2], [float("nan")], [float("inf"), 1], [10**9, 1, 10**9 + 7]]
+)
+def test_impossible_weights_are_refused(weights):
+    with pytest.raises(DataError, match="weight"):
+        quotas(weights)

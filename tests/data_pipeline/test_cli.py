@@ -1,0 +1,150 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def model(tokenizer, tmp_path):
+    path = tmp_path / "t.model"
+    path.write_bytes(tokenizer.model)
+    return path
+
+
+def run(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "data_pipeline", *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+
+
+def call(capsys, *arguments):
+    """(exit code, stdout, stderr) of the command in this process."""
+    try:
+        code = cli.main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        code = error.code
+    return code, *capsys.readouterr()
+
+
+def test_from_text_to_a_verified_corpus(text_folder, tmp_path):
+    model, out = tmp_path / "t.model", tmp_path / "c"
+    train = ("tokenizer", "train", "--input", text_folder, "--model-out", model)
+    done = run(*train, "--vocab-size", 400)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "trained" in done.stdout
+    assert "there already" in run(*train, "--vocab-size", 400).stdout
+    tokenize = ("tokenize", "--input", text_folder, "--tokenizer", model, "--out", out)
+    done = run(*tokenize, "--workers", 2, "--shard-bytes", 20000)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "0 there already" in done.stdout
+    assert "0 of" in run(*tokenize, "--shard-bytes", 20000).stdout
+    assert "whole" in run("verify", out).stdout
+    assert "comes back exactly" in run("tokenizer", "inspect", model, "--text", "a\tb").stdout
+    shown = run("inspect", out, "--samples", 2).stdout
+    assert "deep/000.txt" in shown
+    assert "documents by length" in shown
+    assert json.loads(run("inspect", out, "--json").stdout)["documents"] == 42
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("verify nowhere", "nowhere: does not exist"),
+        ("inspect nowhere", "nowhere: does not exist"),
+        ("tokenizer inspect nowhere", "nowhere: cannot be read"),
+        ("tokenize --input x --tokenizer {model} --out c", "x: no input file"),
+        ("tokenize --input x --tokenizer y --out c", "y: cannot be read"),
+        ("tokenize --input {model} --tokenizer {model} --out c", "not a type that is read"),
+        ("tokenizer train --input x --model-out m --vocab-size 400", "x: no"),
+        ("corpus stdlib --out c --holdout 1", "--holdout 1"),
+    ],
+)
+def test_bad_input_is_one_clear_line(capsys, monkeypatch, model, arguments, message):
+    monkeypatch.chdir(model.parent)
+    before = sorted(model.parent.rglob("*"))
+    code, out, err = call(capsys, *arguments.format(model=model).split())
+    assert code == 2
+    assert out == ""
+    assert err.startswith("data_pipeline: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(model.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["tokenizer"],
+        ["tokenize"],
+        ["tokenize", "--input", "a", "--tokenizer", "b", "--out", "c", "--workers", "0"],
+        ["tokenize", "--input", "a", "--tokenizer", "b", "--out", "c", "--workers", "two"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(capsys, arguments):
+    code, out, err = call(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "error:" in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["corpus"], ["tokenizer", "train"], ["tokenizer", "inspect"], ["tokenize"], ["inspect"]],
+)
+def test_help(capsys, command):
+    code, out, _ = call(capsys, *command, "--help")
+    assert code == 0
+    assert "usage: python -m data_pipeline" in out
+
+
+def test_verify_exits_with_1_on_damage(capsys, copied):
+    data = bytearray((copied / "shard-00001.tok").read_bytes())
+    data[100] ^= 1
+    (copied / "shard-00001.tok").write_bytes(data)
+    code, out, err = call(capsys, "verify", copied)
+    assert (code, out) == (1, "")
+    assert "shard-00001.tok: frame 0 at byte 64" in err
+    assert err.count("\n") == 1
+
+
+def test_a_read_only_place_is_one_line(capsys, text_folder, model):
+    code, _, err = call(
+        capsys, "tokenize", "--input", text_folder, "--tokenizer", model, "--out", "/proc/c"
+    )
+    assert code == 2
+    assert err.startswith("data_pipeline: /proc/c: ")
+    assert err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line(text_folder, model, tmp_path):
+    limited = f"ulimit -f 2; exec {sys.executable} -m data_pipeline tokenize --input {text_folder}"
+    done = subprocess.run(
+        ["bash", "-c", f"{limited} --tokenizer {model} --out {tmp_path / 'c'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list((tmp_path / "c").glob("*.tok"))
+
+
+def test_neither_torch_nor_sentencepiece_is_imported_for_nothing():
+    code = (
+        "import sys, data_pipeline, data_pipeline.cli\n"
+        "assert not {'torch', 'sentencepiece', 'numpy'} & set(sys.modules)\n"
+        "from data_pipeline import Corpus, Loader, evaluation_batches, Tokenizer, DataError\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,126 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import CorruptDataError, DataError, Tokenizer, train_tokenizer
+from data_pipeline.training import train_to_file
+from tests.data_pipeline.conftest import write_texts
+
+HARD = [
+    "",
+    " ",
+    "  leading and trailing  ",
+    "tab\tand\r\nCRLF\n\n\nlines\r",
+    "\u2581 the mark of a space \u2581\u2581",
+    "</s><s><unk><pad><0x0A>\u2047",
+    "emoji 😀👩\u200d👩\u200d👧 and ﬁ ligature, ½, Å versus A\u030a",
+    "\x00\x01\x7f\u0085\u2028\ufeff\U0010ffff",
+    "12345678901234567890",
+]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def either(request, texts):
+    return train_tokenizer(texts.values(), 450, request.param)
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_texts_come_back(either, text):
+    assert either.decode(either.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text())
+def test_any_text_comes_back(either, text):
+    ids = either.encode(text)
+    assert either.decode(ids) == text
+    assert either.token_bytes[ids].sum() == len(text.encode())
+    specials = {either.unk_id, either.bos_id, either.eos_id, either.pad_id}
+    assert not specials & set(ids.tolist())
+
+
+def test_real_text_comes_back(either, texts):
+    for text in texts.values():
+        assert either.decode(either.encode(text)) == text
+
+
+def test_special_tokens_are_where_they_should_be(either):
+    assert (either.unk_id, either.bos_id, either.eos_id, either.pad_id) == (0, 1, 2, 3)
+    assert either.vocab_size == 450
+    assert either.token_bytes[:4].tolist() == [0, 0, 0, 0]
+    assert either.decode([1, *either.encode("a b"), 2, 3]) == "a b"
+    document = either.encode_document("a b")
+    assert document.tolist() == [1, *either.encode("a b"), 2]
+    assert document.dtype == np.int32
+
+
+def test_every_newline_and_digit_is_a_token_of_its_own(either):
+    ids = either.encode("a\n\n12")
+    assert [either.decode([i]) for i in ids][-4:] == ["\n", "\n", "1", "2"]
+
+
+def test_digits_are_never_joined():
+    tokenizer = train_tokenizer(["1234 cab 1234 bac " * 500], 275)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == ["1", "2", "3", "4"]
+
+
+def test_training_is_deterministic(either, texts):
+    kind = "bpe" if either.model == train_tokenizer(texts.values(), 450).model else "unigram"
+    assert train_tokenizer(texts.values(), 450, kind).model == either.model
+
+
+def test_long_lines_are_learnt_from():
+    text = "abcdefgh ijklmnop " * 3000
+    tokenizer = train_tokenizer([text], 300)
+    assert len(tokenizer.encode("abcdefgh ijklmnop ")) <= 3
+
+
+def test_description_carries_the_model(tokenizer):
+    described = tokenizer.describe()
+    assert Tokenizer.from_description(described).sha256 == tokenizer.sha256
+    for broken in ("", "!", described["model_base64"][:-8]):
+        with pytest.raises(CorruptDataError):
+            Tokenizer.from_description({**described, "model_base64": broken})
+
+
+@pytest.mark.parametrize(("kind", "size"), [("bpe", 100_000), ("unigram", 100_000), ("bpe", 260)])
+def test_impossible_sizes_are_explained(texts, kind, size):
+    with pytest.raises(DataError, match=f"cannot train {size} tokens"):
+        train_tokenizer(texts.values(), size, kind)
+
+
+def test_wrong_kind_and_no_text(texts):
+    with pytest.raises(DataError, match="choose one of bpe, unigram"):
+        train_tokenizer(texts.values(), 450, "wordpiece")
+    with pytest.raises(DataError, match="cannot train"):
+        train_tokenizer([], 450)
+
+
+def test_a_model_file_is_trained_once(text_folder, tmp_path):
+    path = tmp_path / "deep" / "t.model"
+    first, trained = train_to_file([str(text_folder)], path, 400)
+    assert trained
+    before = path.stat().st_mtime_ns
+    second, trained = train_to_file([str(text_folder)], path, 400)
+    assert not trained
+    assert second.sha256 == first.sha256
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(DataError, match="vocab_size differ"):
+        train_to_file([str(text_folder)], path, 401)
+    with pytest.raises(DataError, match="input_xxh3_128 differ"):
+        train_to_file([str(text_folder)], path, 400, text_field="body")
+    other = write_texts(tmp_path / "texts", {"a.txt": "other"})
+    with pytest.raises(DataError, match="input_xxh3_128 differ"):
+        train_to_file([str(other)], path, 400)
+    path.write_bytes(first.model + b"\x00")
+    with pytest.raises(DataError):
+        train_to_file([str(text_folder)], path, 400)
+
+
+def test_files_that_are_no_models(tmp_path):
+    (tmp_path / "x.model").write_bytes(b"hello")
+    with pytest.raises(DataError, match=r"x\.model: .*not a SentencePiece model"):
+        Tokenizer.open(tmp_path / "x.model")
+    with pytest.raises(DataError, match="cannot be read"):
+        Tokenizer.open(tmp_path / "y.model")

@@ -1,0 +1,180 @@
+"""The invariants every mixer and CMS variant keeps (what peers get wrong)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
+from hope.sampling import generate
+from hope.scan import ScanConfig
+
+VOCABULARY = 97
+SCAN = ScanConfig(memory_chunk=4, projection_chunk=8)
+LEVELS = (
+    LevelConfig(name="a", hidden_size=24),
+    LevelConfig(name="b", hidden_size=16, update_every_tokens=1000),
+)
+BASE = HopeConfig(
+    vocab_size=VOCABULARY,
+    dim=32,
+    num_layers=2,
+    num_heads=2,
+    titans=TitansConfig(scan=SCAN),
+    cms=CMSConfig(levels=LEVELS),
+)
+VARIANTS = {
+    "titans": BASE,
+    "titans_adaptive_query": replace(BASE, titans=TitansConfig(scan=SCAN, adaptive_query=True)),
+    "titans_expansion": replace(BASE, titans=TitansConfig(scan=SCAN, memory_expansion=2)),
+    "writes_off": replace(BASE, titans=TitansConfig(scan=SCAN, writes=False)),
+    "independent": replace(BASE, cms=CMSConfig(mode="independent", levels=LEVELS)),
+    "untied": replace(BASE, tie_embeddings=False),
+    "attention": replace(BASE, mixer="attention"),
+    "attention_conv": replace(BASE, mixer="attention", attention=AttentionConfig(conv_width=4)),
+    "hybrid": replace(BASE, pattern=("titans", "attention")),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def config(request: pytest.FixtureRequest) -> HopeConfig:
+    return VARIANTS[request.param]
+
+
+def tokens_of(batch: int, length: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=generator)
+
+
+def logits_of(model: HopeModel, tokens: Tensor, **more: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(tokens, None, **more)[0]
+
+
+def test_no_output_depends_on_a_later_token(config: HopeConfig) -> None:
+    model, tokens = HopeModel(config), tokens_of(2, 40)
+    before = logits_of(model, tokens)
+    for position in (0, 7, 8, 21, 39):
+        changed = tokens.clone()
+        changed[:, position] = (changed[:, position] + 1) % VOCABULARY
+        after = logits_of(model, changed)
+        assert torch.equal(after[:, :position], before[:, :position])
+        assert not torch.equal(after[:, position], before[:, position])
+
+
+def test_rows_do_not_touch_each_other(config: HopeConfig) -> None:
+    model, tokens = HopeModel(config), tokens_of(3, 40)
+    before = logits_of(model, tokens)
+    changed = tokens.clone()
+    changed[1] = tokens_of(1, 40, seed=1)
+    after = logits_of(model, changed)
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+    assert not torch.equal(after[1], before[1])
+
+
+def test_train_and_eval_agree_and_nothing_is_mutated(config: HopeConfig) -> None:
+    model, tokens = HopeModel(config), tokens_of(2, 40)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    first, second = logits_of(model.train(), tokens), logits_of(model.train(), tokens)
+    evaluated = logits_of(model.eval(), tokens)
+    assert torch.equal(first, second)
+    assert torch.equal(first, evaluated)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("cuts", [[40], [8, 16, 16], [5, 1, 1, 14, 19], [1] * 40])
+def test_chunked_equals_whole_at_any_split(config: HopeConfig, cuts: list[int]) -> None:
+    model, tokens = HopeModel(config).double(), tokens_of(2, 40)
+    whole = logits_of(model, tokens)
+    state = model.initial_state(2, decoding=True)
+    parts = []
+    with torch.no_grad():
+        for part in tokens.split(cuts, dim=1):
+            logits, state = model(part, state)
+            parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_every_parameter_has_a_gradient(config: HopeConfig) -> None:
+    model, tokens = HopeModel(config), tokens_of(2, 40)
+    logits, _ = model(tokens)
+    cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    if not config.titans.writes:  # the control only reads: what decides on writes is idle
+        idle = ("x_in.weight", "conv_x.weight", "w_eta", "b_eta", "w_alpha", "b_alpha")
+        dead = [name for name in dead if not name.endswith(idle)]
+    assert dead == []
+
+
+def test_writes_off_trains_only_the_memory_that_is_read() -> None:
+    model, tokens = HopeModel(VARIANTS["writes_off"]), tokens_of(2, 40)
+    model(tokens)[0].square().mean().backward()
+    per_box = model.layers[0].mixer.memory_w1.grad.abs().sum(dim=(1, 2, 3))
+    assert [bool(box > 0) for box in per_box] == [False, False, False, False, True]
+
+
+def test_first_loss_is_the_logarithm_of_the_vocabulary(config: HopeConfig) -> None:
+    model, tokens = HopeModel(config), tokens_of(8, 64)
+    logits = logits_of(model, tokens)
+    loss = cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert abs(float(loss) / math.log(VOCABULARY) - 1) < 0.02
+
+
+def test_a_document_start_forgets_what_came_before(config: HopeConfig) -> None:
+    model = HopeModel(config).double()
+    first, second = tokens_of(2, 16), tokens_of(2, 24, seed=1)
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[:, 16] = True
+    packed = logits_of(model, torch.cat([first, second], dim=1), document_starts=starts)
+    torch.testing.assert_close(packed[:, :16], logits_of(model, first), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(packed[:, 16:], logits_of(model, second), rtol=1e-9, atol=1e-9)
+
+
+def test_a_document_start_in_one_row_leaves_the_other_alone(config: HopeConfig) -> None:
+    model, tokens = HopeModel(config).double(), tokens_of(2, 40)
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, 16] = True
+    split, whole = logits_of(model, tokens, document_starts=starts), logits_of(model, tokens)
+    torch.testing.assert_close(split[1], whole[1], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(split[0, 16:], whole[0, 16:])
+
+
+@pytest.mark.parametrize("cut", [16, 24])
+def test_a_document_start_after_a_carried_state(config: HopeConfig, cut: int) -> None:
+    """A start in a later call equals the same start in one call: conv tails and caches too."""
+    model, tokens = HopeModel(config).double(), tokens_of(2, 40)
+    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts[0, 24] = starts[1, 16] = True
+    whole = logits_of(model, tokens, document_starts=starts)
+    state = model.initial_state(2, decoding=True)
+    with torch.no_grad():
+        head, state = model(tokens[:, :cut], state, starts[:, :cut])
+        tail, _ = model(tokens[:, cut:], state, starts[:, cut:])
+    torch.testing.assert_close(torch.cat([head, tail], dim=1), whole, rtol=1e-9, atol=1e-9)
+
+
+def test_initial_weights_do_not_depend_on_the_rest_of_the_model() -> None:
+    shallow, deep = HopeModel(BASE, seed=3), HopeModel(replace(BASE, pattern=("titans",)), seed=3)
+    other = HopeModel(BASE, seed=4)
+    named = dict(deep.named_parameters())
+    for name, parameter in shallow.named_parameters():
+        assert torch.equal(parameter, named[name])
+    assert not torch.equal(shallow.layers[0].mixer.x_in.weight, other.layers[0].mixer.x_in.weight)
+
+
+def test_generation_is_the_argmax_of_the_whole_pass() -> None:
+    model, prompt = HopeModel(BASE), tokens_of(1, 11)[0]
+    chosen = generate(model, prompt, 9, temperature=0)
+    text = torch.cat([prompt, chosen])
+    expected = logits_of(model, text[None, :-1])[0, 10:].argmax(dim=-1)
+    assert torch.equal(chosen, expected)
+
+
+def test_vocabulary_must_be_known() -> None:
+    with pytest.raises(ValueError, match="vocab_size"):
+        HopeModel(HopeConfig())

@@ -1,0 +1,117 @@
+"""Configuration: strict, one line per mistake, and the same after a round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hope import HopeConfig
+from train.__main__ import main
+from train.config import ConfigError, dump_config, load_config, validate_config
+
+MISTAKES = [
+    (["optimizer.lrr=1"], "unknown key 'optimizer.lrr' (did you mean 'lr'?)"),
+    (["model.titans.scan.memory_chunkk=1"], "unknown key 'model.titans.scan.memory_chunkk'"),
+    (["optimizer.lr=fast"], "optimizer.lr: input should be a valid number, got 'fast'"),
+    (["optimizer.lr='0.1'"], "optimizer.lr: input should be a valid number, got '0.1'"),
+    (["model.dim=12.5"], "model.dim: input should be a valid integer"),
+    (["model.mixer=rnn"], "model.mixer: input should be 'titans' or 'attention'"),
+    (["model.dim=17"], "model.dim=17 must be a multiple of model.num_heads=2"),
+    (["training.batch_tokens=100"], "the nearest is 128"),
+    (["data.seq_len=40", "training.batch_tokens=80"], "the nearest is 48"),
+    (["training.state_carry=stream"], "needs data.order=stream"),
+    (["optimizer.levels={d: {lr_scale: 2}}"], "the levels are ['a', 'b', 'c', 'fast']"),
+    (["model.cms.levels.0.name=fast"], "can't be called 'fast'"),
+    (["model.cms.levels.1.update_every_tokens=99999"], "ordered fastest first"),
+    (["model.cms.levels.7.name=x"], "'7' is no entry of a list of 3"),
+    (["model.titans.initial_eta=0.6"], "must lie between 0 and titans.scan.eta_max"),
+    (["optimizer.lr"], "not of the form key.subkey=value"),
+    (["seed=3", "seed.x=1"], "lies below a plain value"),
+    (["data.train=[]"], "data.train"),
+    (["optimizer.lr=[1"], "not valid YAML"),
+]
+
+
+@pytest.fixture
+def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    return path
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    config_file: Path,
+    overrides: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert main([str(config_file), *overrides]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_and_a_missing_corpus_exit_2(
+    config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([str(tmp_path / "none.yaml")]) == 2
+    assert main([str(config_file), f"data.validation={tmp_path}/nothing"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2
+    assert "none.yaml" in lines[0]
+    assert "nothing" in lines[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_overrides_are_typed_yaml(config_file: Path) -> None:
+    config = load_config(
+        config_file,
+        [
+            "optimizer.lr=3e-4",
+            "model.cms.levels.2.hidden_size=24",
+            "optimizer.schedule.name=constant",
+        ],
+    )
+    assert config.optimizer.lr == 3e-4
+    assert config.model.cms.levels[2].hidden_size == 24
+    assert config.optimizer.schedule.name == "constant"
+    levels = "model.cms.levels=[{name: mlp, hidden_size: 40}]"
+    baseline = load_config(config_file, ["model.mixer=attention", levels])
+    assert baseline.model.mixers == ("attention", "attention")
+    assert [level.hidden_size for level in baseline.model.cms.levels] == [40]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("3E4", 3e4), ("-1.5", -1.5), ("1_000", 1000), ("1.5e+2", 150.0), ("7", 7)],
+)
+def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
+    from train.config import _parse
+
+    assert _parse(f"x: {text}", "test") == {"x": value}
+    assert type(_parse(f"x: {text}", "test")["x"]) is type(value)
+
+
+def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run_dir: a\nrun_dir: b\n")
+    with pytest.raises(ConfigError, match="'run_dir' appears twice"):
+        load_config(path)
+
+
+def test_resolved_configuration_loads_again_as_itself(raw_config: dict[str, Any]) -> None:
+    config = validate_config(raw_config, "test")
+    again = validate_config(yaml.safe_load(dump_config(config)), "dump")
+    assert again == config
+    assert isinstance(again.model, HopeConfig)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    load_config(path)

@@ -1,0 +1,318 @@
+"""Whole runs: exact resume, signals, ranks, carried state, the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.callbacks.metrics import read_metrics
+from train.checkpoint import CheckpointError, CheckpointStore
+from train.checkpoint.load import load_run
+from train.config import RunConfig
+from train.parallel.data_parallel import DataParallel
+
+STREAM = {
+    "training.state_carry": "stream",
+    "data.order": "stream",
+    "data.seq_len": 32,
+}
+
+
+def store_of(config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(config.run_dir / "checkpoints", DataParallel(), 2)
+
+
+def final_tensors(config: RunConfig) -> dict[str, Tensor]:
+    store = store_of(config)
+    return store.tensors(store.newest())
+
+
+def losses(config: RunConfig) -> list[tuple[str, int, float]]:
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    return [(row["kind"], row["tokens"], row["loss"]) for row in rows]
+
+
+def assert_same_run(one: RunConfig, other: RunConfig) -> None:
+    first, second = final_tensors(one), final_tensors(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert losses(one) == losses(other)
+
+
+@pytest.mark.parametrize("changes", [{}, STREAM, {"model.mixer": "attention"}])
+def test_a_stopped_run_resumes_to_the_bit(make_config, tmp_path: Path, changes: dict) -> None:
+    """Stopped twice, both times inside the periods of both slow levels."""
+    straight = make_config(**changes)
+    assert train(straight, resume=False) == 0
+    parts = make_config(run_dir=str(tmp_path / "parts"))
+    for number, stop in enumerate((4 * 256, 7 * 256, None)):
+        part = make_config(**{"training.stop_at_tokens": stop})
+        assert train(part, resume=number > 0) == 0
+    assert_same_run(straight, parts)
+
+
+def test_micro_batches_change_only_round_off(make_config, tmp_path: Path) -> None:
+    whole, split = make_config(), make_config(**{"run_dir": str(tmp_path / "split")})
+    split = make_config(**{"training.micro_batch_rows": 3})
+    train(whole, resume=False)
+    train(split, resume=False)
+    for (kind, tokens, a), (_, _, b) in zip(losses(whole), losses(split), strict=True):
+        assert a == pytest.approx(b, rel=1e-5), (kind, tokens)
+
+
+def test_levels_fire_as_the_clock_says(make_config) -> None:
+    config = make_config()
+    train(config, resume=False)
+    store = store_of(config)
+    clock = store.plain(store.newest())["clock"]
+    assert clock == {"tokens": 3072, "steps": 12, "firings": {"fast": 12, "a": 12, "b": 4, "c": 2}}
+    fired = {"b": [], "c": []}
+    for row in read_metrics(config.run_dir / "metrics.jsonl"):
+        for name in fired:
+            if row["kind"] == "step" and name in row["lr"]:
+                fired[name].append(row["step"])
+    assert fired == {"b": [3, 6, 9, 12], "c": [5, 10]}
+
+
+def test_training_learns(make_config) -> None:
+    config = make_config(**{"training.total_tokens": 60 * 256})
+    train(config, resume=False)
+    steps = [loss for kind, _, loss in losses(config) if kind == "step"]
+    assert sum(steps[-5:]) / 5 < steps[0] - 1.0
+
+
+def test_carried_state_is_used_and_saved_by_row(make_config, tmp_path: Path) -> None:
+    carried = make_config(**STREAM)
+    train(carried, resume=False)
+    fresh = make_config(**{"training.state_carry": "none", "run_dir": str(tmp_path / "fresh")})
+    train(fresh, resume=False)
+    first, second = losses(carried), losses(fresh)
+    assert first[0] == second[0]  # the first step has nothing to carry
+    assert first[1] != second[1]
+    rows = {name.split("/")[1] for name in final_tensors(carried) if name.startswith("stream/")}
+    assert rows == {str(row) for row in range(8)}
+    assert not any(name.startswith("stream/") for name in final_tensors(fresh))
+
+
+def test_train_loss_equals_evaluation_loss(make_config) -> None:
+    """With rate 0 the model stands still: one pass over the same tokens gives the same loss."""
+    config = make_config(
+        **{
+            "optimizer.lr": 0.0,
+            "data.train": [{"path": str(make_config().data.validation)}],
+            "data.order": "stream",
+            "data.packing": "concat",
+        }
+    )
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
+    windows = corpora.validation.num_tokens // 64 // 4
+    config = make_config(
+        **{
+            "training.total_tokens": windows * 256,
+            "training.batch_tokens": 256,
+            "evaluation.every_tokens": 10**6,
+        }
+    )
+    train(config, resume=False)
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    trained = [row["loss"] for row in rows if row["kind"] == "step"]
+    held_out = next(row["loss"] for row in rows if row["kind"] == "evaluation")
+    assert sum(trained) / len(trained) == pytest.approx(held_out, rel=2e-3)
+
+
+def command(config_file: Path, *more: str, ranks: int = 1) -> list[str]:
+    launcher = [sys.executable, "-m"]
+    if ranks > 1:
+        launcher += ["torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", "-m"]
+    return [*launcher, "train", str(config_file), *more]
+
+
+@pytest.fixture
+def config_file(raw_config: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    return path
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model.mixer=attention"],
+        ["training.state_carry=stream", "data.order=stream"],
+    ],
+    ids=["hope", "attention", "stream"],
+)
+def test_two_ranks_give_the_losses_of_one(
+    config_file: Path, tmp_path: Path, overrides: list[str]
+) -> None:
+    runs = {}
+    for ranks in (1, 2):
+        run_dir = tmp_path / f"ranks{ranks}"
+        arguments = [*overrides, "optimizer.lr=0.002", f"run_dir={run_dir}"]
+        subprocess.run(
+            command(config_file, *arguments, ranks=ranks),
+            check=True,
+            env=ENVIRONMENT,
+            capture_output=True,
+        )
+        runs[ranks] = read_metrics(run_dir / "metrics.jsonl")
+    assert len(runs[1]) == len(runs[2]) > 12
+    for one, two in zip(runs[1], runs[2], strict=True):
+        assert (one["kind"], one["tokens"]) == (two["kind"], two["tokens"])
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+        if one["kind"] == "step":
+            assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+
+
+def test_a_run_of_one_rank_is_taken_up_by_two(config_file: Path, tmp_path: Path) -> None:
+    overrides = ["training.state_carry=stream", "data.order=stream"]
+    whole = [*overrides, f"run_dir={tmp_path / 'whole'}"]
+    parts = [*overrides, f"run_dir={tmp_path / 'parts'}"]
+    for arguments, ranks in (
+        (whole, 1),
+        ([*parts, "training.stop_at_tokens=1792"], 1),
+        ([*parts, "--resume"], 2),
+    ):
+        subprocess.run(
+            command(config_file, *arguments, ranks=ranks),
+            check=True,
+            env=ENVIRONMENT,
+            capture_output=True,
+        )
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("whole", "parts")]
+    for one, two in zip(*rows, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_bit(
+    config_file: Path, make_config, tmp_path: Path, number: int, code: int
+) -> None:
+    long = ["training.total_tokens=25600", "checkpoint.every_tokens=100000"]
+    process = subprocess.Popen(
+        command(config_file, *long), stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while len(read_metrics(metrics)) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == code, stderr
+    interrupted = make_config(**{"training.total_tokens": 25600})
+    store = store_of(interrupted)
+    assert 0 < store.plain(store.newest())["clock"]["tokens"] < 25600
+    assert main([str(config_file), *long, "--resume"]) == 0
+    straight = make_config(
+        **{"run_dir": str(tmp_path / "straight"), "checkpoint.every_tokens": 100_000}
+    )
+    train(straight, resume=False)
+    assert_same_run(interrupted, straight)
+
+
+def test_what_a_run_folder_refuses(
+    make_config, config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = make_config(**{"training.stop_at_tokens": 512})
+    assert main([str(config_file), "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+    train(config, resume=False)
+    before = sorted(path.name for path in config.run_dir.rglob("*"))
+    capsys.readouterr()
+    cases = [
+        ([], "already holds a run"),
+        (["--resume", "optimizer.lr=0.5"], "optimizer.lr (0.01 -> 0.5)"),
+        (["--resume", "model.titans.writes=false"], "model.titans.writes (True -> False)"),
+    ]
+    for arguments, message in cases:
+        assert main([str(config_file), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+    assert sorted(path.name for path in config.run_dir.rglob("*")) == before
+
+
+def test_a_second_job_on_the_same_folder_is_refused(make_config, config_file: Path) -> None:
+    from train.run_folder import RunLock
+
+    config = make_config()
+    with RunLock(config.run_dir):
+        result = subprocess.run(
+            command(config_file), capture_output=True, text=True, env=ENVIRONMENT, check=False
+        )
+    assert result.returncode == 2
+    assert "in use by another training process" in result.stderr
+    assert not (config.run_dir / "config.yaml").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_its_reason(make_config) -> None:
+    config = make_config(**{"checkpoint.every_tokens": 512})
+    train(config, resume=False)
+    store = store_of(config)
+    older, newest = store.complete()[-2:]
+    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{newest.name}: {victim.name} does not match"):
+        assert store.newest() == older
+    (older / "trainer.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="trainer.json is missing"),
+        pytest.raises(CheckpointError, match="no usable checkpoint"),
+    ):
+        store.newest()
+
+
+def test_only_the_newest_checkpoints_are_kept_and_they_load(make_config) -> None:
+    config = make_config(**{"checkpoint.every_tokens": 512})
+    train(config, resume=False)
+    names = [folder.name for folder in store_of(config).complete()]
+    assert names == ["tokens-000000000002560", "tokens-000000000003072"]
+    loaded, model = load_run(config.run_dir)
+    assert loaded.model.vocab_size == model.embedding.weight.shape[0]
+    saved = final_tensors(config)
+    assert all(torch.equal(p, saved[f"model/{name}"]) for name, p in model.named_parameters())
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
+    make_config, config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(**{"training.stop_at_tokens": 1024})
+    train(config, resume=False)
+    kept = store_of(config).newest()
+    path = kept / "trainer.json"
+    assert json.loads(path.read_text())["clock"]["tokens"] == 1024
+    from train.trainer import Trainer
+
+    broken = Trainer._forward_backward
+
+    def poison(self: Trainer, batch: Any) -> float:
+        total = broken(self, batch)
+        if self.clock.steps == 6:
+            next(iter(self.model.parameters())).grad.view(-1)[0] = float("inf")
+        return total
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_forward_backward", poison)
+        assert main([str(config_file), "--resume"]) == 1
+    assert "step 7" in capsys.readouterr().err
+    assert store_of(config).newest() == kept

@@ -1,0 +1,50 @@
+"""python -m tools.generate RUN [--prompt TEXT]: let a trained model write."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from data_pipeline import Corpus, DataError
+from hope.sampling import generate
+from train.checkpoint import CheckpointError
+from train.checkpoint.load import load_run
+from train.config import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print a continuation of the prompt; exit status 2 with one line for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tools.generate", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="run folder, e.g. runs/quickstart")
+    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    torch.set_flush_denormal(True)
+    try:
+        config, model = load_run(options.run)
+        tokenizer = Corpus.open(config.data.validation).tokenizer
+        prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
+        tokens = generate(
+            model.eval(),
+            torch.tensor(prompt),
+            options.max_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            stop_token=tokenizer.eos_id,
+            generator=torch.Generator().manual_seed(options.seed),
+        )
+    except (CheckpointError, ConfigError, DataError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(options.prompt + tokenizer.decode(tokens.tolist()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""python -m tools.quickstart: real text to a trained, evaluated and sampled small Hope.
+
+Every step is a public command, shown before it runs. What is there already is reused: a finished
+run is only reported on, an interrupted one is resumed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from data_pipeline import Corpus, evaluation_batches
+from tools.figures import table
+from tools.prepare import prepare_sotu, run
+from train.callbacks.metrics import read_metrics
+from train.callbacks.mlflow import tracking_location
+from train.checkpoint import CheckpointStore
+from train.config import RunConfig, load_config
+from train.evaluate.unigram import count_labels, unigram_loss
+from train.parallel.data_parallel import DataParallel
+from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+
+CONFIG_FILE = Path("configs/quickstart.yaml")
+PROMPT = "Fellow citizens, the state of our Union is"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the quickstart; the exit status is the first failing step's, or 0."""
+    parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=main.__doc__)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the training run")
+    options = parser.parse_args(arguments)
+    config = load_config(CONFIG_FILE, options.overrides)
+    try:
+        prepare_sotu()
+        if not finished(config):
+            resume = ["--resume"] if _store(config).complete() else []
+            run("train", CONFIG_FILE, *options.overrides, *resume)
+        print()
+        run("tools.generate", config.run_dir, "--prompt", PROMPT, "--max-tokens", 160)
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    except KeyboardInterrupt:
+        return 130
+    print("\n" + report(config))
+    return 0
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the run folder holds a checkpoint at the run's last token."""
+    complete = _store(config).complete()
+    if not complete or not (config.run_dir / CONFIG).exists():
+        return False
+    return _tokens(config) >= config.training.total_tokens
+
+
+def report(config: RunConfig) -> str:
+    """The closing table: what was trained, how well, and what to do next."""
+    store = _store(config)
+    plain = store.plain(store.complete()[-1])
+    rows = read_metrics(config.run_dir / METRICS)
+    steps = [row for row in rows if row["kind"] == "step"]
+    held_out = [row for row in rows if row["kind"] == "evaluation"][-1]
+    last = steps[-20:]
+    training_loss = sum(row["loss"] for row in last) / len(last)
+    unigram = held_out_unigram(config)
+    clock = plain["clock"]
+    lines = [
+        ["tokens trained", f"{clock['tokens']:,}"],
+        ["tokens per second", f"{clock['tokens'] / plain['trained_seconds']:,.0f}"],
+        ["training loss, last 20 steps", f"{training_loss:.4f} nats"],
+        ["validation loss", f"{held_out['loss']:.4f} nats"],
+        ["  a unigram model of the same tokens", f"{unigram:.4f} nats"],
+        ["  below the unigram model by", f"{unigram - held_out['loss']:.4f} nats"],
+        ["validation perplexity", f"{held_out['perplexity']:.2f}"],
+        ["validation bits per byte", f"{held_out['bits_per_byte']:.4f}"],
+    ]
+    for level in config.model.cms.levels:
+        every = level.update_every_tokens
+        period = "every step" if every == "step" else f"every {every:,} tokens"
+        lines.append([f"firings of {level.name} ({period})", f"{clock['firings'][level.name]:,}"])
+    uri, _ = tracking_location(config.mlflow, config.run_dir)
+    return "\n".join(
+        [
+            table([str(config.run_dir), ""], lines),
+            "",
+            f"resume        python -m train {CONFIG_FILE} --resume   (after Ctrl-C)",
+            f"MLflow        mlflow ui --backend-store-uri {uri}",
+            f"loss curve    {config.run_dir / 'plots' / 'loss.png'}",
+            "a bigger one  python -m train configs/small.yaml",
+            "controls      make compare",
+        ]
+    )
+
+
+def held_out_unigram(config: RunConfig) -> float:
+    """Validation loss of the training text's token frequencies, in nats per token."""
+    counts = []
+    for path in (config.data.train[0].path, config.data.validation):
+        corpus = Corpus.open(path)
+        batches = evaluation_batches(
+            corpus,
+            seq_len=config.data.seq_len,
+            batch_size=64,
+            packing=config.data.packing,
+            align=config.model.titans.scan.projection_chunk,
+        )
+        counts.append(count_labels(batches, corpus.vocab_size))
+    return unigram_loss(*counts)
+
+
+def _store(config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(
+        config.run_dir / CHECKPOINTS, DataParallel(), config.checkpoint.keep_last
+    )
+
+
+def _tokens(config: RunConfig) -> int:
+    store = _store(config)
+    tokens: int = store.plain(store.complete()[-1])["clock"]["tokens"]
+    return tokens
+
+
+if __name__ == "__main__":
+    sys.exit(main())

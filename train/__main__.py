@@ -1,0 +1,126 @@
+"""python -m train CONFIG [key=value ...] [--resume]: train, or continue, one run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from contextlib import ExitStack, nullcontext
+
+import torch
+
+from data_pipeline import Corpus, CorruptDataError, DataError
+from hope import HopeModel
+from train.callbacks.base import Callback
+from train.callbacks.metrics import Metrics
+from train.callbacks.mlflow import MLflow
+from train.callbacks.progress import Progress
+from train.checkpoint import CheckpointError
+from train.config import ConfigError, RunConfig, load_config
+from train.parallel.data_parallel import DataParallel
+from train.run_folder import RunFolderError, RunLock, check_fresh, check_same_run, save_config
+from train.signals import StopSignals
+from train.trainer import Corpora, NonFiniteError, Trainer
+
+USER_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input (one line on stderr), 1 failed, 128 + n on signal n."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Train a model of the Hope family from a YAML configuration.",
+    )
+    parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4 run_dir=runs/a"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in run_dir from its last checkpoint"
+    )
+    options = parser.parse_intermixed_args(arguments)
+    try:
+        config = load_config(options.config, options.overrides)
+        return train(config, options.resume)
+    except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except NonFiniteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def train(config: RunConfig, resume: bool) -> int:
+    """Run `config` to its end or to a signal; returns the exit status."""
+    prepare_torch(config.num_threads)
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
+    with ExitStack() as stack:
+        signals = stack.enter_context(StopSignals())
+        ranks = stack.enter_context(DataParallel())
+        check_world(config, ranks)
+        stack.enter_context(RunLock(config.run_dir) if ranks.is_first else nullcontext())
+        if resume:
+            check_same_run(config)
+        elif ranks.is_first:
+            check_fresh(config.run_dir)
+        model = HopeModel(config.model, seed=config.seed)
+        callbacks: list[Callback] = []
+        if ranks.is_first:
+            callbacks = [Progress(), Metrics(config.run_dir)]
+            if config.mlflow.enabled:
+                callbacks.append(MLflow(config.mlflow, config.run_dir))
+        trainer = Trainer(config, corpora, ranks, signals, model, callbacks)
+        stack.callback(trainer.loader.close)
+        if resume:
+            trainer.resume()
+        if ranks.is_first:
+            save_config(config)
+        stopped_by = trainer.fit()
+    return 0 if stopped_by is None else 128 + stopped_by
+
+
+def prepare_torch(num_threads: int | None) -> None:
+    """Process-wide settings of torch. Decaying fast weights go denormal, which CPUs do slowly."""
+    torch.set_flush_denormal(True)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+
+
+def open_corpora(config: RunConfig) -> Corpora:
+    """Open the shards that `data` names. Raises DataError when one is missing or damaged."""
+    train_corpora = [Corpus.open(source.path) for source in config.data.train]
+    validation = Corpus.open(config.data.validation)
+    sizes = {corpus.vocab_size for corpus in (*train_corpora, validation)}
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"data: the corpora have different vocabularies, of sizes {sorted(sizes)}"
+        )
+    return Corpora(train_corpora, validation)
+
+
+def with_vocabulary(config: RunConfig, corpora: Corpora) -> RunConfig:
+    """Fill in model.vocab_size from the data; ConfigError when it is set and too small."""
+    needed = corpora.validation.vocab_size
+    size = config.model.vocab_size
+    if size is not None and size < needed:
+        raise ConfigError(f"model.vocab_size={size} is below the data's vocabulary of {needed}")
+    if size is not None:
+        return config
+    model = dataclasses.replace(config.model, vocab_size=needed)
+    return config.model_copy(update={"model": model})
+
+
+def check_world(config: RunConfig, ranks: DataParallel) -> None:
+    """Raises ConfigError when there are more ranks than rows."""
+    if config.batch_rows < ranks.size:
+        raise ConfigError(
+            f"training.batch_tokens gives {config.batch_rows} rows of data.seq_len tokens, "
+            f"fewer than the {ranks.size} data-parallel ranks"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

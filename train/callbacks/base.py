@@ -1,0 +1,29 @@
+"""The contract of a callback: it may read everything of the trainer and change nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.evaluate.perplexity import HeldOut
+    from train.trainer import StepRecord, Trainer
+
+
+class Callback:
+    """Every hook does nothing unless a subclass says otherwise. Runs on the first rank only."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of this process."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """After every training step."""
+
+    def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
+        """After every evaluation."""
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        """After every save."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """After the last step, evaluation and save."""

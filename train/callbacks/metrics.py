@@ -1,0 +1,123 @@
+"""metrics.jsonl and the loss curve of a run folder, written as the run goes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from train.callbacks.base import Callback
+from train.run_folder import METRICS, PLOTS
+
+if TYPE_CHECKING:
+    from train.evaluate.perplexity import HeldOut
+    from train.trainer import StepRecord, Trainer
+
+LOSS_CURVE = "loss.png"
+
+
+class Metrics(Callback):
+    """One JSON object a line: {"kind": "step" | "evaluation", "tokens": n, ...}.
+
+    On resume, lines past the checkpoint are dropped: those steps are about to happen again.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / METRICS
+        self.plot_path = run_dir / PLOTS / LOSS_CURVE
+        self._file: IO[str] | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        kept = [row for row in read_metrics(self.path) if row["tokens"] <= trainer.clock.tokens]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a")
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self._append(
+            {
+                "kind": "step",
+                "step": record.step,
+                "tokens": record.tokens,
+                "loss": record.loss,
+                "grad_norm": record.grad_norm,
+                "lr": record.learning_rates,
+                "tokens_per_second": record.tokens_per_second,
+                "trained_seconds": trainer.trained_seconds,
+            }
+        )
+
+    def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
+        self._append(
+            {
+                "kind": "evaluation",
+                "tokens": trainer.clock.tokens,
+                "loss": held_out.loss,
+                "perplexity": held_out.perplexity,
+                "bits_per_byte": held_out.bits_per_byte,
+                "predicted_tokens": held_out.tokens,
+                "trained_seconds": trainer.trained_seconds,
+            }
+        )
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        plot_loss({trainer.config.run_dir.name: read_metrics(self.path)}, self.plot_path)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics.jsonl; a line cut short by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def plot_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw training (thin) and held-out (dots) loss of each run, over tokens and over seconds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for color, (name, rows) in enumerate(runs.items()):
+        for axis, key in zip(axes, ("tokens", "trained_seconds"), strict=True):
+            steps = [row for row in rows if row["kind"] == "step"]
+            held_out = [row for row in rows if row["kind"] == "evaluation"]
+            axis.plot(
+                [row[key] for row in steps],
+                _smooth([row["loss"] for row in steps]),
+                color=f"C{color}",
+                linewidth=0.8,
+                alpha=0.6,
+            )
+            axis.plot(
+                [row[key] for row in held_out],
+                [row["loss"] for row in held_out],
+                "o-",
+                color=f"C{color}",
+                markersize=3,
+                linewidth=1.5,
+                label=name,
+            )
+    axes[0].set(xlabel="tokens", ylabel="loss, nats per token")
+    axes[1].set(xlabel="seconds of training")
+    axes[0].legend(title="dots: held out, thin: training", fontsize=8, title_fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else keep * smooth[-1] + (1 - keep) * value)
+    return smooth

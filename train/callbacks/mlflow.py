@@ -1,0 +1,98 @@
+"""MLflow tracking: parameters, metrics by token count, the configuration and the loss curve."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.callbacks.base import Callback
+from train.callbacks.metrics import LOSS_CURVE
+from train.config import ConfigError, MLflowConfig, flatten
+from train.run_folder import CONFIG, MLFLOW_RUN_ID, PLOTS
+
+if TYPE_CHECKING:
+    from train.evaluate.perplexity import HeldOut
+    from train.trainer import StepRecord, Trainer
+
+
+class MLflow(Callback):
+    """Logs asynchronously to the given URI, to MLFLOW_TRACKING_URI, or to SQLite beside the runs.
+
+    A resumed run goes on in the same MLflow run. Raises ConfigError when mlflow is not installed.
+    """
+
+    def __init__(self, config: MLflowConfig, run_dir: Path) -> None:
+        try:
+            import mlflow
+        except ImportError:
+            raise ConfigError(
+                "mlflow is not installed: pip install mlflow, or set mlflow.enabled=false"
+            ) from None
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        self._mlflow = mlflow
+        self.every_steps = config.every_steps
+        self.run_dir = run_dir
+        self.uri, self.artifacts = tracking_location(config, run_dir)
+        self.experiment = config.experiment
+
+    def on_start(self, trainer: Trainer) -> None:
+        mlflow = self._mlflow
+        mlflow.set_tracking_uri(self.uri)
+        experiment = mlflow.get_experiment_by_name(self.experiment)
+        if experiment is None:
+            location = self.artifacts.as_uri() if self.artifacts else None
+            mlflow.create_experiment(self.experiment, artifact_location=location)
+        mlflow.set_experiment(self.experiment)
+        id_file = self.run_dir / MLFLOW_RUN_ID
+        run_id = id_file.read_text().strip() if id_file.exists() else None
+        run = mlflow.start_run(run_id=run_id, run_name=None if run_id else self.run_dir.name)
+        if run_id is None:
+            id_file.write_text(run.info.run_id)
+            flat = flatten(trainer.config.model_dump(mode="json"))
+            mlflow.log_params({key: str(value)[:500] for key, value in flat.items()})
+            mlflow.log_param("num_parameters", sum(p.numel() for p in trainer.model.parameters()))
+            mlflow.log_artifact(str(self.run_dir / CONFIG))
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step % self.every_steps:
+            return
+        values = {
+            "train/loss": record.loss,
+            "train/grad_norm": record.grad_norm,
+            "train/tokens_per_second": record.tokens_per_second,
+        }
+        values |= {f"lr/{name}": rate for name, rate in record.learning_rates.items()}
+        values |= {f"firings/{name}": float(n) for name, n in trainer.clock.firings.items()}
+        self._log(values, record.tokens)
+
+    def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
+        values = {
+            "validation/loss": held_out.loss,
+            "validation/perplexity": held_out.perplexity,
+            "validation/bits_per_byte": held_out.bits_per_byte,
+        }
+        self._log(values, trainer.clock.tokens)
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        curve = self.run_dir / PLOTS / LOSS_CURVE
+        if curve.exists():
+            self._mlflow.log_artifact(str(curve), artifact_path=PLOTS)
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._mlflow.flush_async_logging()
+        complete = trainer.clock.tokens >= trainer.config.training.total_tokens
+        self._mlflow.end_run("FINISHED" if complete else "KILLED")
+
+    def _log(self, values: dict[str, float], tokens: int) -> None:
+        self._mlflow.log_metrics(values, step=tokens, synchronous=False)
+
+
+def tracking_location(config: MLflowConfig, run_dir: Path) -> tuple[str, Path | None]:
+    """(tracking URI, artifact folder for the embedded store or None when a server decides)."""
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if uri:
+        return uri, None
+    beside = run_dir.resolve().parent
+    return f"sqlite:///{beside / 'mlflow.db'}", beside / "mlflow-artifacts"

@@ -1,0 +1,82 @@
+"""Progress on the terminal: a bar where there is one, a line now and then where there is not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from train.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from train.evaluate.perplexity import HeldOut
+    from train.trainer import StepRecord, Trainer
+
+LINE_EVERY_SECONDS = 15.0
+
+
+class Progress(Callback):
+    """Loss, tokens/s, ETA and, for each slow level, how many tokens are left to its next firing."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._smooth: float | None = None
+        self._last_line = 0.0
+
+    def on_start(self, trainer: Trainer) -> None:
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=trainer.target_tokens,
+                initial=trainer.clock.tokens,
+                unit="tok",
+                unit_scale=True,
+                dynamic_ncols=True,
+                desc="train",
+            )
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        smooth = self._smooth
+        self._smooth = record.loss if smooth is None else 0.9 * smooth + 0.1 * record.loss
+        waits = " ".join(
+            f"{name} in {_short(trainer.clock.tokens_to_next(name))}"
+            for name, period in trainer.clock.periods.items()
+            if period > 0
+        )
+        text = f"loss {self._smooth:.3f}" + (f" | next: {waits}" if waits else "")
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(record.tokens - self._bar.n)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
+            self._last_line = time.monotonic()
+            left = (trainer.target_tokens - record.tokens) / record.tokens_per_second
+            self._write(
+                f"{record.tokens:,}/{trainer.target_tokens:,} tokens | "
+                f"{record.tokens_per_second:,.0f} tok/s | ETA {left:.0f} s | {text}"
+            )
+
+    def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
+        self._write(
+            f"held out at {trainer.clock.tokens:,} tokens: loss {held_out.loss:.4f} | "
+            f"perplexity {held_out.perplexity:.2f} | {held_out.bits_per_byte:.4f} bits per byte"
+        )
+
+    def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        self._write(f"checkpoint {folder}")
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _write(self, line: str) -> None:
+        tqdm.write(line, file=sys.stderr)
+
+
+def _short(tokens: int) -> str:
+    """Tokens in at most five characters: 512, 12.3K, 4.0M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("K", 10**3)):
+        if tokens >= size:
+            return f"{tokens / size:.1f}{unit}"
+    return str(tokens)

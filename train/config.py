@@ -1,0 +1,304 @@
+"""Typed configuration of a run: YAML plus dotted overrides, strict.
+
+An unknown key, a wrong type or an impossible value raises `ConfigError` with one line that names
+the key. Sizes and durations are in tokens, so that they survive another batch size or world size.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hope.config import HopeConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be used; the message is one line for the user."""
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CorpusConfig(Section):
+    """One corpus of token shards and its share of the training tokens."""
+
+    path: Path
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(Section):
+    """What is read, and in which shape.
+
+    order: "shuffle" draws windows of seq_len tokens in a keyed random order; "stream" gives every
+    batch row its own contiguous text, step after step (for training.state_carry: stream).
+    packing: "aligned" starts documents on multiples of the memory's projection_chunk and marks
+    their starts; "concat" cuts the running text anywhere.
+    """
+
+    train: tuple[CorpusConfig, ...] = Field(min_length=1)
+    validation: Path
+    seq_len: int = Field(512, ge=1)
+    order: Literal["shuffle", "stream"] = "shuffle"
+    packing: Literal["aligned", "concat"] = "aligned"
+    prefetch: int = Field(2, ge=0)
+
+
+class TrainingConfig(Section):
+    """Length and shape of training.
+
+    batch_tokens: tokens of one step over all ranks; micro_batch_rows: rows a forward pass takes
+    at once on a rank (None: all of them), with no effect on the result beyond round-off.
+    stop_at_tokens: stop early, with a checkpoint, without changing any schedule.
+    state_carry: "stream" carries fast weights from step to step along each row (data.order:
+    stream), detached at the step.
+    """
+
+    total_tokens: int = Field(ge=1)
+    batch_tokens: int = Field(8192, ge=1)
+    micro_batch_rows: int | None = Field(None, ge=1)
+    stop_at_tokens: int | None = Field(None, ge=1)
+    state_carry: Literal["none", "stream"] = "none"
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a function of tokens: linear warm-up, then constant or cosine decay."""
+
+    name: Literal["constant", "cosine"] = "cosine"
+    warmup_tokens: int = Field(0, ge=0)
+    min_ratio: float = Field(0.1, ge=0, le=1)
+
+
+class LevelOptimizerConfig(Section):
+    """What differs for one level: its learning rate is lr_scale times the schedule's."""
+
+    lr_scale: float = Field(1.0, ge=0)
+
+
+class OptimizerConfig(Section):
+    """AdamW (arXiv 1711.05101) for every level, stepping at the level's own period."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-3, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    levels: dict[str, LevelOptimizerConfig] = Field(default_factory=dict)
+
+
+class EvaluationConfig(Section):
+    """Held-out loss every so many tokens, over at most max_tokens; once more, whole, at the end."""
+
+    every_tokens: int = Field(1_000_000, ge=1)
+    max_tokens: int = Field(65_536, ge=1)
+    batch_rows: int = Field(16, ge=1)
+
+
+class CheckpointConfig(Section):
+    """A checkpoint every so many tokens, at the end, and on SIGINT or SIGTERM."""
+
+    every_tokens: int = Field(1_000_000, ge=1)
+    keep_last: int = Field(2, ge=1)
+
+
+class MLflowConfig(Section):
+    """Experiment tracking. tracking_uri None: MLFLOW_TRACKING_URI, else SQLite beside the runs."""
+
+    enabled: bool = True
+    experiment: str = "hope"
+    tracking_uri: str | None = None
+    every_steps: int = Field(10, ge=1)
+
+
+class RunConfig(Section):
+    """One run. The resolved form is saved as config.yaml in the run folder."""
+
+    run_dir: Path
+    seed: int = Field(0, ge=0)
+    num_threads: int | None = Field(None, ge=1)
+    model: HopeConfig
+    data: DataConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mlflow: MLflowConfig = MLflowConfig()
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of one step over all ranks."""
+        return self.training.batch_tokens // self.data.seq_len
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        seq_len, batch_tokens = self.data.seq_len, self.training.batch_tokens
+        if batch_tokens % seq_len:
+            nearest = max(1, round(batch_tokens / seq_len)) * seq_len
+            raise ValueError(
+                f"training.batch_tokens={batch_tokens} must be a multiple of "
+                f"data.seq_len={seq_len}; the nearest is {nearest}"
+            )
+        chunk = self.model.titans.scan.projection_chunk
+        remembers = "titans" in self.model.mixers and self.model.titans.writes
+        if remembers and seq_len % chunk:
+            raise ValueError(
+                f"data.seq_len={seq_len} must be a multiple of "
+                f"model.titans.scan.projection_chunk={chunk}; the nearest is "
+                f"{math.ceil(seq_len / chunk) * chunk}"
+            )
+        if self.training.state_carry == "stream" and self.data.order != "stream":
+            raise ValueError(
+                "training.state_carry=stream needs data.order=stream: "
+                "shuffled rows do not continue one another"
+            )
+        known = {"fast", *(level.name for level in self.model.cms.levels)}
+        if unknown := set(self.optimizer.levels) - known:
+            raise ValueError(
+                f"optimizer.levels names {sorted(unknown)}, but the levels are {sorted(known)}"
+            )
+        return self
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML whose floats are YAML 1.2's (so that 3e-4 is a number), duplicates refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"key {key!r} appears twice (line {node.start_mark.line + 1})")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)?$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read YAML, apply `key.subkey=value` overrides (values are YAML), validate.
+
+    Raises ConfigError, one line, for a missing or malformed file, a malformed override, an unknown
+    key, a wrong type or an impossible value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"can't read configuration {path}: {_one_line(error)}") from None
+    raw = _parse(text, str(path))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected a mapping of sections at the top, got {raw!r:.40}")
+    for override in overrides or []:
+        _apply(raw, override)
+    return validate_config(raw, str(path))
+
+
+def validate_config(raw: dict[str, Any], source: str) -> RunConfig:
+    """Validate plain data into a RunConfig; raises ConfigError naming every offending key."""
+    try:
+        return RunConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+    except pydantic.ValidationError as error:
+        problems = [_describe(problem) for problem in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; loading it again gives an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested plain data as dotted keys; lists count their entries."""
+    if isinstance(tree, dict):
+        pairs: list[tuple[Any, Any]] = list(tree.items())
+    elif isinstance(tree, (list, tuple)):
+        pairs = list(enumerate(tree))
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in pairs:
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.subkey=value")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+            continue
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {part!r} lies below a plain value")
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
+    value = _parse(text, f"override {override!r}")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"override {override!r}: {last!r} lies below a plain value")
+
+
+def _index(node: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {override!r}: {part!r} is no entry of a list of {len(node)}")
+    return int(part)
+
+
+def _describe(problem: Any) -> str:
+    parts = [str(part) for part in problem["loc"] if part not in ("int", "literal['step']")]
+    where = ".".join(parts)
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        return f"unknown key {where!r}{hint}"
+    if problem["type"] == "missing":
+        return f"missing key {where!r}"
+    message = _one_line(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "value_error" or not where:
+        return message
+    return f"{where}: {message[0].lower() + message[1:]}, got {problem['input']!r:.60}"
+
+
+def _known_keys() -> set[str]:
+    keys: set[str] = set()
+
+    def walk(schema: Any) -> None:
+        if isinstance(schema, dict):
+            keys.update(schema.get("properties", {}))
+            for value in schema.values():
+                walk(value)
+
+    walk(RunConfig.model_json_schema())
+    return keys
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())

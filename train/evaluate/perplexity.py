@@ -1,0 +1,75 @@
+"""Held-out loss: mean negative log-likelihood, perplexity, bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from data_pipeline import IGNORE, Batch
+from hope import HopeModel
+from train.parallel.data_parallel import DataParallel
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss over `tokens` predicted tokens that stand for `bytes` bytes of text."""
+
+    loss: float  # nats per token
+    tokens: int
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss per token."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Total information in bits over the bytes of the predicted text; tokenizer-independent."""
+        return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
+
+
+class EvaluationInterruptedError(Exception):
+    """Evaluation was asked to stop; nothing was lost, since it changes nothing."""
+
+
+def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the positions that count of -log p(label), in float32. logits [..., V]."""
+    return cross_entropy(
+        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
+    )
+
+
+@torch.inference_mode()
+def evaluate(
+    model: HopeModel,
+    batches: Iterable[Batch],
+    token_bytes: np.ndarray,
+    ranks: DataParallel,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> HeldOut:
+    """Mean loss of `model` over `batches`, each row from a fresh state, over all ranks.
+
+    token_bytes: UTF-8 bytes of each token id. Changes neither the model nor any state. Raises
+    EvaluationInterruptedError between batches when should_stop() answers True.
+    """
+    bytes_of = torch.from_numpy(token_bytes.astype(np.int64))
+    nats, count, size = 0.0, 0, 0
+    for batch in batches:
+        if should_stop():
+            raise EvaluationInterruptedError
+        logits, _ = model(batch.tokens, None, batch.document_starts)
+        counted = batch.labels[batch.labels != IGNORE]
+        nats += float(summed_loss(logits, batch.labels))
+        count += counted.numel()
+        size += int(bytes_of[counted].sum())
+    nats, total, size_total = ranks.sum([nats, count, size])
+    if total == 0:
+        raise ValueError("the held-out data has no token to predict")
+    return HeldOut(nats / total, int(total), int(size_total))

@@ -1,0 +1,35 @@
+"""Which level every parameter belongs to: by name, once, here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from hope.config import HopeConfig
+
+FAST = "fast"
+
+_CMS_PARAMETER = re.compile(r"(?:^|\.)cms\.levels\.(\d+)\.")
+
+
+def level_of(parameter_name: str, config: HopeConfig) -> str:
+    """`fast` for mixers, embeddings, norms and head; else the name of the CMS level."""
+    match = _CMS_PARAMETER.search(parameter_name)
+    return config.cms.levels[int(match.group(1))].name if match else FAST
+
+
+def periods(config: HopeConfig) -> dict[str, int]:
+    """Tokens between firings of every level, fastest first; 0 means every step."""
+    named = {FAST: 0}
+    for level in config.cms.levels:
+        every = level.update_every_tokens
+        named[level.name] = 0 if every == "step" else every
+    return named
+
+
+def group_by_level(names: Iterable[str], config: HopeConfig) -> dict[str, list[str]]:
+    """Parameter names of every level; each name appears exactly once."""
+    groups: dict[str, list[str]] = {name: [] for name in periods(config)}
+    for name in names:
+        groups[level_of(name, config)].append(name)
+    return groups

@@ -1,0 +1,94 @@
+"""Plain data parallelism: every rank holds the whole model and its rows of the global batch.
+
+Gradients are sums over tokens, so ranks only add: the result does not depend on how many rows each
+rank had.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_ELEMENTS = 8 * 1024 * 1024
+
+
+class DataParallel:
+    """This process's place among the data-parallel ranks, as torchrun's environment tells it.
+
+    A context manager: the process group is made on entry and destroyed on exit. One process needs
+    no group, and every collective is then the identity.
+    """
+
+    def __init__(self) -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+
+    def __enter__(self) -> DataParallel:
+        if self.size > 1:
+            dist.init_process_group("gloo")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the files and the logs."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Add numbers over the ranks, in float64."""
+        if self.size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return [float(value) for value in total]
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's `value`, on every rank; plain data only."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.size > 1:
+            dist.barrier()
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Add the gradients of all ranks in place, in buckets."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        held = 0
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            held += parameter.numel()
+            if held >= BUCKET_ELEMENTS:
+                _all_reduce_bucket(bucket)
+                bucket, held = [], 0
+        if bucket:
+            _all_reduce_bucket(bucket)
+
+
+def _all_reduce_bucket(tensors: list[Tensor]) -> None:
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,289 @@
+"""The trainer: one training step, top to bottom on one page, and the loop around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline import Batch, Corpus, Loader, evaluation_batches
+from hope import HopeModel, ModelState
+from hope.state import concatenate_rows, row_axis
+from train.callbacks.base import Callback
+from train.checkpoint import CheckpointStore, load_parameters
+from train.clock import TokenClock, learning_rate
+from train.config import RunConfig
+from train.evaluate.perplexity import (
+    EvaluationInterruptedError,
+    HeldOut,
+    evaluate,
+    summed_loss,
+)
+from train.optim.build import build_cadence
+from train.optim.levels import periods
+from train.parallel.data_parallel import DataParallel
+from train.run_folder import CHECKPOINTS
+from train.signals import StopSignals
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient became infinite or NaN; no weight was moved by it."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did. Rates and counts are over all ranks."""
+
+    step: int
+    tokens: int
+    loss: float  # nats per token that counts
+    grad_norm: float
+    learning_rates: dict[str, float]  # of the levels that fired
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass
+class Corpora:
+    """The opened data of a run."""
+
+    train: list[Corpus]
+    validation: Corpus
+
+
+@dataclass
+class Trainer:
+    """Everything of one run on this rank."""
+
+    config: RunConfig
+    corpora: Corpora
+    ranks: DataParallel
+    signals: StopSignals
+    model: HopeModel
+    callbacks: Sequence[Callback] = ()
+    state: ModelState | None = None
+    trained_seconds: float = 0.0
+    last_evaluation: HeldOut | None = None
+    last_step: StepRecord | None = None
+
+    def __post_init__(self) -> None:
+        config, ranks = self.config, self.ranks
+        self.clock = TokenClock(periods(config.model))
+        self.cadence = build_cadence(self.model, config.model, config.optimizer)
+        self.store = CheckpointStore(
+            config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
+        )
+        self.loader = Loader(
+            self.corpora.train,
+            seq_len=config.data.seq_len,
+            batch_size=config.batch_rows,
+            seed=config.seed,
+            dp_rank=ranks.rank,
+            dp_size=ranks.size,
+            packing=config.data.packing,
+            align=config.model.titans.scan.projection_chunk,
+            order=config.data.order,
+            weights=[source.weight for source in config.data.train],
+            prefetch=config.data.prefetch,
+        )
+
+    @property
+    def target_tokens(self) -> int:
+        """Tokens after which this call of `fit` ends."""
+        stop = self.config.training.stop_at_tokens
+        total = self.config.training.total_tokens
+        return total if stop is None else min(stop, total)
+
+    def step(self) -> StepRecord:
+        """One training step over the next global batch."""
+        started = time.perf_counter()
+        batch = next(self.loader)
+        loss_sum = self._forward_backward(batch)
+        loss_sum, valid = self.ranks.sum([loss_sum, batch.num_valid])
+        self.ranks.sum_gradients(self.model.parameters())
+        firing = self.clock.advance(self.config.training.batch_tokens)
+        rate = partial(
+            learning_rate,
+            self.config.optimizer.schedule,
+            tokens=self.clock.tokens,
+            total_tokens=self.config.training.total_tokens,
+        )
+        try:
+            report = self.cadence.step(
+                firing, int(valid), lambda scale: rate(peak=scale * self.config.optimizer.lr)
+            )
+        except FloatingPointError as error:
+            raise NonFiniteError(
+                f"step {self.clock.steps} ({self.clock.tokens:,} tokens): {error}; "
+                f"loss {loss_sum / valid:.4g}. Lower optimizer.lr or model.titans.scan.eta_max; "
+                "the last checkpoint is unharmed"
+            ) from None
+        seconds = time.perf_counter() - started
+        self.trained_seconds += seconds
+        return StepRecord(
+            step=self.clock.steps,
+            tokens=self.clock.tokens,
+            loss=loss_sum / valid,
+            grad_norm=report.grad_norm,
+            learning_rates=report.learning_rates,
+            seconds=seconds,
+            tokens_per_second=self.config.training.batch_tokens / seconds,
+        )
+
+    def _forward_backward(self, batch: Batch) -> float:
+        """Add this rank's gradient, a sum over its tokens, to every `.grad`; returns the sum."""
+        rows = batch.tokens.shape[0]
+        size = self.config.training.micro_batch_rows or rows
+        total = 0.0
+        carried = []
+        for start in range(0, rows, size):
+            part = slice(start, start + size)
+            before = None
+            if self.state is not None:
+                before = self.state.rows(start, min(start + size, rows))
+            logits, after = self.model(batch.tokens[part], before, batch.document_starts[part])
+            loss = summed_loss(logits, batch.labels[part])
+            loss.backward()
+            total += float(loss.detach())
+            carried.append(after.detach())
+        if self.config.training.state_carry == "stream":
+            self.state = concatenate_rows(carried)
+        return total
+
+    def fit(self) -> int | None:
+        """Train to the target; returns the signal that stopped it early, or None."""
+        self._notify("on_start")
+        total = self.config.training.total_tokens
+        while self.clock.tokens < self.target_tokens and not self._stop_requested():
+            before = self.clock.tokens
+            record = self.last_step = self.step()
+            for callback in self.callbacks:
+                callback.on_step(self, record)
+            if self.clock.tokens >= total:
+                break  # the last evaluation and checkpoint are below
+            if self._crossed(self.config.evaluation.every_tokens, before):
+                self._evaluate(self.config.evaluation.max_tokens)
+            if self._crossed(self.config.checkpoint.every_tokens, before):
+                self.save()
+        stopped = self._stop_requested()
+        if self.clock.tokens >= total and not stopped:
+            stopped = not self._evaluate(None)
+        self.save()
+        self._notify("on_end")
+        return self.signals.received if stopped else None
+
+    def _crossed(self, every: int, before: int) -> bool:
+        """Whether this step passed a multiple of `every` tokens."""
+        return self.clock.tokens // every > before // every
+
+    def _stop_requested(self) -> bool:
+        """Whether any rank was told to stop; the ranks agree on the answer."""
+        flag = float(self.signals.received is not None)
+        return self.ranks.sum([flag])[0] > 0
+
+    def _evaluate(self, max_tokens: int | None) -> bool:
+        """Evaluate and tell the callbacks; False when a signal interrupted it."""
+        try:
+            self.last_evaluation = self.evaluate(max_tokens)
+        except EvaluationInterruptedError:
+            return False
+        for callback in self.callbacks:
+            callback.on_evaluation(self, self.last_evaluation)
+        return True
+
+    def evaluate(self, max_tokens: int | None) -> HeldOut:
+        """Held-out loss over at most max_tokens tokens (None: all of them)."""
+        data = self.config.data
+        batches = evaluation_batches(
+            self.corpora.validation,
+            seq_len=data.seq_len,
+            batch_size=self.config.evaluation.batch_rows,
+            dp_rank=self.ranks.rank,
+            dp_size=self.ranks.size,
+            packing=data.packing,
+            align=self.config.model.titans.scan.projection_chunk,
+            max_tokens=max_tokens,
+        )
+        return evaluate(
+            self.model,
+            batches,
+            self.corpora.validation.token_bytes,
+            self.ranks,
+            self._stop_requested,
+        )
+
+    def _notify(self, event: str) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self)
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that the rest of the run depends on."""
+        optimizer, cadence_plain = self.cadence.state_dict()
+        tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
+        tensors |= self._stream_rows()
+        evaluation = self.last_evaluation
+        plain: dict[str, Any] = {
+            "clock": self.clock.state_dict(),
+            "cadence": cadence_plain,
+            "loader": self.loader.state_dict(),
+            "trained_seconds": self.trained_seconds,
+            "evaluation": vars(evaluation) if evaluation else None,
+            "streams": self.state is not None,
+        }
+        folder = self.store.save(self.clock.tokens, tensors, plain)
+        for callback in self.callbacks:
+            callback.on_checkpoint(self, folder)
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint that verifies, to the bit."""
+        folder = self.store.newest()
+        plain = self.store.plain(folder)
+        load_parameters(self.model, self.store.tensors(folder, "model/"))
+        optimizer = self.store.tensors(folder, "optimizer/")
+        self.cadence.load_state_dict(
+            {name.removeprefix("optimizer/"): tensor for name, tensor in optimizer.items()},
+            plain["cadence"],
+        )
+        self.clock.load_state_dict(plain["clock"])
+        self.loader.load_state_dict(plain["loader"])
+        self.trained_seconds = plain["trained_seconds"]
+        if plain["evaluation"]:
+            self.last_evaluation = HeldOut(**plain["evaluation"])
+        if plain["streams"]:
+            self._load_stream_rows(folder)
+
+    def _own_rows(self) -> range:
+        """The global batch rows that this rank holds."""
+        rows, ranks = self.config.batch_rows, self.ranks
+        return range(ranks.rank * rows // ranks.size, (ranks.rank + 1) * rows // ranks.size)
+
+    def _stream_rows(self) -> dict[str, Tensor]:
+        """Carried state by global row, so that any number of ranks can take it up again."""
+        if self.state is None:
+            return {}
+        return {
+            f"stream/{row}/{name}": tensor.select(row_axis(name), local).contiguous()
+            for name, tensor in self.state.named_tensors().items()
+            for local, row in enumerate(self._own_rows())
+            if tensor.numel() > 0
+        }
+
+    def _load_stream_rows(self, folder: Any) -> None:
+        saved = [self.store.tensors(folder, f"stream/{row}/") for row in self._own_rows()]
+
+        def take(name: str, empty: Tensor) -> Tensor:
+            if empty.numel() == 0:
+                return empty
+            parts = [
+                tensors[f"stream/{row}/{name}"]
+                for row, tensors in zip(self._own_rows(), saved, strict=True)
+            ]
+            return torch.stack(parts, dim=row_axis(name))
+
+        self.state = self.model.initial_state(len(saved)).detach().map(take)
