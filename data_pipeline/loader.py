@@ -258,12 +258,12 @@ def evaluation_batches(
     """Every window of `corpus` once, in order: a finite iterator of this rank's batches.
 
     The windows are the same for every dp_size; the last batch is filled up with rows that are
-    padding throughout, so all ranks get the same number of batches. `max_tokens` ends the corpus
-    after that many positions, rounded down to whole windows and at least one.
+    padding throughout, so all ranks get the same number of batches. `max_tokens` takes only that
+    many positions, rounded down to whole windows and at least one, spread evenly over the corpus.
     """
     first, last = rows_of_rank(batch_size, dp_rank, dp_size)
     windows = make_packing(packing, corpus, seq_len, align)
-    number = windows.num_windows
+    whole = number = windows.num_windows
     if max_tokens is not None:
         if max_tokens < 1:
             raise DataError(f"max_tokens {max_tokens} must be at least 1")
@@ -273,8 +273,8 @@ def evaluation_batches(
     def batches() -> Iterator[Batch]:
         which = np.zeros(last - first, np.int64)
         for start in range(0, number, batch_size):
-            wanted = np.arange(start + first, start + last)
-            wanted[wanted >= number] = -1
+            place = np.arange(start + first, start + last)
+            wanted = np.where(place < number, place * whole // number, -1)
             yield make_batch(*reader.rows(which, wanted), corpus.eos_id, corpus.pad_id)
 
     return batches()

@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,10 @@ from data_pipeline import Corpus
 from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig
 from tools.figures import table, write_figures
 from tools.prepare import prepare_sotu
-from tools.quickstart import CONFIG_FILE, finished, held_out_unigram
+from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
 from train.callbacks.metrics import plot_loss, read_metrics
 from train.config import RunConfig, load_config
-from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+from train.run_folder import CONFIG, METRICS
 
 RUNS = Path("runs/compare")
 BASELINE_LEVEL = "mlp"
@@ -59,16 +59,24 @@ def main(arguments: list[str] | None = None) -> int:
     variants = make_variants(base)
     jobs = [(variant, seed) for seed in range(options.seeds) for variant in variants]
     started = time.monotonic()
+    pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            done = pool.map(lambda job: train_one(*job, options.overrides), jobs)
-            for number, name in enumerate(done, start=1):
-                passed = time.monotonic() - started
-                left = passed / number * (len(jobs) - number)
-                print(f"{number}/{len(jobs)} {name} | {passed:.0f} s, about {left:.0f} s left")
+        running = [pool.submit(train_one, *job, options.overrides) for job in jobs]
+        for number, job in enumerate(as_completed(running), start=1):
+            name = job.result()
+            passed = time.monotonic() - started
+            left = passed / number * (len(jobs) - number)
+            print(
+                f"{number}/{len(jobs)} {name} | {passed:.0f} s, about {left:.0f} s left", flush=True
+            )
     except subprocess.CalledProcessError as error:
-        print(f"error: {' '.join(map(str, error.cmd))}: {error.stderr.strip()}", file=sys.stderr)
+        print(f"error: {error.cmd[-1]}: {error.stderr.strip()}", file=sys.stderr)
         return int(error.returncode)
+    except KeyboardInterrupt:
+        print("stopping: each run writes its checkpoint, the next call goes on", file=sys.stderr)
+        return 130
+    finally:
+        pool.shutdown(cancel_futures=True)
     print("\n" + report(base, variants, options.seeds))
     return 0
 
@@ -130,7 +138,7 @@ def train_one(variant: Variant, seed: int, overrides: list[str]) -> str:
     ]
     config = load_config(words[0], words[1:])
     if not finished(config):
-        resume = ["--resume"] if (config.run_dir / CHECKPOINTS).exists() else []
+        resume = ["--resume"] if checkpoints(config).complete() else []
         subprocess.run(
             [sys.executable, "-m", "train", *words, *resume],
             check=True,

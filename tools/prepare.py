@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +30,23 @@ def prepare_sotu() -> None:
 
 
 def run(module: str, *arguments: object) -> None:
-    """Show and run `python -m MODULE ARGUMENTS`, waiting for it to finish."""
+    """Show and run `python -m MODULE ARGUMENTS`; CalledProcessError when it fails.
+
+    On Ctrl-C and SIGTERM the command is given the time to stop by itself: training, for one, has
+    a checkpoint to write.
+    """
     words = [str(argument) for argument in arguments]
     print(f"$ python -m {module} {' '.join(words)}", flush=True)
-    subprocess.run([sys.executable, "-m", module, *words], check=True)
+    command = [sys.executable, "-m", module, *words]
+    with subprocess.Popen(command) as process:
+        before = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),  # it had the Ctrl-C too
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if code:
+        raise subprocess.CalledProcessError(code, command)

@@ -35,21 +35,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         prepare_sotu()
         if not finished(config):
-            resume = ["--resume"] if _store(config).complete() else []
+            resume = ["--resume"] if checkpoints(config).complete() else []
             run("train", CONFIG_FILE, *options.overrides, *resume)
         print()
         run("tools.generate", config.run_dir, "--prompt", PROMPT, "--max-tokens", 160)
     except subprocess.CalledProcessError as error:
         return error.returncode
-    except KeyboardInterrupt:
-        return 130
     print("\n" + report(config))
     return 0
 
 
 def finished(config: RunConfig) -> bool:
     """Whether the run folder holds a checkpoint at the run's last token."""
-    complete = _store(config).complete()
+    complete = checkpoints(config).complete()
     if not complete or not (config.run_dir / CONFIG).exists():
         return False
     return _tokens(config) >= config.training.total_tokens
@@ -57,7 +55,7 @@ def finished(config: RunConfig) -> bool:
 
 def report(config: RunConfig) -> str:
     """The closing table: what was trained, how well, and what to do next."""
-    store = _store(config)
+    store = checkpoints(config)
     plain = store.plain(store.complete()[-1])
     rows = read_metrics(config.run_dir / METRICS)
     steps = [row for row in rows if row["kind"] == "step"]
@@ -110,14 +108,15 @@ def held_out_unigram(config: RunConfig) -> float:
     return unigram_loss(*counts)
 
 
-def _store(config: RunConfig) -> CheckpointStore:
+def checkpoints(config: RunConfig) -> CheckpointStore:
+    """The checkpoints of a run, as the only rank sees them."""
     return CheckpointStore(
         config.run_dir / CHECKPOINTS, DataParallel(), config.checkpoint.keep_last
     )
 
 
 def _tokens(config: RunConfig) -> int:
-    store = _store(config)
+    store = checkpoints(config)
     tokens: int = store.plain(store.complete()[-1])["clock"]["tokens"]
     return tokens
 

@@ -19,8 +19,8 @@ from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError
 from train.config import ConfigError, RunConfig, load_config
 from train.parallel.data_parallel import DataParallel
-from train.run_folder import RunFolderError, RunLock, check_fresh, check_same_run, save_config
-from train.signals import StopSignals
+from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
+from train.signals import stop_signals
 from train.trainer import Corpora, NonFiniteError, Trainer
 
 USER_ERROR = 2
@@ -58,10 +58,10 @@ def train(config: RunConfig, resume: bool) -> int:
     corpora = open_corpora(config)
     config = with_vocabulary(config, corpora)
     with ExitStack() as stack:
-        signals = stack.enter_context(StopSignals())
+        signals = stack.enter_context(stop_signals())
         ranks = stack.enter_context(DataParallel())
         check_world(config, ranks)
-        stack.enter_context(RunLock(config.run_dir) if ranks.is_first else nullcontext())
+        stack.enter_context(run_lock(config.run_dir) if ranks.is_first else nullcontext())
         if resume:
             check_same_run(config)
         elif ranks.is_first:

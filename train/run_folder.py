@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 
 from train.checkpoint.manifest import MARKER
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
@@ -25,39 +26,23 @@ class RunFolderError(RuntimeError):
     """A run folder that can't be used for what was asked; the message is one line."""
 
 
-class RunLock:
-    """Holds the run folder for this process; raises RunFolderError when another one has it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> RunLock:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise RunFolderError(
-                f"can't write to run folder {self.path.parent}: {error.strerror}"
-            ) from None
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._descriptor)
-            raise RunFolderError(
-                f"{self.path.parent} is in use by another training process; "
-                "wait for it or choose another run_dir"
-            ) from None
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold the run folder for this process; RunFolderError when another one has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"can't write to run folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunFolderError(
+            f"{folder} is in use by another training process; wait for it or choose another run_dir"
+        ) from None
+    finally:
+        os.close(lock)
 
 
 def check_fresh(folder: Path) -> None:

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
+@dataclass
 class StopSignals:
-    """Context manager that remembers the first SIGINT or SIGTERM instead of dying of it.
+    """The number of the signal that asked this process to stop, or None."""
+
+    received: int | None = None
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """Remember the first SIGINT or SIGTERM instead of dying of it.
 
     A second signal of the same kind has its usual effect at once.
     """
+    signals = StopSignals()
 
-    HANDLED = (signal.SIGINT, signal.SIGTERM)
+    def remember(number: int, _frame: FrameType | None) -> None:
+        signals.received = number
+        signal.signal(number, previous[number])
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> StopSignals:
-        for number in self.HANDLED:
-            self._previous[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, self._previous[number])  # type: ignore[arg-type]
+    previous: dict[int, Any] = {number: signal.signal(number, remember) for number in HANDLED}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

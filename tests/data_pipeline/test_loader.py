@@ -403,6 +403,18 @@ def test_evaluation_ends_after_max_tokens(corpus):
     assert count(10**9) == count(None)
 
 
+def test_part_of_an_evaluation_is_spread_over_the_corpus(corpus):
+    def rows(max_tokens):
+        options = {"seq_len": 64, "batch_size": 4, "max_tokens": max_tokens}
+        return [row for batch in evaluation_batches(corpus, **options) for row in rows_of(batch)]
+
+    every = rows(None)
+    total = len(every)
+    while all(token == corpus.pad_id for token, _, _ in every[total - 1]):
+        total -= 1
+    assert rows(64 * 8)[:8] == [every[i * total // 8] for i in range(8)]
+
+
 def test_evaluation_wants_at_least_a_token(corpus):
     with pytest.raises(DataError, match="max_tokens 0"):
         evaluation_batches(corpus, seq_len=64, batch_size=1, max_tokens=0)

@@ -251,10 +251,10 @@ def test_what_a_run_folder_refuses(
 
 
 def test_a_second_job_on_the_same_folder_is_refused(make_config, config_file: Path) -> None:
-    from train.run_folder import RunLock
+    from train.run_folder import run_lock
 
     config = make_config()
-    with RunLock(config.run_dir):
+    with run_lock(config.run_dir):
         result = subprocess.run(
             command(config_file), capture_output=True, text=True, env=ENVIRONMENT, check=False
         )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,12 +42,12 @@ class MLflow(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         mlflow = self._mlflow
-        mlflow.set_tracking_uri(self.uri)
-        experiment = mlflow.get_experiment_by_name(self.experiment)
-        if experiment is None:
-            location = self.artifacts.as_uri() if self.artifacts else None
-            mlflow.create_experiment(self.experiment, artifact_location=location)
-        mlflow.set_experiment(self.experiment)
+        with self._alone():
+            mlflow.set_tracking_uri(self.uri)
+            if mlflow.get_experiment_by_name(self.experiment) is None:
+                location = self.artifacts.as_uri() if self.artifacts else None
+                mlflow.create_experiment(self.experiment, artifact_location=location)
+            mlflow.set_experiment(self.experiment)
         id_file = self.run_dir / MLFLOW_RUN_ID
         run_id = id_file.read_text().strip() if id_file.exists() else None
         run = mlflow.start_run(run_id=run_id, run_name=None if run_id else self.run_dir.name)
@@ -54,6 +57,17 @@ class MLflow(Callback):
             mlflow.log_params({key: str(value)[:500] for key, value in flat.items()})
             mlflow.log_param("num_parameters", sum(p.numel() for p in trainer.model.parameters()))
             mlflow.log_artifact(str(self.run_dir / CONFIG))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Runs that start together must not create the embedded store twice."""
+        if self.artifacts is None:
+            yield
+            return
+        self.artifacts.mkdir(parents=True, exist_ok=True)
+        with (self.artifacts / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         if record.step % self.every_steps:
