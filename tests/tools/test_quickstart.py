@@ -20,6 +20,7 @@ def overrides(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
         f"data.train=[{{path: {corpora['train']}}}]",
         f"data.validation={corpora['validation']}",
         "data.seq_len=64",
+        "model.titans.scan.eta_max=0.01",
         "training.batch_tokens=256",
         "training.total_tokens=5120",
         "model.cms.levels.1.update_every_tokens=1024",
@@ -91,7 +92,7 @@ def test_mlflow_has_parameters_metrics_and_artifacts(printed: str, overrides: li
     run_id = (run_dir / "mlflow_run_id").read_text()
     run = client.get_run(run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params["model.titans.scan.eta_max"] == "0.03"
+    assert run.data.params["model.titans.scan.eta_max"] == "0.01"
     assert int(run.data.params["num_parameters"]) > 100_000
     rows = read_metrics(run_dir / "metrics.jsonl")
     steps = {row["tokens"]: row["loss"] for row in rows if row["kind"] == "step"}
