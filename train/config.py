@@ -212,8 +212,9 @@ def validate_config(raw: dict[str, Any], source: str) -> RunConfig:
     try:
         return RunConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
     except pydantic.ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
-        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+        # A value that may be of several types is a problem for each: one of them is enough.
+        problems = {_where(problem): _describe(problem) for problem in reversed(error.errors())}
+        raise ConfigError(f"{source}: " + "; ".join(reversed(problems.values()))) from None
 
 
 def dump_config(config: RunConfig) -> str:
@@ -272,11 +273,15 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
+def _where(problem: Any) -> str:
+    """The dotted key of a problem, without the names of the alternatives of a union."""
+    return ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['step']"))
+
+
 def _describe(problem: Any) -> str:
-    parts = [str(part) for part in problem["loc"] if part not in ("int", "literal['step']")]
-    where = ".".join(parts)
+    where = _where(problem)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        close = difflib.get_close_matches(parts[-1], _known_keys(), n=1)
+        close = difflib.get_close_matches(where.rpartition(".")[2], _known_keys(), n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         return f"unknown key {where!r}{hint}"
     if problem["type"] == "missing":

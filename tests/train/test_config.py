@@ -27,6 +27,11 @@ MISTAKES = [
     (["model.cms.levels.0.name=fast"], "can't be called 'fast'"),
     (["model.cms.levels.1.update_every_tokens=99999"], "ordered fastest first"),
     (["model.cms.levels.7.name=x"], "'7' is no entry of a list of 3"),
+    (
+        ["model.cms.levels.1.update_every_tokens=abc", "optimizer.lr=x"],
+        ": model.cms.levels.1.update_every_tokens: input should be a valid integer, got 'abc'; "
+        "optimizer.lr: input should be a valid number, got 'x'\n",
+    ),
     (["model.titans.initial_eta=0.6"], "must lie between 0 and titans.scan.eta_max"),
     (["optimizer.lr"], "not of the form key.subkey=value"),
     (["seed=3", "seed.x=1"], "lies below a plain value"),
