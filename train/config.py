@@ -42,8 +42,9 @@ class DataConfig(Section):
 
     order: "shuffle" draws windows of seq_len tokens in a keyed random order; "stream" gives every
     batch row its own contiguous text, step after step (for training.state_carry: stream).
-    packing: "aligned" starts documents on multiples of the memory's projection_chunk and marks
-    their starts; "concat" cuts the running text anywhere.
+    packing: "aligned" starts documents on multiples of the memory's projection_chunk, where
+    memories, convolutions and attention begin anew; "concat" cuts the running text anywhere, and
+    the model is not told where documents start.
     """
 
     train: tuple[CorpusConfig, ...] = Field(min_length=1)
@@ -52,6 +53,11 @@ class DataConfig(Section):
     order: Literal["shuffle", "stream"] = "shuffle"
     packing: Literal["aligned", "concat"] = "aligned"
     prefetch: int = Field(2, ge=0)
+
+    @property
+    def tells_documents(self) -> bool:
+        """Whether the model is told where documents start."""
+        return self.packing == "aligned"
 
 
 class TrainingConfig(Section):

@@ -44,7 +44,6 @@ class StepRecord:
     loss: float  # nats per token that counts
     grad_norm: float
     learning_rates: dict[str, float]  # of the levels that fired
-    seconds: float
     tokens_per_second: float
 
 
@@ -69,7 +68,6 @@ class Trainer:
     state: ModelState | None = None
     trained_seconds: float = 0.0
     last_evaluation: HeldOut | None = None
-    last_step: StepRecord | None = None
 
     def __post_init__(self) -> None:
         config, ranks = self.config, self.ranks
@@ -131,7 +129,6 @@ class Trainer:
             loss=loss_sum / valid,
             grad_norm=report.grad_norm,
             learning_rates=report.learning_rates,
-            seconds=seconds,
             tokens_per_second=self.config.training.batch_tokens / seconds,
         )
 
@@ -146,7 +143,8 @@ class Trainer:
             before = None
             if self.state is not None:
                 before = self.state.rows(start, min(start + size, rows))
-            logits, after = self.model(batch.tokens[part], before, batch.document_starts[part])
+            starts = batch.document_starts[part] if self.config.data.tells_documents else None
+            logits, after = self.model(batch.tokens[part], before, starts)
             loss = summed_loss(logits, batch.labels[part])
             loss.backward()
             total += float(loss.detach())
@@ -161,7 +159,7 @@ class Trainer:
         total = self.config.training.total_tokens
         while self.clock.tokens < self.target_tokens and not self._stop_requested():
             before = self.clock.tokens
-            record = self.last_step = self.step()
+            record = self.step()
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if self.clock.tokens >= total:
@@ -214,7 +212,8 @@ class Trainer:
             batches,
             self.corpora.validation.token_bytes,
             self.ranks,
-            self._stop_requested,
+            tells_documents=data.tells_documents,
+            should_stop=self._stop_requested,
         )
 
     def _notify(self, event: str) -> None:

@@ -87,6 +87,22 @@ def test_levels_fire_as_the_clock_says(make_config) -> None:
     assert fired == {"b": [3, 6, 9, 12], "c": [5, 10]}
 
 
+def test_documents_that_start_anywhere_are_not_told_apart(make_config) -> None:
+    """packing: concat puts document starts where no memory could be reset."""
+    config = make_config(
+        **{
+            "data.packing": "concat",
+            "data.order": "stream",
+            "training.batch_tokens": 4096,
+            "training.total_tokens": 14 * 4096,
+        }
+    )
+    lengths = open_corpora(config).train[0].document_lengths(0)
+    assert lengths[0] % config.model.titans.scan.projection_chunk  # the second starts elsewhere
+    assert sum(lengths) < config.training.total_tokens  # and is reached
+    assert train(config, resume=False) == 0
+
+
 def test_training_learns(make_config) -> None:
     config = make_config(**{"training.total_tokens": 60 * 256})
     train(config, resume=False)

@@ -52,11 +52,14 @@ def evaluate(
     batches: Iterable[Batch],
     token_bytes: np.ndarray,
     ranks: DataParallel,
+    *,
+    tells_documents: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> HeldOut:
     """Mean loss of `model` over `batches`, each row from a fresh state, over all ranks.
 
-    token_bytes: UTF-8 bytes of each token id. Changes neither the model nor any state. Raises
+    token_bytes: UTF-8 bytes of each token id; tells_documents: whether the model is told where
+    documents start inside a row. Changes neither the model nor any state. Raises
     EvaluationInterruptedError between batches when should_stop() answers True.
     """
     bytes_of = torch.from_numpy(token_bytes.astype(np.int64))
@@ -64,7 +67,8 @@ def evaluate(
     for batch in batches:
         if should_stop():
             raise EvaluationInterruptedError
-        logits, _ = model(batch.tokens, None, batch.document_starts)
+        starts = batch.document_starts if tells_documents else None
+        logits, _ = model(batch.tokens, None, starts)
         counted = batch.labels[batch.labels != IGNORE]
         nats += float(summed_loss(logits, batch.labels))
         count += counted.numel()
