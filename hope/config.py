@@ -32,7 +32,9 @@ class TitansConfig:
     writes: False freezes every memory at its learned start, the memory-off control: only
         M_mem,0 is read, and nothing is written or recurrent beyond the convolution.
     conv_width: taps of the causal depthwise convolutions before the memories.
-    initial_eta: the write strength that training starts from, below scan.eta_max.
+    initial_eta: the write strength that training starts from, below scan.eta_max. Under
+        1 / (2 projection_chunk) memories that start with a gain of up to 5 were measured to stay
+        bounded (docs/stability.md).
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -41,7 +43,7 @@ class TitansConfig:
     adaptive_query: bool = False
     writes: bool = True
     conv_width: int = 4
-    initial_eta: float = 0.02
+    initial_eta: float = 0.0075
     scan: ScanConfig = field(default_factory=ScanConfig)
 
     def __post_init__(self) -> None:
