@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{number}/{len(jobs)} {name} | {passed:.0f} s, about {left:.0f} s left", flush=True
             )
     except subprocess.CalledProcessError as error:
-        print(f"error: {error.cmd[-1]}: {error.stderr.strip()}", file=sys.stderr)
+        print(f"error: {' '.join(error.cmd)}: {error.stderr.strip()}", file=sys.stderr)
         return int(error.returncode)
     except KeyboardInterrupt:
         print("stopping: each run writes its checkpoint, the next call goes on", file=sys.stderr)

@@ -35,12 +35,14 @@ def run_lock(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise RunFolderError(f"can't write to run folder {folder}: {error.strerror}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(
+                f"{folder} is in use by another training process; "
+                "wait for it or choose another run_dir"
+            ) from None
         yield
-    except BlockingIOError:
-        raise RunFolderError(
-            f"{folder} is in use by another training process; wait for it or choose another run_dir"
-        ) from None
     finally:
         os.close(lock)
 
