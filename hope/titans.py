@@ -72,9 +72,7 @@ class SelfModifyingTitans(nn.Module):
         """The state before the first token: M_0, empty convolution tails, nothing pending."""
         memory = None
         if self.writes:
-            w1 = self.memory_w1.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-            w2 = self.memory_w2.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-            memory = MemoryState(w1, w2)
+            memory = self._start(batch, self.gate.weight.dtype)
         tail = self.gate.weight.new_zeros(
             batch, self.conv_x.width - 1, self.num_heads * self.head_dim
         )
@@ -111,7 +109,10 @@ class SelfModifyingTitans(nn.Module):
         state: TitansState | None,
         document_starts: Tensor | None,
     ) -> tuple[Tensor, MemoryState, Tensor, Tensor]:
-        """Read and write; returns (read, memory at the last chunk boundary, pending x, q)."""
+        """Read and write; returns (read, memory at the last chunk boundary, pending x, q).
+
+        What is returned to be carried has memory of its own, and none of the parameters'.
+        """
         length = inputs.shape[2]
         memory = state.memory if state is not None else None
         pending = state.pending_x.shape[2] if state is not None else 0
@@ -128,7 +129,7 @@ class SelfModifyingTitans(nn.Module):
         whole *= self.scan_config.projection_chunk
         if whole == inputs.shape[2] and pending == 0:
             read, memory = scan(inputs, query, weights, self.scan_config, memory, document_starts)
-            return read, memory, inputs[:, :, :0], query[:, :, :0]
+            return read, memory, inputs[:, :, :0].clone(), query[:, :, :0].clone()
         head_starts = tail_starts = None
         if document_starts is not None:
             head_starts, tail_starts = document_starts[:, :whole], document_starts[:, whole:]
@@ -143,10 +144,25 @@ class SelfModifyingTitans(nn.Module):
         if inputs.shape[2] > 0:
             read, _ = scan(inputs, query, weights, self.scan_config, memory, tail_starts)
             reads.append(read)
+            # A document that starts with what is pending starts from M_0 in the next call too.
+            start = self._start(inputs.shape[0], inputs.dtype)
             if memory is None:
-                memory = self.initial_state(inputs.shape[0], decoding=True).memory
+                memory = MemoryState(*(z.clone() for z in start))
+            elif tail_starts is not None:
+                again = tail_starts[:, 0].view(1, -1, 1, 1, 1)
+                memory = MemoryState(
+                    *(torch.where(again, z0, z) for z0, z in zip(start, memory, strict=True))
+                )
         assert memory is not None
-        return torch.cat(reads, dim=2)[:, :, -length:], memory, inputs, query
+        return torch.cat(reads, dim=2)[:, :, -length:], memory, inputs.clone(), query.clone()
+
+    def _start(self, batch: int, dtype: torch.dtype) -> MemoryState:
+        """M_0 for every row, a view where it can be, as activations of that dtype need it."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        starts = (self.memory_w1, self.memory_w2)
+        return MemoryState(
+            *(z.to(dtype).unsqueeze(1).expand(-1, batch, -1, -1, -1) for z in starts)
+        )
 
     def _read_start(self, query: Tensor) -> Tensor:
         """o_t = M_mem,0(q_t): the memory-off control. query [B, N, T, d] -> [B, N, T, d]."""
