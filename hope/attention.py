@@ -8,6 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hope.config import HopeConfig
 from hope.convolution import CausalConvolution
+from hope.flash import load_flash
 from hope.flops import Flops, linear_flops, softmax_flops, sum_flops
 from hope.init import Linear
 from hope.sharding import Shard, ShardPlan, within
@@ -40,12 +41,15 @@ class Attention(nn.Module):
     nothing is carried; with an `AttentionState`, keys and values are appended to it (decoding).
     A token attends to earlier tokens of its own document only. `num_heads` counts the heads held
     here: all of them, or this rank's when the parameters were divided by `shard_plan`.
+
+    Raises ValueError when config.attention.backend asks for flash-attn and it is not installed.
     """
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rope_theta = config.attention.rope_theta
+        self.flash = load_flash(config.attention.backend)
         std = config.dim**-0.5
         self.q = Linear(config.dim, config.dim, std)
         self.k = Linear(config.dim, config.dim, std)
@@ -135,7 +139,9 @@ class Attention(nn.Module):
         cosine, sine = rotary_angles(positions, self.head_dim, self.rope_theta, precision)
         q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
 
-        if state is None and document_starts is None:
+        if state is None and self.flash is not None and self.flash.takes(q):
+            mixed = self.flash(q, k, v, document_starts)
+        elif state is None and document_starts is None:
             mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             documents = self._document_ids(x, state, document_starts)
