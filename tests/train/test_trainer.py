@@ -52,7 +52,9 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
     assert losses(one) == losses(other)
 
 
-@pytest.mark.parametrize("changes", [{}, STREAM, {"model.mixer": "attention"}])
+@pytest.mark.parametrize(
+    "changes", [{}, STREAM, {"model.mixer": "attention"}, {"model.titans.writes": False}]
+)
 def test_a_stopped_run_resumes_to_the_bit(make_config, tmp_path: Path, changes: dict) -> None:
     """Stopped twice, both times inside the periods of both slow levels."""
     straight = make_config(**changes)
@@ -173,8 +175,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
         [],
         ["model.mixer=attention"],
         ["training.state_carry=stream", "data.order=stream"],
+        ["model.titans.writes=false"],
     ],
-    ids=["hope", "attention", "stream"],
+    ids=["hope", "attention", "stream", "writes_off"],
 )
 def test_two_ranks_give_the_losses_of_one(
     config_file: Path, tmp_path: Path, overrides: list[str]
