@@ -18,6 +18,7 @@ from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError
 from train.config import ConfigError, RunConfig, load_config
+from train.cpu import prepare_cpu
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
 from train.signals import stop_signals
@@ -83,8 +84,8 @@ def train(config: RunConfig, resume: bool) -> int:
 
 
 def prepare_torch(num_threads: int | None) -> None:
-    """Process-wide settings of torch. Decaying fast weights go denormal, which CPUs do slowly."""
-    torch.set_flush_denormal(True)
+    """Process-wide settings of torch."""
+    prepare_cpu()
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 

@@ -6,6 +6,8 @@ slices; what is written to is contiguous over (m, G).
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -19,15 +21,20 @@ class Scratch:
 
     def __init__(self, like: Tensor) -> None:
         self._like = like
-        self._buffers: dict[tuple[object, tuple[int, ...]], Tensor] = {}
+        self._memory: dict[object, Tensor] = {}
+        self._views: dict[tuple[object, tuple[int, ...]], Tensor] = {}
         self._turn = 0
 
     def __call__(self, name: object, *shape: int) -> Tensor:
         """An uninitialised or overwritable tensor of the call's dtype and device."""
-        buffer = self._buffers.get((name, shape))
-        if buffer is None:
-            buffer = self._buffers[name, shape] = self._like.new_empty(shape)
-        return buffer
+        view = self._views.get((name, shape))
+        if view is None:
+            size = prod(shape)
+            memory = self._memory.get(name)
+            if memory is None or memory.numel() < size:
+                memory = self._memory[name] = self._like.new_empty(size)
+            view = self._views[name, shape] = memory[:size].view(shape)
+        return view
 
     def turn(self) -> int:
         """0 and 1 in turns: a name for what must outlive the next of its kind, not the one
