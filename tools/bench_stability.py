@@ -19,6 +19,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 from tqdm import tqdm
 
 from data_pipeline import Corpus, CorruptDataError, DataError
@@ -42,13 +43,16 @@ class Record:
 
     tokens: how many so far. ratio: [M, 4], Frobenius norm of each memory's (W1, W2) over the one
     it started with, the largest over layers and heads, by memory and stream; change: the same of
-    the distance from the start. output: [4], the largest root mean square of a token's output.
+    the distance from the start. gain: [M, 4], mean of |W1 act(W2 z)| over unit vectors z, heads
+    and layers: what reading the memory adds to its query. output: [4], the largest root mean
+    square of a token's output.
     finite: tokens of each stream before the first output that is not finite.
     """
 
     tokens: list[int] = field(default_factory=list)
     ratio: list[Tensor] = field(default_factory=list)
     change: list[Tensor] = field(default_factory=list)
+    gain: list[Tensor] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)
     finite: list[int] = field(default_factory=lambda: [0] * len(STREAMS))
 
@@ -193,7 +197,7 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
     with tqdm(total=len(text), unit="tok", unit_scale=True, mininterval=interval) as bar:
         for x in segments(model, text, segment):
             length = x.shape[1]
-            ratios, changes, output = [], [], torch.zeros(len(STREAMS))
+            ratios, changes, gains, output = [], [], [], torch.zeros(len(STREAMS))
             for number, layer in enumerate(layers):
                 mixed, states[number] = layer.mixer(layer.norm(x), states[number])
                 x = layer.cms(x + mixed)
@@ -201,6 +205,7 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
                     ratio, change = _norms(layer.mixer, states[number].memory)
                     ratios.append(ratio)
                     changes.append(change)
+                    gains.append(_gain(states[number].memory))
                     sizes = _plain(mixed.float().square().mean(dim=-1).sqrt())
                     output = torch.maximum(output, sizes.amax(dim=1))
             finite = x.isfinite().all(dim=-1)
@@ -212,6 +217,7 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
             record.tokens.append(bar.n)
             record.ratio.append(torch.stack(ratios).amax(dim=0))
             record.change.append(torch.stack(changes).amax(dim=0))
+            record.gain.append(torch.stack(gains).mean(dim=0))
             record.output.append(output)
             bar.set_postfix_str(f"norm ratio {float(record.ratio[-1].max()):.3g}", refresh=False)
             if not alive.any():
@@ -229,6 +235,15 @@ def _norms(mixer: Any, memory: MemoryState) -> tuple[Tensor, Tensor]:
     ratio = _joint_norm(memory.w1, memory.w2) / before
     change = _joint_norm(memory.w1 - starts[0], memory.w2 - starts[1]) / before
     return _plain(ratio).amax(dim=-1), _plain(change).amax(dim=-1)
+
+
+def _gain(memory: MemoryState) -> Tensor:
+    """Mean of |W1 act(W2 z)| over 256 random unit vectors z and all heads: [M, B]."""
+    directions = torch.Generator().manual_seed(seed_from("stability", "directions"))
+    z = torch.randn(256, memory.w2.shape[-1], generator=directions, dtype=memory.w2.dtype)
+    z = z / z.norm(dim=-1, keepdim=True)
+    hidden = gelu(z @ memory.w2.mT, approximate="tanh")
+    return _plain((hidden @ memory.w1.mT).norm(dim=-1).mean(dim=(-2, -1)))
 
 
 def _joint_norm(w1: Tensor, w2: Tensor) -> Tensor:
@@ -260,21 +275,32 @@ def report(record: Record, options: argparse.Namespace) -> str:
             "max_state_norm_ratio": float(ratio[:, :, row].max()),
             "last_state_norm_ratio": float(ratio[-1, :, row].max()),
             "last_state_change": float(change[-1, :, row].max()),
+            "last_read_gain": float(record.gain[-1][MEMORIES.index("mem"), row]),
             "max_output_rms": float(output[:, row].max()),
         }
         figures |= {f"{key}_{stream}": value for key, value in values.items()}
-        cells = [f"{value:.3f}" for key, value in values.items() if key != "finite_tokens"]
-        by_memory = " ".join(f"{float(value):.2f}" for value in ratio[-1, :, row])
+        cells = [f"{value:.3g}" for key, value in values.items() if key != "finite_tokens"]
+        by_memory = " ".join(f"{float(value):.2g}" for value in ratio[-1, :, row])
         rows.append([stream, f"{record.finite[row]:,}", *cells, by_memory])
     plot(record, options.picture)
     saved = write_figures("stability", figures)
     names = " ".join(MEMORIES[: ratio.shape[1]])
-    header = ["", "finite tokens", "largest |M|", "last |M|", "last |M - M0|", "output", names]
+    header = [
+        "",
+        "finite tokens",
+        "largest |M|",
+        "last |M|",
+        "last |M - M0|",
+        "gain",
+        "output",
+        names,
+    ]
     verdict = "bounded" if passes(record, options) else f"NOT within {options.bound:g} and finite"
     return (
         table(header, rows)
         + "\n\n|M|: norm of a memory's weights over the norm it started with, the largest over "
-        + f"memories, heads and layers; by memory at the right\n{verdict} over "
+        + "memories, heads and layers, by memory at the right; gain: mean |W1 act(W2 z)| of M_mem "
+        + f"for unit z\n{verdict} over "
         + f"{record.tokens[-1]:,} tokens; figures {saved}, curves {options.picture}"
     )
 
@@ -282,6 +308,7 @@ def report(record: Record, options: argparse.Namespace) -> str:
 def plot(record: Record, path: Path) -> None:
     """Norm ratio over tokens: the largest memory of each stream, and each memory on text."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     ratio = torch.stack(record.ratio)
     figure = Figure(figsize=(8, 2.8), layout="constrained")
@@ -298,6 +325,7 @@ def plot(record: Record, path: Path) -> None:
     for axis in (left, right):
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
+        axis.xaxis.set_minor_formatter(NullFormatter())
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=90)
 
