@@ -64,7 +64,8 @@ def train(config: RunConfig, resume: bool) -> int:
         check_world(config, ranks)
         initial = None
         if config.init_from is not None and not resume:
-            initial = initial_parameters(config.init_from, config.model, config.seed)
+            tokenizer = corpora.validation.tokenizer_sha256
+            initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
         stack.enter_context(run_lock(config.run_dir) if ranks.is_first else nullcontext())
         if resume:
             check_same_run(config)

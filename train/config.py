@@ -81,7 +81,8 @@ class InitFromConfig(Section):
     """Start from another run's weights, its MLPs becoming levels of the CMS (section 7.3).
 
     path: a run folder (its newest checkpoint that verifies), or one checkpoint in it. That run's
-        model differs from this one in its CMS only, and has one level: a Transformer++, say.
+        model differs from this one in its CMS only, and has one level: a Transformer++, say; its
+        tokenizer is this data's.
     levels: the level that takes the MLP of layer 0, 1, ..., repeating; None: the slowest for all.
         The other levels start as exact zeros, so that training begins with the logits of that run.
 

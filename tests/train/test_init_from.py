@@ -10,6 +10,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from data_pipeline import train_tokenizer
+from data_pipeline.tokenizing import tokenize
 from hope import HopeModel
 from train.__main__ import main
 from train.callbacks.metrics import read_metrics
@@ -87,6 +89,20 @@ def test_one_checkpoint_of_a_run_and_a_resume_without_it(base_file: Path, tmp_pa
     base.rename(tmp_path / "gone")
     assert main([*arguments, "optimizer.lr=0.0", "--resume"]) == 0
     assert torch.equal(logits(run), logits(tmp_path / "gone" / "checkpoints" / older.name))
+
+
+def test_another_tokenizer_is_refused(
+    base_file: Path, tmp_path: Path, corpora: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the same size, so that no shape gives it away."""
+    text = corpora["train"].parent / "text" / "train"
+    tokenizer = train_tokenizer([(text / "1.txt").read_text()], 400)
+    tokenize([str(text)], tokenizer, tmp_path / "other")
+    data = [f"data.validation={tmp_path / 'other'}", f"data.train.0.path={tmp_path / 'other'}"]
+    more = [*data, f"init_from.path={tmp_path / 'base'}", f"run_dir={tmp_path / 'stacked'}"]
+    capsys.readouterr()
+    assert main([str(base_file), levels(), *more]) == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_one_line_and_exit_code_2(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -21,21 +22,26 @@ def load_run(path: Path) -> tuple[RunConfig, HopeModel]:
     path: a run folder, for its newest checkpoint that verifies, or one checkpoint in it. Raises
     CheckpointError when there is no run or no usable checkpoint.
     """
-    config, tensors = _open_run(path)
+    config, tensors, _ = _open_run(path)
     model = HopeModel(config.model, seed=None)
     load_parameters(model, tensors)
     return config, model
 
 
 def initial_parameters(
-    init_from: InitFromConfig, model: HopeConfig, seed: int
+    init_from: InitFromConfig, model: HopeConfig, seed: int, tokenizer: str
 ) -> dict[str, Tensor]:
     """`model/NAME` tensors for `model`: another run's weights, its MLPs as CMS levels.
 
-    The mathematics is `hope.stacking`. Raises CheckpointError when there is no such run, and
-    ConfigError where the models do not fit.
+    The mathematics is `hope.stacking`. tokenizer: SHA-256 of the tokenizer of this run's data.
+    Raises CheckpointError when there is no such run, ConfigError where the two do not fit.
     """
-    source, tensors = _open_run(init_from.path)
+    source, tensors, plain = _open_run(init_from.path)
+    if plain.get("tokenizer", tokenizer) != tokenizer:
+        raise ConfigError(
+            f"init_from.path={init_from.path}: it was trained with another tokenizer than that of "
+            "data.validation; tokenize the data with its own"
+        )
     pretrained = {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
     try:
         stacked = stack_levels(pretrained, source.model, model, init_from.levels, seed)
@@ -44,8 +50,8 @@ def initial_parameters(
     return {f"model/{name}": tensor for name, tensor in stacked.items()}
 
 
-def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor]]:
-    """Configuration and `model/NAME` tensors of a run folder or of one checkpoint."""
+def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration, `model/NAME` tensors and plain data of a run folder or one checkpoint."""
     single = (path / MARKER).exists()
     run_dir = path.resolve().parents[1] if single else path
     if not (run_dir / CONFIG).exists():
@@ -54,4 +60,5 @@ def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor]]:
     store = CheckpointStore(run_dir / CHECKPOINTS, DataParallel(), config.checkpoint.keep_last)
     if single and (reason := damage(path)):
         raise CheckpointError(f"{path}: {reason}")
-    return config, store.tensors(path if single else store.newest(), "model/")
+    checkpoint = path if single else store.newest()
+    return config, store.tensors(checkpoint, "model/"), store.plain(checkpoint)
