@@ -26,7 +26,7 @@ from data_pipeline import Corpus, CorruptDataError, DataError
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.init import seed_from
 from hope.scan import MEMORIES, MemoryState
-from hope.scan.contract import DeltaRule
+from hope.scan.contract import MEM, DeltaRule
 from tools.figures import BENCH, table, write_figures
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run
@@ -45,7 +45,7 @@ class Record:
     it started with, the largest over layers and heads, by memory and stream; change: the same of
     the distance from the start. gain: [M, 4], mean of |W1 act(W2 z)| over unit vectors z, heads
     and layers: what reading the memory adds to its query. output: [4], the largest root mean
-    square of a token's output.
+    square of a token's output. start_gain: the gain of M_mem before the first token.
     finite: tokens of each stream before the first output that is not finite.
     """
 
@@ -54,6 +54,7 @@ class Record:
     change: list[Tensor] = field(default_factory=list)
     gain: list[Tensor] = field(default_factory=list)
     output: list[Tensor] = field(default_factory=list)
+    start_gain: float = 0.0
     finite: list[int] = field(default_factory=lambda: [0] * len(STREAMS))
 
 
@@ -193,6 +194,9 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
     layers: list[Any] = list(model.layers)
     states: list[Any] = [None] * len(layers)
     alive = torch.ones(len(STREAMS), dtype=torch.bool)
+    mixers = [layer.mixer for layer in layers if hasattr(layer.mixer, "memory_w1")]
+    starts = [MemoryState(m.memory_w1.unsqueeze(1), m.memory_w2.unsqueeze(1)) for m in mixers]
+    record.start_gain = float(torch.stack([_gain(start)[MEM, 0] for start in starts]).mean())
     interval = 1.0 if sys.stderr.isatty() else 30.0
     with tqdm(total=len(text), unit="tok", unit_scale=True, mininterval=interval) as bar:
         for x in segments(model, text, segment):
@@ -267,7 +271,10 @@ def report(record: Record, options: argparse.Namespace) -> str:
     """The table; writes runs/bench/stability.json and the picture."""
     ratio, change = torch.stack(record.ratio), torch.stack(record.change)
     output = torch.stack(record.output)
-    figures: dict[str, float] = {"tokens": record.tokens[-1]}
+    figures: dict[str, float] = {
+        "tokens": record.tokens[-1],
+        "start_read_gain": record.start_gain,
+    }
     rows = []
     for row, stream in enumerate(STREAMS):
         values = {
@@ -275,7 +282,7 @@ def report(record: Record, options: argparse.Namespace) -> str:
             "max_state_norm_ratio": float(ratio[:, :, row].max()),
             "last_state_norm_ratio": float(ratio[-1, :, row].max()),
             "last_state_change": float(change[-1, :, row].max()),
-            "last_read_gain": float(record.gain[-1][MEMORIES.index("mem"), row]),
+            "last_read_gain": float(record.gain[-1][MEM, row]),
             "max_output_rms": float(output[:, row].max()),
         }
         figures |= {f"{key}_{stream}": value for key, value in values.items()}
@@ -300,7 +307,7 @@ def report(record: Record, options: argparse.Namespace) -> str:
         table(header, rows)
         + "\n\n|M|: norm of a memory's weights over the norm it started with, the largest over "
         + "memories, heads and layers, by memory at the right; gain: mean |W1 act(W2 z)| of M_mem "
-        + f"for unit z\n{verdict} over "
+        + f"for unit z, {record.start_gain:.3g} at the start\n{verdict} over "
         + f"{record.tokens[-1]:,} tokens; figures {saved}, curves {options.picture}"
     )
 
