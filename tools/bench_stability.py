@@ -87,7 +87,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--segment", type=int, default=4096, help="tokens of one call (%(default)s)"
     )
     parser.add_argument("--run", type=Path, help="measure a trained run, e.g. runs/quickstart")
-    parser.add_argument("--text", type=Path, help=f"bytes to read (default: {SHARDS}, or Python's")
+    parser.add_argument(
+        "--text", type=Path, help=f"bytes to read (default: {SHARDS}, else Python's own sources)"
+    )
     parser.add_argument("--memory-chunk", type=int, help="tokens written at once in M_mem")
     parser.add_argument("--projection-chunk", type=int, help="the same for the other memories")
     parser.add_argument("--eta-max", type=float, help="upper bound of the write strength")
