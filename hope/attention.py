@@ -8,8 +8,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hope.config import HopeConfig
 from hope.convolution import CausalConvolution
+from hope.flash import load_flash
+from hope.flops import Flops, linear_flops, softmax_flops, sum_flops
 from hope.init import Linear
-from hope.state import AttentionState
+from hope.sharding import Shard, ShardPlan, within
+from hope.state import AttentionState, StateSpec, TensorSpec
 
 
 def rotary_angles(
@@ -36,13 +39,17 @@ class Attention(nn.Module):
 
     forward(x [B, T, dim], state, document_starts) -> (y [B, T, dim], state). With state None
     nothing is carried; with an `AttentionState`, keys and values are appended to it (decoding).
-    A token attends to earlier tokens of its own document only.
+    A token attends to earlier tokens of its own document only. `num_heads` counts the heads held
+    here: all of them, or this rank's when the parameters were divided by `shard_plan`.
+
+    Raises ValueError when config.attention.backend asks for flash-attn and it is not installed.
     """
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.rope_theta = config.attention.rope_theta
+        self.flash = load_flash(config.attention.backend)
         std = config.dim**-0.5
         self.q = Linear(config.dim, config.dim, std)
         self.k = Linear(config.dim, config.dim, std)
@@ -67,15 +74,54 @@ class Attention(nn.Module):
             conv=weight.new_zeros(batch, self.reach, 3, self.num_heads * self.head_dim),
         )
 
+    def state_spec(
+        self,
+        batch: int,
+        decoding: bool = False,
+        tokens: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> StateSpec:
+        """What `batch` rows carry after `tokens` tokens: a cache when decoding, else nothing.
+
+        dtype: the activations' (default: the parameters'). Names as in `AttentionState`.
+        """
+        if not decoding:
+            return {}
+        dtype = dtype or self.q.weight.dtype
+        cache = (batch, self.num_heads, tokens, self.head_dim)
+        tail = (batch, self.reach, 3, self.num_heads * self.head_dim)
+        return {
+            "k": TensorSpec(cache, dtype, row_axis=0, shard_axis=1),
+            "v": TensorSpec(cache, dtype, row_axis=0, shard_axis=1),
+            "document_ids": TensorSpec((batch, tokens), torch.int64, row_axis=0, shard_axis=None),
+            "conv": TensorSpec(tail, dtype, row_axis=0, shard_axis=3),
+        }
+
+    def shard_plan(self) -> ShardPlan:
+        """Heads are divided: q, k and v by column, the output by row."""
+        plan: ShardPlan = {}
+        for name in ("q", "k", "v"):
+            plan |= within(name, {"weight": Shard(0)})
+        for number in range(len(self.convs) if self.convs is not None else 0):
+            plan[f"convs.{number}.weight"] = Shard(1)
+        return plan | within("out", {"weight": Shard(1)})
+
+    def flops_per_token(self, seq_len: int, executed: bool = True) -> Flops:
+        """Matrix products per token of a sequence of seq_len tokens; see `hope.flops`."""
+        linears = [linear_flops(one) for one in (self.q, self.k, self.v, self.out)]
+        return sum_flops(
+            [*linears, softmax_flops(self.num_heads, self.head_dim, seq_len, executed)]
+        )
+
     def forward(
         self,
         x: Tensor,
         state: AttentionState | None = None,
         document_starts: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState | None]:
-        batch, length, dim = x.shape
+        batch, length, _ = x.shape
         projected = [self.q(x), self.k(x), self.v(x)]
-        conv_tail = x.new_zeros(batch, 0, 3, dim)
+        conv_tail = projected[0].new_zeros(batch, 0, 3, projected[0].shape[2])
         if self.convs is not None:
             tails = state.conv.unbind(2) if state is not None else (None,) * 3
             pairs = [
@@ -93,7 +139,9 @@ class Attention(nn.Module):
         cosine, sine = rotary_angles(positions, self.head_dim, self.rope_theta, precision)
         q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
 
-        if state is None and document_starts is None:
+        if state is None and self.flash is not None and self.flash.takes(q):
+            mixed = self.flash(q, k, v, document_starts)
+        elif state is None and document_starts is None:
             mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             documents = self._document_ids(x, state, document_starts)

@@ -16,7 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from hope.config import HopeConfig, LevelConfig
+from hope.flops import Flops, linear_flops, sum_flops
 from hope.init import Constant, Initialiser, Linear, RMSNorm
+from hope.sharding import Replicate, Shard, ShardPlan, within
+from hope.state import StateSpec
 
 
 class Level(nn.Module):
@@ -36,9 +39,25 @@ class Level(nn.Module):
         normed = self.norm(x)
         return self.down(silu(self.gate(normed)) * self.up(normed))
 
+    def shard_plan(self) -> ShardPlan:
+        """The hidden width is divided: gate and up by column, down by row."""
+        return {
+            "norm.weight": Replicate(),
+            "gate.weight": Shard(0),
+            "up.weight": Shard(0),
+            "down.weight": Shard(1),
+        }
+
+    def flops_per_token(self) -> Flops:
+        """Matrix products per token; see `hope.flops`."""
+        return sum_flops(linear_flops(one) for one in (self.gate, self.up, self.down))
+
 
 class ContinuumMemory(nn.Module):
-    """All levels of one layer. forward(x [B, T, dim]) -> y [B, T, dim], residual included."""
+    """All levels of one layer. forward(x [B, T, dim], None) -> (y [B, T, dim], None).
+
+    The residual is included. A CMS carries nothing from call to call; its memory is its weights.
+    """
 
     def __init__(self, config: HopeConfig) -> None:
         super().__init__()
@@ -48,12 +67,35 @@ class ContinuumMemory(nn.Module):
             self.mixing = nn.Parameter(torch.empty(len(config.cms.levels)))
             self.initialisers: dict[str, Initialiser] = {"mixing": Constant(0.0)}
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, state: None = None) -> tuple[Tensor, None]:
         if self.mixing is None:
             for level in self.levels:
                 x = x + level(x)
-            return x
+            return x, state
         shares = torch.softmax(self.mixing, dim=0).unbind(0)
-        return x + torch.stack(
-            [share * level(x) for share, level in zip(shares, self.levels, strict=True)]
-        ).sum(dim=0)
+        parts = [share * level(x) for share, level in zip(shares, self.levels, strict=True)]
+        return x + torch.stack(parts).sum(dim=0), state
+
+    def state_spec(
+        self,
+        batch: int,
+        decoding: bool = False,
+        tokens: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> StateSpec:
+        """Nothing."""
+        return {}
+
+    def shard_plan(self) -> ShardPlan:
+        """Each level's own plan; the shares of `independent` levels act on whole outputs."""
+        plan: ShardPlan = {} if self.mixing is None else {"mixing": Replicate()}
+        for number, level in enumerate(self._levels()):
+            plan |= within(f"levels.{number}", level.shard_plan())
+        return plan
+
+    def flops_per_token(self, seq_len: int, executed: bool = True) -> Flops:
+        """Matrix products per token, the same at every seq_len; see `hope.flops`."""
+        return sum_flops(level.flops_per_token() for level in self._levels())
+
+    def _levels(self) -> list[Level]:
+        return list(self.levels)  # type: ignore[arg-type]

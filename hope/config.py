@@ -63,16 +63,24 @@ class AttentionConfig:
 
     conv_width: taps of a causal depthwise convolution on each of q, k and v (0: none), the same
         convolution as the Titans mixer has, so that a baseline can be given what it brings.
+    backend: "flash" takes flash-attn's kernels (an error where it is not installed, or on tensors
+        it can't take), "sdpa" torch's own; "auto" takes flash-attn where it is installed and the
+        tensors are float16 or bfloat16 on a CUDA device. Decoding from a cache is torch's own.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     rope_theta: float = 10_000.0
     conv_width: int = 0
+    backend: Literal["auto", "sdpa", "flash"] = "auto"
 
     def __post_init__(self) -> None:
         _require(self.rope_theta > 0, "attention.rope_theta must be positive")
         _require(self.conv_width >= 0, "attention.conv_width must be 0 (none) or more")
+        _require(
+            self.backend in ("auto", "sdpa", "flash"),
+            f"attention.backend must be auto, sdpa or flash, got {self.backend!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

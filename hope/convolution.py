@@ -24,7 +24,7 @@ class CausalConvolution(nn.Module):
     def forward(
         self, x: Tensor, tail: Tensor | None, document_starts: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Convolve x; also return the tail for the next call.
+        """Convolve x; also return the tail for the next call, in memory of its own.
 
         tail: [B, width - 1, channels] or None; document_starts: bool [B, T] or None.
         """
@@ -38,7 +38,7 @@ class CausalConvolution(nn.Module):
             y = extended[:, reach:] * weight[reach]
             for back in range(1, self.width):
                 y = y + extended[:, reach - back : reach - back + length] * weight[reach - back]
-            return y, extended[:, length:]
+            return y, extended[:, length:].clone()
         document = torch.cumsum(document_starts, dim=1)
         document = torch.cat([document.new_zeros(batch, reach), document], dim=1).unsqueeze(-1)
         here = document[:, reach:]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from hope.config import HopeConfig
+from hope.flops import Flops, product_flops, sum_flops
 from hope.init import Initialiser, Linear, Normal, RMSNorm, initialise
 from hope.layer import HopeLayer
-from hope.state import ModelState
+from hope.sharding import Replicate, Shard, ShardPlan, within
+from hope.state import ModelState, StateSpec
 
 
 class Embedding(nn.Embedding):
@@ -56,8 +56,44 @@ class HopeModel(nn.Module):
 
         Titans layers start from M_0 either way; attention layers carry a cache only if decoding.
         """
-        mixers: list[Any] = [layer.mixer for layer in self.layers]
+        mixers = [layer.mixer for layer in self._hope_layers()]
         return ModelState(tuple(mixer.initial_state(batch, decoding) for mixer in mixers))
+
+    def state_spec(
+        self,
+        batch: int,
+        decoding: bool = False,
+        tokens: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> StateSpec:
+        """Shapes, dtypes and axes of what `batch` rows carry after `tokens` tokens.
+
+        Names as in `ModelState.named_tensors`; decoding: as in `initial_state`; dtype: the
+        activations' (default: the parameters'). `hope.state.bytes_per_row` adds it up.
+        """
+        spec: StateSpec = {}
+        for number, layer in enumerate(self._hope_layers()):
+            own = layer.state_spec(batch, decoding, tokens, dtype)
+            spec |= {f"layers.{number}.{name}": one for name, one in own.items()}
+        return spec
+
+    def shard_plan(self) -> ShardPlan:
+        """Where every parameter goes under tensor parallelism, each exactly once."""
+        plan: ShardPlan = {"embedding.weight": Shard(0), "norm.weight": Replicate()}
+        for number, layer in enumerate(self._hope_layers()):
+            plan |= within(f"layers.{number}", layer.shard_plan())
+        return plan if self.head is None else plan | {"head.weight": Shard(0)}
+
+    def flops_per_token(self, seq_len: int, executed: bool = True) -> Flops:
+        """Floating-point operations per token of sequences of seq_len tokens; see `hope.flops`.
+
+        The head is included; looking up token vectors is free.
+        """
+        layers = [layer.flops_per_token(seq_len, executed) for layer in self._hope_layers()]
+        return sum_flops([*layers, product_flops(self.embedding.weight.numel())])
+
+    def _hope_layers(self) -> list[HopeLayer]:
+        return list(self.layers)  # type: ignore[arg-type]
 
     def forward(
         self,

@@ -17,12 +17,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from torch import Tensor
 
 from hope.config import HopeConfig
 from hope.model import HopeModel
+
+_EXECUTION = ("backend", "implementation", "checkpoint_chunks")
+"""Settings that say how something is computed, not what."""
 
 _LEVEL = re.compile(r"^layers\.(\d+)\.cms\.levels\.(\d+)\.(.+)$")
 
@@ -96,7 +100,7 @@ def _check(
     }
     idle = {"titans", "attention"} - set(source.mixers)
     for key, (before, now) in apart.items():
-        if before != now and key not in idle:
+        if _mathematics(before) != _mathematics(now) and key not in idle:
             raise ValueError(
                 f"model.{key} is {before} in the pretrained model but {now} here; "
                 "level stacking changes the CMS only"
@@ -108,3 +112,14 @@ def _check(
                 f"CMS level {level.name!r} has hidden_size {level.hidden_size}, but it takes "
                 f"MLPs of hidden size {hidden}"
             )
+
+
+def _mathematics(value: Any) -> Any:
+    """A configuration as plain data, without the settings that change no result."""
+    if not is_dataclass(value):
+        return value
+    return {
+        field.name: _mathematics(getattr(value, field.name))
+        for field in fields(value)
+        if field.name not in _EXECUTION
+    }

@@ -6,7 +6,8 @@ moved, split by row and saved without knowing which mixer it belongs to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +16,36 @@ from torch import Tensor
 from hope.scan import MemoryState
 
 
+class TensorSpec(NamedTuple):
+    """A carried tensor before it exists.
+
+    row_axis: which axis counts batch rows; shard_axis: which one tensor-parallel ranks divide
+    (heads, or the channels of heads), None when every rank holds the whole.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    row_axis: int
+    shard_axis: int | None
+
+
+StateSpec = dict[str, TensorSpec]
+"""Everything a block carries, by its name within the block's state, e.g. `memory.w1`."""
+
+
+def bytes_per_row(spec: Mapping[str, TensorSpec]) -> int:
+    """Bytes that one batch row carries."""
+    return sum(
+        prod(one.shape) // one.shape[one.row_axis] * one.dtype.itemsize for one in spec.values()
+    )
+
+
 class TitansState(NamedTuple):
     """State of one self-modifying Titans mixer over B rows.
 
     memory: fast weights at the last projection-chunk boundary, or None with writes off.
-    conv_x, conv_q: last inputs of the two convolutions, [B, conv_width - 1, dim].
+    conv_x, conv_q: last inputs of the two convolutions, [B, conv_width - 1, dim]; with writes
+        off nothing reads x, and conv_x is empty, [B, 0, dim].
     pending_x, pending_q: inputs of the scan since that boundary, [B, N, r, d] with r below
         projection_chunk.
         They are read again with the next call, so that any split of a sequence gives the output

@@ -10,9 +10,11 @@ from torch.nn.functional import gelu, normalize, rms_norm, silu
 
 from hope.config import HopeConfig
 from hope.convolution import CausalConvolution
+from hope.flops import Flops, linear_flops, product_flops, scan_flops, sum_flops
 from hope.init import Constant, Initialiser, Linear, Normal
 from hope.scan import MemoryState, ScanWeights, scan
-from hope.state import TitansState
+from hope.sharding import Shard, ShardPlan, within
+from hope.state import StateSpec, TensorSpec, TitansState
 
 
 def logit(share: float) -> float:
@@ -29,7 +31,12 @@ class SelfModifyingTitans(nn.Module):
     state's last chunk boundary (ValueError otherwise).
 
     The learned starts M_box,0 are `memory_w1` [M, N, d, h] and `memory_w2` [M, N, h, d], boxes in
-    the order k, v, eta, alpha, mem (, q).
+    the order k, v, eta, alpha, mem (, q). `num_heads` counts the heads held here: all of them, or
+    this rank's when the parameters were divided by `shard_plan`.
+
+    With writes off only M_mem,0 (and M_q,0) is read, and nothing looks at x: `x_in`, `conv_x`,
+    `w_eta`, `b_eta`, `w_alpha` and `b_alpha` stay, so that the control has the model's parameters,
+    but they are not used and get no gradient (`.grad` stays None).
     """
 
     ALPHA_BIAS = 9.21  # sigmoid(9.21) = 0.9999, the fraction kept per token at the start
@@ -70,16 +77,70 @@ class SelfModifyingTitans(nn.Module):
 
     def initial_state(self, batch: int, decoding: bool) -> TitansState:
         """The state before the first token: M_0, empty convolution tails, nothing pending."""
-        memory = None
+        weight, channels = self.gate.weight, self.num_heads * self.head_dim
+        memory = self._start(batch, weight.dtype) if self.writes else None
+        tail_x = weight.new_zeros(batch, self.conv_x.width - 1 if self.writes else 0, channels)
+        tail_q = weight.new_zeros(batch, self.conv_q.width - 1, channels)
+        pending = weight.new_zeros(batch, self.num_heads, 0, self.head_dim)
+        return TitansState(memory, tail_x, tail_q, pending, pending)
+
+    def state_spec(
+        self,
+        batch: int,
+        decoding: bool = False,
+        tokens: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> StateSpec:
+        """What `batch` rows carry after `tokens` tokens, by name within `TitansState`.
+
+        dtype: the activations' (default: the parameters'). Fast weights are float32 whatever it
+        is, float64 for float64; inputs since the last chunk boundary wait for the next call.
+        """
+        dtype = dtype or self.gate.weight.dtype
+        channels, reach = self.num_heads * self.head_dim, self.conv_q.width - 1
+        spec = {}
+        waiting = 0
         if self.writes:
-            w1 = self.memory_w1.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-            w2 = self.memory_w2.unsqueeze(1).expand(-1, batch, -1, -1, -1)
-            memory = MemoryState(w1, w2)
-        tail = self.gate.weight.new_zeros(
-            batch, self.conv_x.width - 1, self.num_heads * self.head_dim
+            fast = torch.promote_types(dtype, torch.float32)
+            for name, start in (("w1", self.memory_w1), ("w2", self.memory_w2)):
+                shape = (start.shape[0], batch, self.num_heads, *start.shape[2:])
+                spec[f"memory.{name}"] = TensorSpec(shape, fast, row_axis=1, shard_axis=2)
+            waiting = tokens % self.scan_config.projection_chunk
+        pending = (batch, self.num_heads, waiting, self.head_dim)
+        tail_x = (batch, reach if self.writes else 0, channels)
+        spec["conv_x"] = TensorSpec(tail_x, dtype, row_axis=0, shard_axis=2)
+        spec["conv_q"] = TensorSpec((batch, reach, channels), dtype, row_axis=0, shard_axis=2)
+        spec["pending_x"] = TensorSpec(pending, dtype, row_axis=0, shard_axis=1)
+        spec["pending_q"] = TensorSpec(pending, dtype, row_axis=0, shard_axis=1)
+        return spec
+
+    def shard_plan(self) -> ShardPlan:
+        """Heads are divided: projections in by column, the output by row."""
+        plan: ShardPlan = {}
+        for name in ("x_in", "q_in", "gate"):
+            plan |= within(name, {"weight": Shard(0)})
+        for name in ("conv_x", "conv_q"):
+            plan |= within(name, {"weight": Shard(1)})
+        for name in ("memory_w1", "memory_w2"):
+            plan[name] = Shard(1)
+        for name in ("w_eta", "b_eta", "w_alpha", "b_alpha", "head_norm"):
+            plan[name] = Shard(0)
+        return plan | within("out", {"weight": Shard(1)})
+
+    def flops_per_token(self, seq_len: int, executed: bool = True) -> Flops:
+        """Matrix products per token of a sequence of seq_len tokens; see `hope.flops`."""
+        linears = [linear_flops(one) for one in (self.q_in, self.gate, self.out)]
+        memories, _, d, h = self.memory_w1.shape
+        if not self.writes:
+            read = 2 + 2 * self.adaptive_query
+            return sum_flops([*linears, product_flops(read * self.num_heads * d * h)])
+        return sum_flops(
+            [
+                linear_flops(self.x_in),
+                *linears,
+                scan_flops(self.scan_config, self.num_heads, d, h, memories, seq_len, executed),
+            ]
         )
-        pending = self.gate.weight.new_zeros(batch, self.num_heads, 0, self.head_dim)
-        return TitansState(memory, tail, tail, pending, pending)
 
     def forward(
         self,
@@ -87,20 +148,24 @@ class SelfModifyingTitans(nn.Module):
         state: TitansState | None = None,
         document_starts: Tensor | None = None,
     ) -> tuple[Tensor, TitansState]:
-        batch, length, dim = x.shape
-        inputs, conv_x = self.conv_x(self.x_in(x), state.conv_x if state else None, document_starts)
-        query, conv_q = self.conv_q(self.q_in(x), state.conv_q if state else None, document_starts)
+        batch, length, _ = x.shape
         heads = (batch, length, self.num_heads, self.head_dim)
-        inputs, query = inputs.view(heads).transpose(1, 2), query.view(heads).transpose(1, 2)
+        query, conv_q = self.conv_q(self.q_in(x), state.conv_q if state else None, document_starts)
+        query = query.view(heads).transpose(1, 2)
         if not self.adaptive_query:
             query = normalize(query, dim=-1)
         if self.writes:
+            inputs, conv_x = self.conv_x(
+                self.x_in(x), state.conv_x if state else None, document_starts
+            )
+            inputs = inputs.view(heads).transpose(1, 2)
             read, memory, inputs, query = self._scan(inputs, query, state, document_starts)
         else:
             read, memory = self._read_start(query), None
-            inputs, query = inputs[:, :, :0], query[:, :, :0]
+            conv_x = conv_q.new_zeros(batch, 0, conv_q.shape[2])
+            inputs = query = query.new_zeros(batch, self.num_heads, 0, self.head_dim)
         mixed = rms_norm(read, (self.head_dim,), eps=self.norm_eps).transpose(1, 2)
-        mixed = (mixed * self.head_norm).reshape(batch, length, dim)
+        mixed = (mixed * self.head_norm).reshape(batch, length, -1)
         y = self.out(mixed.to(x.dtype) * silu(self.gate(x)))
         return y, TitansState(memory, conv_x, conv_q, inputs, query)
 
@@ -111,7 +176,10 @@ class SelfModifyingTitans(nn.Module):
         state: TitansState | None,
         document_starts: Tensor | None,
     ) -> tuple[Tensor, MemoryState, Tensor, Tensor]:
-        """Read and write; returns (read, memory at the last chunk boundary, pending x, q)."""
+        """Read and write; returns (read, memory at the last chunk boundary, pending x, q).
+
+        What is returned to be carried has memory of its own, and none of the parameters'.
+        """
         length = inputs.shape[2]
         memory = state.memory if state is not None else None
         pending = state.pending_x.shape[2] if state is not None else 0
@@ -128,7 +196,7 @@ class SelfModifyingTitans(nn.Module):
         whole *= self.scan_config.projection_chunk
         if whole == inputs.shape[2] and pending == 0:
             read, memory = scan(inputs, query, weights, self.scan_config, memory, document_starts)
-            return read, memory, inputs[:, :, :0], query[:, :, :0]
+            return read, memory, inputs[:, :, :0].clone(), query[:, :, :0].clone()
         head_starts = tail_starts = None
         if document_starts is not None:
             head_starts, tail_starts = document_starts[:, :whole], document_starts[:, whole:]
@@ -143,10 +211,25 @@ class SelfModifyingTitans(nn.Module):
         if inputs.shape[2] > 0:
             read, _ = scan(inputs, query, weights, self.scan_config, memory, tail_starts)
             reads.append(read)
+            # A document that starts with what is pending starts from M_0 in the next call too.
+            start = self._start(inputs.shape[0], inputs.dtype)
             if memory is None:
-                memory = self.initial_state(inputs.shape[0], decoding=True).memory
+                memory = MemoryState(*(z.clone() for z in start))
+            elif tail_starts is not None:
+                again = tail_starts[:, 0].view(1, -1, 1, 1, 1)
+                memory = MemoryState(
+                    *(torch.where(again, z0, z) for z0, z in zip(start, memory, strict=True))
+                )
         assert memory is not None
-        return torch.cat(reads, dim=2)[:, :, -length:], memory, inputs, query
+        return torch.cat(reads, dim=2)[:, :, -length:], memory, inputs.clone(), query.clone()
+
+    def _start(self, batch: int, dtype: torch.dtype) -> MemoryState:
+        """M_0 for every row, a view where it can be, as activations of that dtype need it."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        starts = (self.memory_w1, self.memory_w2)
+        return MemoryState(
+            *(z.to(dtype).unsqueeze(1).expand(-1, batch, -1, -1, -1) for z in starts)
+        )
 
     def _read_start(self, query: Tensor) -> Tensor:
         """o_t = M_mem,0(q_t): the memory-off control. query [B, N, T, d] -> [B, N, T, d]."""

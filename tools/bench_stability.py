@@ -206,7 +206,7 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
             ratios, changes, gains, output = [], [], [], torch.zeros(len(STREAMS))
             for number, layer in enumerate(layers):
                 mixed, states[number] = layer.mixer(layer.norm(x), states[number])
-                x = layer.cms(x + mixed)
+                x, _ = layer.cms(x + mixed)
                 if states[number] is not None:
                     ratio, change = _norms(layer.mixer, states[number].memory)
                     ratios.append(ratio)

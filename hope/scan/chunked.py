@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.scan.chunk import Chunk, Fast, Params, chunk_backward, ungroup
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
+from hope.scan.products import Scratch, over_rows
 from hope.scan.run import Run
-from hope.scan.writes import over_rows, with_base
+from hope.scan.tiles import Chunk, chunk_backward, freeze
+from hope.scan.writes import Memories
+from hope.scan.writes_backward import Sums
 
 _KEEP_TOKENS = 256
 """Segments up to this long keep their intermediate values while backward works on them."""
@@ -41,10 +43,10 @@ def _config(
     )
 
 
-def _restart(fast: Fast, fresh: Fast, again: Tensor | None) -> Fast:
+def _restart(fast: Memories, fresh: Memories, again: Tensor | None) -> Memories:
     if again is None:
         return fast
-    return Fast(*(torch.where(again, new, old) for new, old in zip(fresh, fast, strict=True)))
+    return Memories(*(torch.where(again, new, old) for new, old in zip(fresh, fast, strict=True)))
 
 
 @torch.library.custom_op("hope::scan_chunked", mutates_args=())
@@ -75,24 +77,24 @@ def _scan_chunked(
     run = Run(config, x, q, [w1, w2, w_eta, b_eta, w_alpha, b_alpha], reset)
     state = None if state1 is None or state2 is None else (state1, state2)
     out, final1, final2, saved1, saved2 = _empty_outputs(x, w1, config, save)
+    scratch = Scratch(final1)
     for heads in run.head_slices():
         params = run.params(heads)
-        bases = params.bases(config)
         fresh = run.fresh(params)
         fast = run.start(params, state, heads)
         for chunk in range(run.num_chunks):
             fast = _restart(fast, fresh, run.again(chunk, heads))
             segment, inside = divmod(chunk, checkpoint_chunks)
             if save and segment and not inside:
-                ungroup(saved1[segment - 1], heads, fast.slow1, fast.mem1)
-                ungroup(saved2[segment - 1], heads, fast.slow2, fast.mem2)
-            chunk_out, record = run.forward_chunk(params, fast, chunk, heads, keep=False)
+                run.store(saved1[segment - 1], fast.w1, heads)
+                run.store(saved2[segment - 1], fast.w2, heads)
+            chunk_out, record = run.forward_chunk(params, fast, chunk, heads, scratch, None)
             run.put(out, chunk_out, chunk, heads)
-            fast = record.end()
-            del record
-        ends = Fast(*(with_base(z, base) for z, base in zip(fast, bases, strict=True)))
-        ungroup(final1.transpose(1, 2), heads, ends.slow1, ends.mem1)
-        ungroup(final2.transpose(1, 2), heads, ends.slow2, ends.mem2)
+            fast = record.end
+        end = Memories(*(torch.empty_like(z) for z in fast))
+        freeze(fast, params.base(config), end)
+        run.store(final1.transpose(1, 2), end.w1, heads)
+        run.store(final2.transpose(1, 2), end.w2, heads)
     return out, final1, final2, saved1, saved2
 
 
@@ -155,9 +157,11 @@ def _scan_chunked_backward(
     run = Run(config, x, q, weights, reset)
     state = None if state1 is None or state2 is None else (state1, state2)
     grads = _empty_gradients(x, q, weights, state)
+    scratch = Scratch(saved1)
     with torch.autocast(x.device.type, enabled=False):
         for heads in run.head_slices():
-            _backward_heads(run, heads, d_out, (d_final1, d_final2), (saved1, saved2), state, grads)
+            final = (d_final1, d_final2)
+            _backward_heads(run, heads, d_out, final, (saved1, saved2), state, grads, scratch)
     return grads
 
 
@@ -182,19 +186,23 @@ def _backward_heads(
     saved: tuple[Tensor, Tensor],
     state: tuple[Tensor, Tensor] | None,
     grads: list[Tensor],
+    scratch: Scratch,
 ) -> None:
     """Write the gradients of some heads into `grads`, in the order of the operator's inputs."""
     config = run.config
     params = run.params(heads)
     fresh = run.fresh(params)
-    total = Params(*(torch.zeros_like(z) for z in params))
+    d_fast = run.gradient(d_final, params, heads)
+    frozen, lost = (Memories(*(torch.zeros_like(z) for z in fresh)) for _ in range(2))
+    weights = Memories(*(torch.zeros_like(z) for z in params.start))
+    readout, bias = torch.zeros_like(params.readout), torch.zeros_like(params.bias)
+    sums = Sums(frozen, weights, lost, readout, bias)
 
-    def add_base(d: Fast) -> None:
+    def add_base(d: Memories) -> None:
         # Of the rows that start from the weights.
-        for one, z in zip(total[:4], d, strict=True):
+        for one, z in zip(weights, d, strict=True):
             one.add_(over_rows(z, one.shape[1]))
 
-    d_fast = run.gradient(d_final, params, heads)
     length = config.segment_chunks
     keep = length * config.projection_chunk <= _KEEP_TOKENS
     for first in reversed(range(0, run.num_chunks, length)):
@@ -203,44 +211,43 @@ def _backward_heads(
         else:
             fast = run.load(saved[0][first // length - 1], saved[1][first // length - 1], heads)
         chunks = range(first, min(first + length, run.num_chunks))
-        starts: list[Fast] = []
+        starts: list[Memories] = []
         records: dict[int, Chunk] = {}
         for chunk in chunks:
             fast = _restart(fast, fresh, run.again(chunk, heads))
-            starts.append(fast)
-            if keep or chunk != chunks[-1]:
-                _, record = run.forward_chunk(params, fast, chunk, heads, keep)
-                fast = record.end()
-                if keep:
-                    records[chunk] = record
-                del record
+            if keep:
+                _, record = run.forward_chunk(params, fast, chunk, heads, scratch, chunk - first)
+                records[chunk] = record
+                fast = record.end
+                continue
+            starts.append(Memories(*(z.clone() for z in fast)))
+            if chunk != chunks[-1]:
+                fast = run.forward_chunk(params, fast, chunk, heads, scratch, None)[1].end
         for chunk in reversed(chunks):
-            fast = starts.pop()
-            if chunk in records:
+            if keep:
                 record = records.pop(chunk)
             else:
-                _, record = run.forward_chunk(params, fast, chunk, heads, keep=True)
+                _, record = run.forward_chunk(params, starts.pop(), chunk, heads, scratch, 0)
             d_chunk = run.take_gradient(d_out, chunk, heads)
-            dx, dq, d_fast = chunk_backward(config, params, record, d_chunk, d_fast, total)
-            del record
+            dx, dq = chunk_backward(config, params, record, d_chunk, d_fast, sums, scratch)
             run.put(grads[0], dx, chunk, heads)
             run.put(grads[1], dq, chunk, heads)
             again = run.again(chunk, heads)
             if again is not None:
-                zero = Fast(*(torch.zeros_like(z) for z in d_fast))
+                zero = Memories(*(torch.zeros_like(z) for z in d_fast))
                 add_base(_restart(zero, d_fast, again))
                 d_fast = _restart(d_fast, zero, again)
 
     if state is not None:
-        ungroup(grads[8].transpose(1, 2), heads, d_fast.slow1, d_fast.mem1)
-        ungroup(grads[9].transpose(1, 2), heads, d_fast.slow2, d_fast.mem2)
+        run.store(grads[8].transpose(1, 2), d_fast.w1, heads)
+        run.store(grads[9].transpose(1, 2), d_fast.w2, heads)
     else:
         add_base(d_fast)
-    ungroup(grads[2], heads, total.slow1, total.mem1)
-    ungroup(grads[3], heads, total.slow2, total.mem2)
-    for i, z in zip((4, 6), total.readout, strict=True):
+    add_base(lost)
+    grads[2][:, heads], grads[3][:, heads] = weights
+    for i, z in zip((4, 6), readout, strict=True):
         grads[i][heads] = z
-    for i, z in zip((5, 7), total.bias, strict=True):
+    for i, z in zip((5, 7), bias, strict=True):
         grads[i][heads] = z
 
 

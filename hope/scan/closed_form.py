@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hope.scan.products import Scratch
 from hope.scan.reference import NORM_EPS
 
 MAX_BLOCK = 64
@@ -24,39 +25,47 @@ _W1 = 2 * math.sqrt(2 / math.pi)
 _W3 = _W1 * 0.044715
 
 
-def _gate(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z^2, w / z = _W1 + _W3 z^2 and sigmoid(w), shaped like z."""
-    square = z * z
-    ratio = torch.add(torch.full((), _W1, dtype=z.dtype, device=z.device), square, alpha=_W3)
-    return square, ratio, (ratio * z).sigmoid_()
+def _gate(z: Tensor, square: Tensor, gate: Tensor) -> None:
+    """z^2 -> square and sigmoid(w) -> gate, shaped like z."""
+    torch.mul(z, z, out=square)
+    torch.add(z.new_full((), _W1), square, alpha=_W3, out=gate).mul_(z).sigmoid_()
 
 
-def _gate_slope(ratio: Tensor) -> Tensor:
-    """dw / dz from w / z, in place."""
-    offset = torch.full((), -2 * _W1, dtype=ratio.dtype, device=ratio.device)
-    return torch.add(offset, ratio, alpha=3, out=ratio)
+def _gate_slope(square: Tensor, out: Tensor) -> Tensor:
+    """dw / dz from z^2 -> out (which may be square itself)."""
+    return torch.add(square.new_full((), _W1), square, alpha=3 * _W3, out=out)
 
 
-def gelu(z: Tensor) -> Tensor:
+def gelu(z: Tensor, scratch: Scratch) -> Tensor:
     """tanh-GELU of z, any shape: one sigmoid and cheap passes, faster here than F.gelu."""
-    return _gate(z)[2].mul_(z)
+    gate = scratch("gate", *z.shape)
+    _gate(z, scratch("square", *z.shape), gate)
+    return gate.mul_(z)
 
 
-def gelu_slope(z: Tensor) -> tuple[Tensor, Tensor]:
+def gelu_slope(z: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """tanh-GELU of z and its first derivative, shaped like z."""
-    _, ratio, s = _gate(z)
-    a = z * s
-    slope = torch.addcmul(a, a, s, value=-1)
-    return a, torch.addcmul(s, slope, _gate_slope(ratio), out=slope)
+    square, gate = scratch("square", *z.shape), scratch("gate", *z.shape)
+    _gate(z, square, gate)
+    act = torch.mul(z, gate, out=scratch("act", *z.shape))
+    slope = torch.addcmul(act, act, gate, value=-1, out=scratch("slope", *z.shape))
+    return act, torch.addcmul(gate, slope, _gate_slope(square, square), out=slope)
 
 
-def gelu_curvature(z: Tensor) -> Tensor:
-    """Second derivative of the tanh-GELU, shaped like z."""
-    square, ratio, s = _gate(z)
-    w_slope = _gate_slope(ratio)
-    spread = torch.addcmul(s, s, s, value=-1)
-    tilt = s.mul_(-2).add_(1).mul_(z).mul_(w_slope).add_(2).mul_(w_slope)
-    return tilt.add_(square, alpha=6 * _W3).mul_(spread)
+def gelu_curvature(z: Tensor, tokens: int, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """tanh-GELU of z [m, G, F, h] and its first derivative, and the second one of the first
+    `tokens` of F."""
+    square, gate = scratch("square", *z.shape), scratch("gate", *z.shape)
+    _gate(z, square, gate)
+    act = torch.mul(z, gate, out=scratch("act", *z.shape))
+    rise = _gate_slope(square, scratch("rise", *z.shape))
+    slope = torch.addcmul(act, act, gate, value=-1, out=scratch("slope", *z.shape))
+    torch.addcmul(gate, slope, rise, out=slope)
+
+    z, square, gate, rise = (t[:, :, :tokens] for t in (z, square, gate, rise))
+    tilt = torch.mul(gate, -2, out=scratch("curvature", *z.shape)).add_(1)
+    tilt.mul_(z).mul_(rise).add_(2).mul_(rise).add_(square, alpha=6 * _W3)
+    return act, slope, tilt.mul_(gate.addcmul_(gate, gate, value=-1))
 
 
 def unit(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,13 +111,12 @@ def block_length(tokens: int, width: int) -> int:
 
 
 class Frame(NamedTuple):
-    """What the blocks of a projection chunk share between all memories of a head.
+    """What the blocks of a tile share between all memories of a head.
 
     prev, end: [n, G, c, 1], the decays A_{t-1} (block start to before t) and A_c / A_t (after t
     to block end); total: [n, G, 1, 1], A_c; prev_lost, total_lost: 1 - prev and 1 - total;
     ratio: [n, G, c, c], A_{t-1} / A_s for s < t, else 0; step: [n, G, c, c], eta_t * ratio;
-    eta: [n, G, c, 1]; k, k_prev, k_end: [n, G, c, d], the keys, also times prev and times end;
-    solve2: [n, G, c, c], (I + T)^-1 diag(eta) of W2's system, diag(eta) alone without its delta.
+    eta: [n, G, c, 1]; k: [n, G, c, d], the keys.
     """
 
     prev: Tensor
@@ -120,9 +128,6 @@ class Frame(NamedTuple):
     step: Tensor
     eta: Tensor
     k: Tensor
-    k_prev: Tensor
-    k_end: Tensor
-    solve2: Tensor
 
 
 def to_blocks(z: Tensor, c: int) -> Tensor:
@@ -135,21 +140,15 @@ def from_blocks(z: Tensor) -> Tensor:
     return z.transpose(0, 1).flatten(1, 2)
 
 
-def solve_operator(gram: Tensor, step: Tensor, eta: Tensor) -> Tensor:
-    """(I + T)^-1 diag(eta), T = step * gram; [..., c, c], eta [..., c, 1]; overwrites gram."""
-    system = gram.mul_(step)
-    shape = system.shape
-    inverse = unit_lower_inverse(system.view(-1, *shape[-2:])).view(shape)
-    return inverse.mul_(eta.mT)
-
-
 def split_frame(frame: Frame, parts: int) -> list[Frame]:
     """Frames of that many equal runs of blocks."""
+    if parts == 1:
+        return [frame]
     length = frame.k.shape[0] // parts
     return [Frame(*pieces) for pieces in zip(*(z.split(length) for z in frame), strict=True)]
 
 
-def make_frame(k: Tensor, eta: Tensor, log_alpha: Tensor, c: int, delta: bool) -> Frame:
+def make_frame(k: Tensor, eta: Tensor, log_alpha: Tensor, c: int) -> Frame:
     """The frame of keys k [G, F, d], eta and log_alpha [G, F] in blocks of c tokens.
 
     Every ratio of decays is the exponential of a difference of cumulative logs, at most 1.
@@ -165,12 +164,6 @@ def make_frame(k: Tensor, eta: Tensor, log_alpha: Tensor, c: int, delta: bool) -
     prev = log_prev.exp_().unsqueeze(-1)
     end = (log_end[..., -1:] - log_end).exp_().unsqueeze(-1)
     eta_blocks = to_blocks(eta, c).unsqueeze(-1)
-    k = to_blocks(k, c)
-    step = ratio * eta_blocks
-    if delta:
-        solve2 = solve_operator(k @ k.mT, step, eta_blocks)
-    else:
-        solve2 = torch.diag_embed(eta_blocks.squeeze(-1))
     return Frame(
         prev=prev,
         end=end,
@@ -178,12 +171,9 @@ def make_frame(k: Tensor, eta: Tensor, log_alpha: Tensor, c: int, delta: bool) -
         prev_lost=prev_lost,
         total_lost=log_total.expm1().neg_(),
         ratio=ratio,
-        step=step,
+        step=ratio * eta_blocks,
         eta=eta_blocks,
-        k=k,
-        k_prev=prev * k,
-        k_end=end * k,
-        solve2=solve2,
+        k=to_blocks(k, c),
     )
 
 

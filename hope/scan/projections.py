@@ -1,4 +1,4 @@
-"""What the projection memories make of a chunk's inputs: k, v, eta, alpha (and q), Eqs. 83-86.
+"""What the projection memories make of their inputs: k, v, eta, alpha (and q), Eqs. 83-86.
 
 All of it is read from the state at the projection chunk's start.
 """
@@ -12,60 +12,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hope.scan.closed_form import gelu, gelu_slope, unit, unit_backward
-from hope.scan.writes import shared_left_mm, shared_mm, sum_mm
+from hope.scan.products import Scratch, add_mm, mm
+from hope.scan.writes import Memories, for_each_memory
+from hope.scan.writes_backward import Sums
+
+READERS = slice(4)
+"""The memories that read x: k, v, eta, alpha."""
 
 
 class Projected(NamedTuple):
-    """Keys and values [G, F, d], steps and log decays [G, F], and what backward needs.
+    """Keys and values [2, G, F, d], steps and log decays [G, F], and what backward needs.
 
-    kv: [2, G, F, d]; act, slope: [4, G, F, h] (slope is empty when backward will not follow);
-    inverse: [2, G, F, 1], one over the lengths of k and v before normalisation; rest: [2, G, F],
-    1 - sigmoid of the logits of eta and alpha; pulled: [2, G, 1, h], W1^T w of both.
+    z: [4, G, F, h], W2 x; inverse: [2, G, F, 1], one over the lengths of k and v before
+    normalisation; rest: [2, G, F], 1 - sigmoid of the logits of eta and alpha; pulled:
+    [2, G, 1, h], W1^T w of both.
     """
 
     x: Tensor
     kv: Tensor
     eta: Tensor
     log_alpha: Tensor
-    act: Tensor
-    slope: Tensor
+    z: Tensor
     inverse: Tensor
     rest: Tensor
     pulled: Tensor
 
 
-class ProjectedGradient(NamedTuple):
-    """Gradients of `project`: x [G, F, d], w1 [4, G, d, h], w2 [4, G, h, d], the readout vectors
-    [2, N, d] and their biases [2, N]."""
-
-    x: Tensor
-    w1: Tensor
-    w2: Tensor
-    readout: Tensor
-    bias: Tensor
-
-
 def project(
     x: Tensor,
-    w1: Tensor,
-    w2: Tensor,
+    frozen: Memories,
     readout: Tensor,
     bias: Tensor,
     eta_max: float,
     valid: int,
-    keep: bool,
+    scratch: Scratch,
+    slot: object,
 ) -> Projected:
-    """x [G, F, d] through M_k, M_v, M_eta and M_alpha (w1 [4, G, d, h], w2 [4, G, h, d]).
+    """x [G, F, d] through M_k, M_v, M_eta and M_alpha, the first four of `frozen`.
 
     readout [2, N, d] and bias [2, N]: of eta and alpha. Tokens from `valid` on are padding, x = 0:
-    their keys are zero, so they write nothing, and their alpha is made 1. keep: whether
-    `project_backward` follows.
+    their keys are zero, so they write nothing, and their alpha is made 1.
     """
-    z = shared_mm(x, w2.mT)
-    act, slope = gelu_slope(z) if keep else (gelu(z), z.new_empty(0))
-    kv, inverse = unit((act[:2] @ w1[:2].mT).add_(x))
+    w1, w2 = frozen.some(READERS)
+    group, tokens, width = x.shape
+    all_x = for_each_memory(4, x, "x", scratch)
+    z = mm(all_x, w2.mT, scratch((slot, "x z"), 4, group, tokens, w2.shape[2]))
+    act = gelu(z, scratch)
+    y = scratch("kv", 2, group, tokens, width)
+    kv, inverse = unit(mm(act[:2], w1[:2].mT, y).add_(x))
     # Only <w, M(x)> = <w, x> + <W1^T w, act> is needed of M_eta and M_alpha.
-    rows = x.shape[0] // readout.shape[1]
+    rows = group // readout.shape[1]
     readout = readout.repeat_interleave(rows, 1).unsqueeze(2)
     pulled = readout @ w1[2:]
     logit = (act[2:] @ pulled.mT).squeeze(-1)
@@ -74,45 +70,48 @@ def project(
     eta = torch.sigmoid(logit[0]) * eta_max
     log_alpha = F.logsigmoid(logit[1])
     rest = torch.sigmoid(-logit)
-    log_alpha[:, valid:] = 0
-    rest[:, :, valid:] = 0
-    return Projected(x, kv, eta, log_alpha, act, slope, inverse, rest, pulled)
+    if valid < tokens:
+        log_alpha[:, valid:] = 0
+        rest[:, :, valid:] = 0
+    return Projected(x, kv, eta, log_alpha, z, inverse, rest, pulled)
 
 
 def project_backward(
     projected: Projected,
-    w1: Tensor,
-    w2: Tensor,
+    frozen: Memories,
     readout: Tensor,
     d_kv: Tensor,
     d_log_eta: Tensor,
     d_log_alpha: Tensor,
-) -> ProjectedGradient:
-    """Derivative of `project`, from those of kv [2, G, F, d], log eta and log alpha [G, F]."""
-    x, act = projected.x, projected.act
+    sums: Sums,
+    scratch: Scratch,
+) -> Tensor:
+    """Derivative of `project`, from those of kv [2, G, F, d], log eta and log alpha [G, F]: dx,
+    and the rest added to `sums`."""
+    x = projected.x
+    w1, w2 = frozen.some(READERS)
     heads = readout.shape[1]
     rows = x.shape[0] // heads
+    act, slope = gelu_slope(projected.z, scratch)
     dy = unit_backward(d_kv, projected.kv, projected.inverse)
     d_logit = torch.stack([d_log_eta, d_log_alpha]).mul_(projected.rest).unsqueeze(-1)
-    d_act = torch.empty_like(act)
-    torch.matmul(dy, w1[:2], out=d_act[:2])
-    torch.mul(d_logit, projected.pulled, out=d_act[2:])
-    dz = d_act.mul_(projected.slope)
+    dz = scratch("gate", *act.shape)
+    mm(dy, w1[:2], dz[:2])
+    torch.mul(d_logit, projected.pulled, out=dz[2:])
+    dz.mul_(slope)
 
+    d_w1, d_w2 = sums.frozen.some(READERS)
+    add_mm(d_w1[:2], dy.mT, act[:2])
     d_pulled = d_logit.mT @ act[2:]
     wide = readout.repeat_interleave(rows, 1).unsqueeze(-1)
-    dw1 = torch.cat([dy.mT @ act[:2], wide * d_pulled])
-    dw2 = shared_left_mm(dz.mT, x)
-    dx = sum_mm(dz, w2).add_(dy.sum(0))
+    d_w1[2:].addcmul_(wide, d_pulled)
+    add_mm(d_w2, dz.mT, for_each_memory(4, x, "x", scratch))
+    dx = mm(dz, w2, scratch("dx", 4, *x.shape)).sum(0).add_(dy[0]).add_(dy[1])
     dx += d_logit.squeeze(-1).permute(1, 2, 0) @ wide.squeeze(-1).transpose(0, 1)
     d_readout = (d_pulled @ w1[2:].mT + d_logit.mT @ x).squeeze(2)
-    return ProjectedGradient(
-        dx,
-        dw1,
-        dw2,
-        d_readout.unflatten(1, (heads, rows)).sum(2),
-        d_logit.sum((2, 3)).unflatten(1, (heads, rows)).sum(2),
-    )
+    sums.readout.add_(d_readout.unflatten(1, (heads, rows)).sum(2))
+    sums.bias.add_(d_logit.sum((2, 3)).unflatten(1, (heads, rows)).sum(2))
+    return dx
 
 
 class Queried(NamedTuple):
@@ -120,26 +119,26 @@ class Queried(NamedTuple):
 
     q: Tensor
     source: Tensor
-    act: Tensor
-    slope: Tensor
+    z: Tensor
     inverse: Tensor
 
 
-def project_query(source: Tensor, w1: Tensor, w2: Tensor) -> Queried:
-    """q = l2norm(M_q(source)): source [G, F, d], w1 [G, d, h], w2 [G, h, d]."""
-    act, slope = gelu_slope(source @ w2.mT)
-    q, inverse = unit(torch.baddbmm(source, act, w1.mT))
-    return Queried(q, source, act, slope, inverse)
+def project_query(source: Tensor, frozen: Memories, scratch: Scratch, slot: object) -> Queried:
+    """q = l2norm(M_q(source)): source [G, F, d], frozen: M_q alone."""
+    shape = (1, *source.shape[:2], frozen.w2.shape[2])
+    z = mm(source.unsqueeze(0), frozen.w2.mT, scratch((slot, "q z"), *shape))
+    q, inverse = unit(torch.baddbmm(source, gelu(z, scratch)[0], frozen.w1[0].mT))
+    return Queried(q, source, z, inverse)
 
 
 def project_query_backward(
-    queried: Queried, w1: Tensor, w2: Tensor, dq: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Derivative of `project_query` from dq [G, F, d]: (dsource, dw1, dw2)."""
+    queried: Queried, frozen: Memories, dq: Tensor, d_frozen: Memories, scratch: Scratch
+) -> Tensor:
+    """Derivative of `project_query` from dq [G, F, d]: dsource, and M_q's own added to
+    d_frozen."""
+    act, slope = gelu_slope(queried.z, scratch)
     dy = unit_backward(dq, queried.q, queried.inverse)
-    dz = (dy @ w1).mul_(queried.slope)
-    return (
-        torch.baddbmm(dy, dz, w2),
-        dy.mT @ queried.act,
-        dz.mT @ queried.source,
-    )
+    dz = (dy @ frozen.w1[0]).mul_(slope[0])
+    d_frozen.w1[0].baddbmm_(dy.mT, act[0])
+    d_frozen.w2[0].baddbmm_(dz.mT, queried.source)
+    return torch.baddbmm(dy, dz, frozen.w2[0])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hope.scan.chunk import Chunk, Fast, Params, group, run_chunk
 from hope.scan.contract import ScanConfig, ScanWeights, compute_dtype
+from hope.scan.products import Scratch
+from hope.scan.tiles import Chunk, Params, run_chunk
+from hope.scan.writes import Memories
 
-_CPU_SLICE = 1 << 19
+_CPU_SLICE = 1 << 20
 """Heads are taken together on a CPU while a chunk's hidden values stay below this (caches)."""
 
 
@@ -36,38 +38,37 @@ class Run:
 
     def params(self, heads: slice) -> Params:
         w = self.weights
-        (slow1, mem1), (slow2, mem2) = group(w.w1, heads), group(w.w2, heads)
         readout = torch.stack([w.w_eta[heads], w.w_alpha[heads]])
         bias = torch.stack([w.b_eta[heads], w.b_alpha[heads]])
-        return Params(slow1, slow2, mem1, mem2, readout, bias)
+        start = Memories(w.w1[:, heads].contiguous(), w.w2[:, heads].contiguous())
+        return Params(start, readout, bias)
 
-    def fresh(self, params: Params) -> Fast:
+    def fresh(self, params: Params) -> Memories:
         """The state of a row that starts from the weights, as Delta."""
         deltas = []
-        for w in params[:4]:
+        for w in params.start:
             shape = (w.shape[0], w.shape[1], self.rows, *w.shape[2:])
             start = w.unsqueeze(2).expand(shape)
             if self.config.decay_to == "initial":
                 start = torch.zeros_like(start)
-            deltas.append(start.flatten(1, 2))
-        return Fast(*deltas)
+            deltas.append(start.flatten(1, 2).contiguous())
+        return Memories(*deltas)
 
-    def load(self, delta1: Tensor, delta2: Tensor, heads: slice) -> Fast:
-        """Deltas [M, N, B, ...] of some heads by group."""
-        (slow1, mem1), (slow2, mem2) = group(delta1, heads), group(delta2, heads)
-        return Fast(*(z.flatten(1, 2) for z in (slow1, slow2, mem1, mem2)))
+    def load(self, delta1: Tensor, delta2: Tensor, heads: slice) -> Memories:
+        """Deltas [M, N, B, ...] of some heads."""
+        return Memories(*(z[:, heads].flatten(1, 2).contiguous() for z in (delta1, delta2)))
 
-    def start(self, params: Params, state: tuple[Tensor, Tensor] | None, heads: slice) -> Fast:
+    def start(self, params: Params, state: tuple[Tensor, Tensor] | None, heads: slice) -> Memories:
         """The state before the first token, as Delta."""
         if state is None:
             return self.fresh(params)
         fast = self.load(state[0].transpose(1, 2), state[1].transpose(1, 2), heads)
         if self.config.decay_to == "zero":
             return fast
-        return Fast(
+        return Memories(
             *(
                 (z.unflatten(1, (-1, self.rows)) - w.unsqueeze(2)).flatten(1, 2)
-                for z, w in zip(fast, params, strict=False)
+                for z, w in zip(fast, params.start, strict=True)
             )
         )
 
@@ -102,14 +103,13 @@ class Run:
 
     def gradient(
         self, d_final: tuple[Tensor | None, Tensor | None], params: Params, heads: slice
-    ) -> Fast:
-        """The gradient of the final state by group, in memory of its own."""
-        zeros = [torch.zeros_like(z) for z in self.fresh(params)]
-        for i, z in enumerate(d_final):
+    ) -> Memories:
+        """The gradient of the final state, in memory of its own."""
+        zeros = Memories(*(torch.zeros_like(z) for z in self.fresh(params)))
+        for target, z in zip(zeros, d_final, strict=True):
             if z is not None:
-                for target, part in zip(zeros[i::2], group(z.transpose(1, 2), heads), strict=True):
-                    target.copy_(part.flatten(1, 2))
-        return Fast(*zeros)
+                target.copy_(z.transpose(1, 2)[:, heads].flatten(1, 2))
+        return zeros
 
     def put(self, target: Tensor, z: Tensor, chunk: int, heads: slice) -> None:
         """The inverse of `take`: write a chunk [G, F, d] into target [B, N, T, d]."""
@@ -117,9 +117,20 @@ class Run:
         z = z.unflatten(0, (-1, self.rows))[:, :, :valid]
         target[:, heads, start : start + valid] = z.transpose(0, 1)
 
+    def store(self, target: Tensor, z: Tensor, heads: slice) -> None:
+        """Write [m, G, ...] of some heads into target [m, N, B, ...]."""
+        target[:, heads] = z.unflatten(1, (-1, self.rows))
+
     def forward_chunk(
-        self, params: Params, fast: Fast, chunk: int, heads: slice, keep: bool
+        self,
+        params: Params,
+        fast: Memories,
+        chunk: int,
+        heads: slice,
+        scratch: Scratch,
+        slot: int | None,
     ) -> tuple[Tensor, Chunk]:
-        """Run a chunk of some heads from Delta before it: out [G, F, d] and its record."""
+        """Run a chunk of some heads from Delta before it: out [G, F, d] and its record; see
+        `run_chunk`."""
         x, q = self.take(self.x, chunk, heads), self.take(self.q, chunk, heads)
-        return run_chunk(self.config, params, fast, x, q, self.valid(chunk), keep)
+        return run_chunk(self.config, params, fast, x, q, self.valid(chunk), scratch, slot)

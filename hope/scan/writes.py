@@ -1,7 +1,7 @@
-"""Writing one frozen chunk into a group of memories, and its derivative (Eqs. 88, 90).
+"""Writing tokens that share one frozen state into the memories (Eqs. 88, 90).
 
-Everything the chunk writes comes from the state at its start; the recurrence over its tokens is
-then linear and is taken block by block. States are kept as Delta = W - base: base is M_0 with
+Everything the tokens write comes from the state at their chunk's start; the recurrence over them
+is then linear and is taken block by block. States are kept as Delta = W - base: base is M_0 with
 decay towards the initial state, and absent (None) with decay towards zero.
 """
 
@@ -12,360 +12,194 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hope.scan.closed_form import (
-    Frame,
-    from_blocks,
-    gelu,
-    gelu_curvature,
-    gelu_slope,
-    log_decay_gradient,
-    solve_operator,
-    to_blocks,
-    unit_backward,
-)
-from hope.scan.contract import DeltaRule
+from hope.scan.closed_form import Frame, from_blocks, gelu, gelu_slope, unit_lower_inverse
+from hope.scan.contract import MEM, DeltaRule
+from hope.scan.products import Scratch, add_mm, by_head, mm
 from hope.scan.reference import NORM_EPS
 
-_STEP_FLOOR = 0.01
+STEP_FLOOR = 0.01
+"""Added to |act|^2 in W1's step, rho / (rho^2 + 0.01)."""
 
 
-def shared_mm(shared: Tensor, own: Tensor) -> Tensor:
-    """shared [G, i, j] @ own [m, G, j, l] -> [m, G, i, l], without copying what is shared."""
-    out = own.new_empty(own.shape[0], shared.shape[0], shared.shape[1], own.shape[3])
-    for one, result in zip(own.unbind(), out.unbind(), strict=True):
-        torch.bmm(shared, one, out=result)
-    return out
+class Memories(NamedTuple):
+    """Two-layer memories or something of their shape: fast weights or Deltas w1 [m, G, d, h] and
+    w2 [m, G, h, d]; M_0, or gradients of weights, with N for G."""
 
+    w1: Tensor
+    w2: Tensor
 
-def sum_mm(left: Tensor, right: Tensor) -> Tensor:
-    """Sum over the memories of left [m, G, i, j] @ right [m, G, j, l] -> [G, i, l]."""
-    total = torch.bmm(left[0], right[0])
-    for one, other in zip(left.unbind()[1:], right.unbind()[1:], strict=True):
-        total.baddbmm_(one, other)
-    return total
+    def some(self, memories: slice) -> Memories:
+        """Some of the memories, as views."""
+        return Memories(self.w1[memories], self.w2[memories])
 
+    def one(self, memory: int) -> Memories:
+        """One memory, as views without the leading axis."""
+        return Memories(self.w1[memory], self.w2[memory])
 
-def add_mm(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1) -> None:
-    """total [m, G, i, l] += alpha * left [m, G, i, j] @ right [m, G, j, l], in place."""
-    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1), alpha=alpha)
+    def add_(self, other: Memories) -> None:
+        """Add in place."""
+        self.w1.add_(other.w1)
+        self.w2.add_(other.w2)
 
-
-def add_shared_mm(total: Tensor, left: Tensor, shared: Tensor, alpha: float = 1) -> None:
-    """total [m, G, i, l] += alpha * left [m, G, i, j] @ shared [G, j, l], in place."""
-    for one, other in zip(total.unbind(), left.unbind(), strict=True):
-        one.baddbmm_(other, shared, alpha=alpha)
-
-
-def add_base_mm(total: Tensor, left: Tensor, base: Tensor) -> None:
-    """total [m, G, F, o] += left [m or 1, G, F, i] @ base [m, N, i, o] of each head, in place."""
-    memories, heads, inner, outer = base.shape
-    rows = total.view(memories, heads, -1, outer)
-    flat = left.reshape(left.shape[0], heads, -1, inner)
-    if left.shape[0] == memories:
-        add_mm(rows, flat, base)
-        return
-    for row, one in zip(rows.unbind(), base.unbind(), strict=True):
-        row.baddbmm_(flat[0], one)
-
-
-def head_outer(left: Tensor, right: Tensor, heads: int) -> Tensor:
-    """Sum over rows and tokens of left^T right per head: [m, G, F, o], [m, G, F, i] -> m, N, o, i.
-
-    right may have one memory, shared by all.
-    """
-    left = left.reshape(left.shape[0], heads, -1, left.shape[-1]).mT
-    right = right.reshape(right.shape[0], heads, -1, right.shape[-1])
-    if left.shape[0] == right.shape[0]:
-        return left @ right
-    return shared_left_mm(left, right[0])
-
-
-def shared_left_mm(own: Tensor, shared: Tensor) -> Tensor:
-    """own [m, G, i, j] @ shared [G, j, l] -> [m, G, i, l], without copying what is shared."""
-    out = own.new_empty(*own.shape[:3], shared.shape[2])
-    for one, result in zip(own.unbind(), out.unbind(), strict=True):
-        torch.bmm(one, shared, out=result)
-    return out
-
-
-def with_base(delta: Tensor, base: Tensor | None) -> Tensor:
-    """W = base + Delta: delta [m, G, o, i], base [m, N, o, i]."""
-    if base is None:
-        return delta
-    heads = base.shape[1]
-    return (delta.unflatten(1, (heads, -1)) + base.unsqueeze(2)).flatten(1, 2)
-
-
-def over_rows(z: Tensor, heads: int) -> Tensor:
-    """Sum of [m, G, o, i] over the rows of each head -> [m, N, o, i]."""
-    return z.unflatten(1, (heads, -1)).sum(2)
+    def zero_(self) -> None:
+        """Set to zero in place."""
+        self.w1.zero_()
+        self.w2.zero_()
 
 
 class Written(NamedTuple):
-    """A written chunk: what reads and backward need of it.
+    """What reads and backward need of written tokens: the results of products; the elementwise
+    rest is computed again.
 
-    delta1, delta2: states at the start of each block and after the last, [m, G, d, h] and
-    [m, G, h, d]; u1 [m, G, c, d], u2 [m, G, c, h]: each block's U; e1 [m, G, F, h]: W1's keys.
-    The rest is named as in `write`.
+    kv: [G, 2F, d]; deltas: Deltas at the start of each of the n blocks and after the last;
+    u1 [m, G, c, d], u2 [m, G, c, h]: each block's U; z [m, G, 2F, h] = W2 (k, v); r [m, G, F, d];
+    pulled [m, G, F, h] = W1^T r; solve [m + 1, G, n, c, c]: (I + T)^-1 diag(eta) of every W1's
+    system, then of W2's, which all memories share (diag(eta) alone where there is no delta term);
+    e_mem [G, F, h]: W1's keys of M_mem.
     """
 
-    delta1: list[Tensor]
-    delta2: list[Tensor]
+    kv: Tensor
+    deltas: list[Memories]
     u1: list[Tensor]
     u2: list[Tensor]
-    e1: Tensor
-    e1_prev: Tensor
-    e1_end: Tensor
-    solve1: Tensor
-    w1: Tensor
-    w2: Tensor
-    kv: Tensor
     z: Tensor
-    slope: Tensor
-    diff: Tensor
     r: Tensor
+    pulled: Tensor
+    solve: Tensor
+    e_mem: Tensor
+
+
+class Keys(NamedTuple):
+    """What the recurrence is keyed by, also times the decays before (prev) and after (end) each
+    token of its block.
+
+    e [m, G, F, h]: W1's keys (u, or act itself without normalisation); length [m, G, F, 1]:
+    |act|, empty where not needed; kv [m, G, 2F, d]: keys, which are W2's, and values, once for
+    each memory; k_prev, k_end [m, G, F, d].
+    """
+
+    e: Tensor
+    e_prev: Tensor
+    e_end: Tensor
     length: Tensor
-    g1: Tensor
-    g2_slope: Tensor
-    g2: Tensor
+    kv: Tensor
+    k_prev: Tensor
+    k_end: Tensor
+
+
+def keys_of(rule: DeltaRule, frame: Frame, act: Tensor, kv: Tensor, scratch: Scratch) -> Keys:
+    """The keys of W1 and W2 from the hidden activations act [m, G, F, h] of k, and kv
+    [m, G, 2F, d]."""
+    e, length = act, act.new_empty(0)
+    prev, end = from_blocks(frame.prev), from_blocks(frame.end)
+    if rule == "normalised":
+        length = torch.linalg.vector_norm(act, dim=-1, keepdim=True)
+        e = torch.mul(act, length.clamp_min(NORM_EPS).reciprocal_(), out=scratch("e", *act.shape))
+    k = kv[:, :, : act.shape[2]]
+    return Keys(
+        e=e,
+        e_prev=torch.mul(e, prev, out=scratch("e prev", *act.shape)),
+        e_end=torch.mul(e, end, out=scratch("e end", *act.shape)),
+        length=length,
+        kv=kv,
+        k_prev=torch.mul(k, prev, out=scratch("k prev", *k.shape)),
+        k_end=torch.mul(k, end, out=scratch("k end", *k.shape)),
+    )
+
+
+def for_each_memory(memories: int, z: Tensor, name: str, scratch: Scratch) -> Tensor:
+    """z [G, ...] once for each memory, [m, G, ...]: one copy, then products in one call."""
+    return scratch(name, memories, *z.shape).copy_(z)
+
+
+def _solve(rule: DeltaRule, frame: Frame, e: Tensor) -> Tensor:
+    """(I + T)^-1 diag(eta) of the systems of every W1 and of W2 (see `Written`), from W1's keys
+    [m, G, F, h]."""
+    count, group, c, _ = frame.k.shape
+    memories = e.shape[0]
+    eta = frame.eta.transpose(0, 1)
+    if rule == "off":
+        return torch.diag_embed(eta.squeeze(-1)).expand(memories + 1, -1, -1, -1, -1)
+    step = frame.step.transpose(0, 1)
+    own = memories if rule == "normalised" else 0
+    gram = e.new_empty(own + 1, group, count, c, c)
+    if own:
+        blocks = e.unflatten(2, (count, c)).flatten(0, 2)
+        torch.bmm(blocks, blocks.mT, out=gram[:own].view(-1, c, c))
+    k = frame.k.transpose(0, 1)
+    torch.matmul(k, k.mT, out=gram[own])
+    inverse = unit_lower_inverse(gram.mul_(step).view(-1, c, c)).view_as(gram).mul_(eta.mT)
+    if own:
+        return inverse
+    diagonal = torch.diag_embed(eta.squeeze(-1)).expand(memories, -1, -1, -1, -1)
+    return torch.cat([diagonal, inverse])
 
 
 def write(
     rule: DeltaRule,
     frame: Frame,
-    k: Tensor,
-    v: Tensor,
-    delta1: Tensor,
-    delta2: Tensor,
-    base1: Tensor | None,
-    base2: Tensor | None,
-    keep: bool,
+    kv: Tensor,
+    frozen: Memories,
+    delta: Memories,
+    base: Memories | None,
+    scratch: Scratch,
+    slot: object,
 ) -> Written:
-    """Write a frozen chunk's tokens into m memories.
+    """Write tokens into all memories.
 
-    frame: the chunk's own blocks [n, G, c, ...]; k, v: [G, F, d]; delta1 [m, G, d, h] and delta2
-    [m, G, h, d]: the states at its start; base1 [m, N, d, h], base2 [m, N, h, d].
-    keep: whether `write_backward` will follow (without it slope has the keys' half alone).
+    frame: their own blocks [n, G, c, ...]; kv: [G, 2F, d], the keys, then the values; frozen: W
+    at the start of each memory's chunk; delta: Deltas before the first of them; base: M_0.
+    The record lies in `scratch` under names that begin with `slot`.
     """
-    tokens = k.shape[1]
-    w1, w2 = with_base(delta1, base1), with_base(delta2, base2)
-    kv = torch.cat([k, v], 1)
-    z = shared_mm(kv, w2.mT)
-    if keep:
-        a, slope = gelu_slope(z)
-        a_k, a_v = a[:, :, :tokens], a[:, :, tokens:]
-    else:
-        a_k, slope = gelu_slope(z[:, :, :tokens])
-        a_v = gelu(z[:, :, tokens:])
-    diff = a_k - a_v
-    r = (diff @ w1.mT).add_(k - v)
-    g2_slope = r @ w1
-    g2 = g2_slope * slope[:, :, :tokens]
-    if rule == "normalised":
-        length = torch.linalg.vector_norm(a_k, dim=-1, keepdim=True)
-        e1 = a_k * length.clamp_min(NORM_EPS).reciprocal_()
-        g1 = r * (length / (length * length).add_(_STEP_FLOOR))
-    else:
-        length, e1, g1 = r.new_empty(0), a_k.contiguous(), r.clone()
-
+    memories, group = frozen.w1.shape[:2]
+    hidden, width = frozen.w2.shape[2:]
+    tokens = kv.shape[1] // 2
     count, _, c, _ = frame.k.shape
-    blocks = (count, c)
 
-    e1_prev, e1_end = e1 * from_blocks(frame.prev), e1 * from_blocks(frame.end)
-    by_head = (frame.step.transpose(0, 1), frame.eta.transpose(0, 1))
+    def buffer(name: object, *shape: int) -> Tensor:
+        return scratch((slot, name), memories, group, *shape)
+
+    all_kv = for_each_memory(memories, kv, "kv", scratch)
+    z = mm(all_kv, frozen.w2.mT, buffer("z", 2 * tokens, hidden))
+    act, slope = gelu_slope(z[:, :, :tokens], scratch)
+    act_v = gelu(z[:, :, tokens:], scratch)
+    gap = torch.sub(act, act_v, out=act_v)
+    r = mm(gap, frozen.w1.mT, buffer("r", tokens, width)).add_(kv[:, :tokens] - kv[:, tokens:])
+    pulled = mm(r, frozen.w1, buffer("pulled", tokens, hidden))
+    g2 = slope.mul_(pulled)
+    keys = keys_of(rule, frame, act, all_kv, scratch)
+    g1 = scratch("g1", memories, group, tokens, width)
     if rule == "normalised":
-        e1_blocks = e1.unflatten(2, blocks)
-        solve1 = solve_operator(e1_blocks @ e1_blocks.mT, *by_head)
+        square = keys.length * keys.length
+        torch.mul(r, keys.length / square.add_(STEP_FLOOR), out=g1)
     else:
-        solve1 = torch.diag_embed(by_head[1].squeeze(-1)).expand(e1.shape[0], -1, -1, -1, -1)
-    if base2 is not None and rule != "off":
-        add_base_mm(g2, k.unsqueeze(0), base2.mT)
-    if base1 is not None and rule == "normalised":
-        add_base_mm(g1, e1, base1.mT)
-
-    deltas1, deltas2, us1, us2 = [delta1], [delta2], [], []
-    for j, (g1_j, g2_j) in enumerate(zip(g1.split(c, 2), g2.split(c, 2), strict=True)):
-        here = slice(j * c, (j + 1) * c)
+        g1.copy_(r)
+    solve = _solve(rule, frame, keys.e)
+    if base is not None:
+        heads = base.w1.shape[1]
         if rule == "normalised":
-            g1_j = g1_j + e1_prev[:, :, here] @ delta1.mT
+            add_mm(by_head(g1, heads), by_head(keys.e, heads), base.w1.mT)
         if rule != "off":
-            g2_j = g2_j + shared_mm(frame.k_prev[j], delta2.mT)
-        u1 = solve1[:, :, j] @ g1_j
-        u2 = shared_mm(frame.solve2[j], g2_j)
-        delta1 = delta1 * frame.total[j]
-        add_mm(delta1, u1.mT, e1_end[:, :, here], alpha=-1)
-        delta2 = delta2 * frame.total[j]
-        add_shared_mm(delta2, u2.mT, frame.k_end[j], alpha=-1)
-        deltas1.append(delta1)
-        deltas2.append(delta2)
+            add_mm(by_head(g2, heads), by_head(all_kv[:, :, :tokens], heads), base.w2.mT)
+
+    deltas, us1, us2 = [delta], [], []
+    for j in range(count):
+        here = slice(j * c, (j + 1) * c)
+        g1_j, g2_j = g1[:, :, here], g2[:, :, here]
+        if rule == "normalised":
+            add_mm(g1_j, keys.e_prev[:, :, here], delta.w1.mT)
+        if rule != "off":
+            add_mm(g2_j, keys.k_prev[:, :, here], delta.w2.mT)
+        solve2 = for_each_memory(memories, solve[-1, :, j], "solve2", scratch)
+        u1 = mm(solve[:-1, :, j], g1_j, buffer(("u1", j), c, width))
+        u2 = mm(solve2, g2_j, buffer(("u2", j), c, hidden))
+        w1 = torch.mul(delta.w1, frame.total[j], out=buffer(("w1", j), width, hidden))
+        w2 = torch.mul(delta.w2, frame.total[j], out=buffer(("w2", j), hidden, width))
+        add_mm(w1, u1.mT, keys.e_end[:, :, here], alpha=-1)
+        add_mm(w2, u2.mT, keys.k_end[:, :, here], alpha=-1)
+        delta = Memories(w1, w2)
+        deltas.append(delta)
         us1.append(u1)
         us2.append(u2)
-    return Written(
-        deltas1, deltas2, us1, us2, e1, e1_prev, e1_end, solve1,
-        w1, w2, kv, z, slope, diff, r, length, g1, g2_slope, g2,
-    )  # fmt: skip
-
-
-class ReadGradient(NamedTuple):
-    """What a causal read sends back into the n blocks it read, [n, 1, G, ...] each.
-
-    u1, u2, delta1, delta2, e1: gradients of those of `Written`; rows [n, G, c]: the sums that
-    `log_decay_gradient` asks for.
-    """
-
-    u1: Tensor
-    u2: Tensor
-    delta1: Tensor
-    delta2: Tensor
-    e1: Tensor
-    rows: Tensor
-
-
-class WriteGradient(NamedTuple):
-    """Gradients of a written chunk.
-
-    delta1, delta2: of the states W at its start; base1 [m, N, d, h], base2: of the base at fixed W
-    (None without a base): what decay gives to M_0, computed as such and not as a difference;
-    k, v: [G, F, d]; log_eta, log_alpha: [n, G, c], of the logarithms of both.
-    """
-
-    delta1: Tensor
-    delta2: Tensor
-    base1: Tensor | None
-    base2: Tensor | None
-    k: Tensor
-    v: Tensor
-    log_eta: Tensor
-    log_alpha: Tensor
-
-
-def write_backward(
-    rule: DeltaRule,
-    frame: Frame,
-    written: Written,
-    base1: Tensor | None,
-    base2: Tensor | None,
-    d_delta1: Tensor,
-    d_delta2: Tensor,
-    read: ReadGradient | None,
-) -> WriteGradient:
-    """Derivative of `write`, from the gradients of the state after it (overwritten) and
-    of reads."""
-    count, _, c, _ = frame.k.shape
-    tiny = torch.finfo(frame.eta.dtype).tiny
-    p_blocks, boundaries = [], []
-    dr1_blocks: list[Tensor] = []
-    dr2_blocks: list[Tensor] = []
-    de1_blocks: list[Tensor] = []
-    dk_blocks: list[Tensor] = []
-    lost1, lost2 = torch.zeros_like(d_delta1), torch.zeros_like(d_delta2)
-    for j in reversed(range(count)):
-        here = slice(j * c, (j + 1) * c)
-        u1, u2 = written.u1[j], written.u2[j]
-        delta1, delta2 = written.delta1[j], written.delta2[j]
-        boundaries.append(
-            (d_delta1 * written.delta1[j + 1]).sum((0, 2, 3))
-            + (d_delta2 * written.delta2[j + 1]).sum((0, 2, 3))
-        )
-        # The U of the block, then through the triangular systems to their right-hand sides.
-        du1 = written.e1_end[:, :, here] @ d_delta1.mT
-        du2 = shared_mm(frame.k_end[j], d_delta2.mT)
-        du1 = du1.neg_() if read is None else torch.sub(read.u1[j], du1, out=du1)
-        du2 = du2.neg_() if read is None else torch.sub(read.u2[j], du2, out=du2)
-        dr1 = written.solve1[:, :, j].mT @ du1
-        dr2 = shared_mm(frame.solve2[j].mT, du2)
-        gram1 = dr1 @ u1.mT
-        gram2 = sum_mm(dr2, u2.mT)
-        p = gram1.diagonal(dim1=-2, dim2=-1).sum(0) + gram2.diagonal(dim1=-2, dim2=-1)
-        p_blocks.append(p / frame.eta[j].squeeze(-1).clamp_min(tiny))
-
-        de1 = (u1 * frame.end[j]).neg_() @ d_delta1
-        dk = sum_mm(u2, d_delta2).mul_(frame.end[j]).neg_()
-        if rule == "normalised":
-            add_mm(de1, dr1 * frame.prev[j], delta1)
-            gram1 = gram1.mul_(frame.ratio[j])
-            add_mm(de1, gram1 + gram1.mT, written.e1[:, :, here], alpha=-1)
-        if rule != "off":
-            dk.addcmul_(sum_mm(dr2, delta2), frame.prev[j])
-            gram2 = gram2.mul_(frame.ratio[j])
-            dk.baddbmm_(gram2 + gram2.mT, frame.k[j], alpha=-1)
-        if base1 is not None:
-            lost1.addcmul_(d_delta1, frame.total_lost[j])
-            lost2.addcmul_(d_delta2, frame.total_lost[j])
-        d_delta1.mul_(frame.total[j])
-        d_delta2.mul_(frame.total[j])
-        if rule == "normalised":
-            add_mm(d_delta1, dr1.mT, written.e1_prev[:, :, here])
-        if rule != "off":
-            add_shared_mm(d_delta2, dr2.mT, frame.k_prev[j])
-        if read is not None:
-            de1 += read.e1[j]
-            d_delta1 += read.delta1[j]
-            d_delta2 += read.delta2[j]
-        for blocks, one in (
-            (dr1_blocks, dr1), (dr2_blocks, dr2), (de1_blocks, de1), (dk_blocks, dk)
-        ):  # fmt: skip
-            blocks.append(one)
-
-    dr1, dr2, de1 = (
-        blocks[0] if count == 1 else torch.cat(blocks[::-1], 2)
-        for blocks in (dr1_blocks, dr2_blocks, de1_blocks)
-    )
-    dk = dk_blocks[0] if count == 1 else torch.cat(dk_blocks[::-1], 1)
-    rows = (dr1 * written.g1).sum(-1).sum(0) + (dr2 * written.g2).sum(-1).sum(0)
-    rows = to_blocks(rows, c).neg_()
-    if read is not None:
-        rows += read.rows
-    p = torch.stack(p_blocks[::-1])
-    log_alpha = log_decay_gradient(p, rows, torch.stack(boundaries[::-1]))
-
-    d_base1 = d_base2 = None
-    if base1 is not None and base2 is not None:
-        heads = base1.shape[1]
-        d_base1, d_base2 = over_rows(lost1, heads), over_rows(lost2, heads)
-        prev_lost = from_blocks(frame.prev_lost)
-        if rule == "normalised":
-            d_base1 += head_outer(dr1, written.e1 * prev_lost, heads)
-            add_base_mm(de1, dr1, base1)
-        if rule != "off":
-            k_lost = from_blocks(frame.k) * prev_lost
-            d_base2 += head_outer(dr2, k_lost.unsqueeze(0), heads)
-            flat = dr2.view(*base2.shape[:2], -1, base2.shape[2])
-            dk.view(heads, -1, dk.shape[-1]).add_(sum_mm(flat, base2))
-    dk2, dv, dw1, dw2 = _frozen_backward(rule, written, dr1, dr2, de1)
-    dk += dk2
-    d_delta1 += dw1
-    d_delta2 += dw2
-    return WriteGradient(d_delta1, d_delta2, d_base1, d_base2, dk, dv, p, log_alpha)
-
-
-def _frozen_backward(
-    rule: DeltaRule, written: Written, dg1: Tensor, dg2: Tensor, de1: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Through the frozen terms: from g1, g2 and W1's keys to k, v and the chunk-start W1, W2."""
-    tokens = dg1.shape[2]
-    slope_k, slope_v = written.slope[:, :, :tokens], written.slope[:, :, tokens:]
-    if rule == "normalised":
-        length = written.length
-        floor = (length * length).add_(_STEP_FLOOR)
-        d_step = (dg1 * written.r).sum(-1, keepdim=True)
-        dr = dg1 * (length / floor)
-        inverse = length.clamp_min(NORM_EPS).reciprocal_()
-        da = unit_backward(de1, written.e1, inverse)
-        da.addcmul_(written.e1, d_step * (2 * _STEP_FLOOR - floor) / (floor * floor))
-    else:
-        dr, da = dg1, de1
-    through_slope = dg2 * written.g2_slope
-    dg2 = dg2 * slope_k
-    add_mm(dr, dg2, written.w1.mT)
-    dw1 = written.r.mT @ dg2
-    d_diff = dr @ written.w1
-    add_mm(dw1, dr.mT, written.diff)
-    dz = torch.empty_like(written.slope)
-    torch.mul(da.add_(d_diff), slope_k, out=dz[:, :, :tokens])
-    dz[:, :, :tokens].addcmul_(through_slope, gelu_curvature(written.z[:, :, :tokens]))
-    torch.mul(d_diff.neg_(), slope_v, out=dz[:, :, tokens:])
-    dw2 = shared_left_mm(dz.mT, written.kv)
-    d_kv = sum_mm(dz, written.w2)
-    d_gap = dr.sum(0)
-    return d_kv[:, :tokens] + d_gap, d_kv[:, tokens:] - d_gap, dw1, dw2
+    e_mem = scratch((slot, "e mem"), group, tokens, hidden).copy_(keys.e[MEM])
+    return Written(kv, deltas, us1, us2, z, r, pulled, solve, e_mem)

@@ -92,6 +92,12 @@ def test_added_levels_can_learn_and_the_checkpoint_is_left_alone() -> None:
         assert layer.cms.levels[0].down.weight.grad.abs().max() > 0
 
 
+def test_settings_that_change_no_result_may_differ() -> None:
+    target = replace(TARGET, attention=AttentionConfig(backend="sdpa"))
+    assert target.attention != SOURCE.attention
+    assert stack_levels(dict(pretrained(SOURCE).named_parameters()), SOURCE, target)
+
+
 def test_settings_of_a_mixer_that_is_not_there_may_differ() -> None:
     target = replace(TARGET, titans=TitansConfig(memory_expansion=2))
     assert stack_levels(dict(pretrained(SOURCE).named_parameters()), SOURCE, target)

@@ -63,7 +63,10 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
     assert losses(one) == losses(other)
 
 
-@pytest.mark.parametrize("changes", [{}, STREAM, {"model.mixer": "attention"}, NESTED])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, STREAM, {"model.mixer": "attention"}, {"model.titans.writes": False}, NESTED],
+)
 def test_a_stopped_run_resumes_to_the_bit(make_config, tmp_path: Path, changes: dict) -> None:
     """Stopped twice, both times inside the periods of both slow levels."""
     straight = make_config(**changes)
@@ -184,9 +187,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
         [],
         ["model.mixer=attention"],
         ["training.state_carry=stream", "data.order=stream"],
+        ["model.titans.writes=false"],
         ["model.cms.mode=nested", "model.cms.levels.2.update_every_tokens=1536"],
     ],
-    ids=["hope", "attention", "stream", "nested"],
+    ids=["hope", "attention", "stream", "writes_off", "nested"],
 )
 def test_two_ranks_give_the_losses_of_one(
     config_file: Path, tmp_path: Path, overrides: list[str]

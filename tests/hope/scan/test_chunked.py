@@ -12,6 +12,8 @@ from torch import Tensor
 
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
 from hope.scan.closed_form import block_length, gelu, gelu_curvature, gelu_slope, unit_lower_inverse
+from hope.scan.products import Scratch
+from hope.scan.tiles import TILE, chunk_shape
 from tests.hope.scan.cases import Problem, everything, make_problem, worst_error
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -167,12 +169,31 @@ def test_activation_and_its_derivatives() -> None:
     expected = torch.nn.functional.gelu(z, approximate="tanh")
     (first,) = torch.autograd.grad(expected.sum(), z, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), z)
-    z = z.detach()
-    torch.testing.assert_close(gelu(z), expected.detach())
-    act, slope = gelu_slope(z)
-    torch.testing.assert_close(act, expected.detach())
-    torch.testing.assert_close(slope, first.detach())
-    torch.testing.assert_close(gelu_curvature(z), second)
+    shape = (1, 1, 101, 1)
+    z = z.detach().view(shape)
+    scratch = Scratch(z)
+    torch.testing.assert_close(gelu(z, scratch).flatten(), expected.detach())
+    act, slope = gelu_slope(z, scratch)
+    torch.testing.assert_close(act.flatten(), expected.detach())
+    torch.testing.assert_close(slope.flatten(), first.detach())
+    act, slope, curvature = gelu_curvature(z, 60, scratch)
+    torch.testing.assert_close(act.flatten(), expected.detach())
+    torch.testing.assert_close(slope.flatten(), first.detach())
+    torch.testing.assert_close(curvature.flatten(), second[:60])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 16, 48, 64, 96, 128, 192, 201, 256])
+@pytest.mark.parametrize("memory_chunk", [1, 3, 16, 64, 67, 100, 128])
+def test_tiles_are_whole_parts_of_whole_blocks(tokens: int, memory_chunk: int) -> None:
+    padded = tokens if tokens < memory_chunk else tokens + -tokens % memory_chunk
+    config = ScanConfig(memory_chunk=memory_chunk, projection_chunk=memory_chunk * 512)
+    shape = chunk_shape(config, padded, width=32)
+    assert padded % shape.tile == 0
+    assert shape.tile % shape.part == 0
+    assert shape.part % shape.block == 0
+    assert shape.mem % shape.part == 0
+    assert shape.tile == shape.part or shape.part == shape.mem
+    assert shape.tile <= max(TILE, shape.mem)
 
 
 @pytest.mark.parametrize("width", [4, 32, 64, 128])
