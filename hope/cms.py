@@ -5,6 +5,8 @@ its own pre-norm and residual, so one level is exactly a Transformer's feed-forw
 
     sequential:   h <- h + MLP_l(norm_l(h)),  l = 1 ... K          (70, 97)
     independent:  h <- h + sum_l softmax(w)_l MLP_l(norm_l(h))     (74)
+    nested:       sequential; that a level is set back to its learned start when the next slower
+                  one fires (72) is the optimizer's business, like the periods
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ classes and refuse unknown keys; this module itself needs nothing beyond torch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from hope.scan import ScanConfig
@@ -110,11 +111,17 @@ class LevelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CMSConfig:
-    """Continuum Memory System (Eqs. 70-74): its levels, fastest first, and how they compose."""
+    """Continuum Memory System (Eqs. 70-74): its levels, fastest first, and how they compose.
+
+    mode: "sequential" chains the levels (70, 73), "independent" mixes them side by side (74),
+        "nested" chains them and sets each level back to a learned start whenever the next slower
+        one fires (72); then every period is a multiple of the next faster one, so that a level
+        is never set back in the middle of a period of its own.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
-    mode: Literal["sequential", "independent"] = "sequential"
+    mode: Literal["sequential", "independent", "nested"] = "sequential"
     levels: tuple[LevelConfig, ...] = (LevelConfig(name="level_1", hidden_size=512),)
 
     def __post_init__(self) -> None:
@@ -129,6 +136,13 @@ class CMSConfig:
             periods == sorted(periods),
             f"cms.levels must be ordered fastest first, got periods {periods}",
         )
+        if self.mode == "nested":
+            _require(len(names) >= 2, "cms.mode=nested needs at least two levels")
+            _require(
+                all(fast == 0 or slow % fast == 0 for fast, slow in pairwise(periods)),
+                "cms.mode=nested needs periods that are multiples of the next faster one, "
+                f"got {periods}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from train.callbacks.base import Callback
 from train.callbacks.metrics import Metrics
 from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, load_parameters
+from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
 from train.cpu import prepare_cpu
 from train.parallel.data_parallel import DataParallel
@@ -62,12 +63,18 @@ def train(config: RunConfig, resume: bool) -> int:
         signals = stack.enter_context(stop_signals())
         ranks = stack.enter_context(DataParallel())
         check_world(config, ranks)
+        initial = None
+        if config.init_from is not None and not resume:
+            tokenizer = corpora.validation.tokenizer_sha256
+            initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
         stack.enter_context(run_lock(config.run_dir) if ranks.is_first else nullcontext())
         if resume:
             check_same_run(config)
         elif ranks.is_first:
             check_fresh(config.run_dir)
         model = HopeModel(config.model, seed=config.seed)
+        if initial is not None:
+            load_parameters(model, initial)
         callbacks: list[Callback] = []
         if ranks.is_first:
             callbacks = [Progress(), Metrics(config.run_dir)]

@@ -77,6 +77,23 @@ class TrainingConfig(Section):
     state_carry: Literal["none", "stream"] = "none"
 
 
+class InitFromConfig(Section):
+    """Start from another run's weights, its MLPs becoming levels of the CMS (section 7.3).
+
+    path: a run folder (its newest checkpoint that verifies), or one checkpoint in it. That run's
+        model differs from this one in its CMS only, and has one level: a Transformer++, say; its
+        tokenizer is this data's.
+    levels: the level that takes the MLP of layer 0, 1, ..., repeating; None: the slowest for all.
+        The other levels start as exact zeros, so that training begins with the logits of that run.
+
+    Read when a run begins, not when it is resumed. With `optimizer.levels.NAME.lr_scale: 0` a
+    level, and `fast` everything else, stays what it was.
+    """
+
+    path: Path
+    levels: tuple[str, ...] | None = Field(None, min_length=1)
+
+
 class ScheduleConfig(Section):
     """Learning rate as a function of tokens: linear warm-up, then constant or cosine decay."""
 
@@ -135,6 +152,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     num_threads: int | None = Field(None, ge=1)
     model: HopeConfig
+    init_from: InitFromConfig | None = None
     data: DataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -173,6 +191,12 @@ class RunConfig(Section):
         if unknown := set(self.optimizer.levels) - known:
             raise ValueError(
                 f"optimizer.levels names {sorted(unknown)}, but the levels are {sorted(known)}"
+            )
+        placed = set(self.init_from.levels or ()) if self.init_from else set()
+        if unknown := placed - (known - {"fast"}):
+            raise ValueError(
+                f"init_from.levels names {sorted(unknown)}, but the CMS levels are "
+                f"{sorted(known - {'fast'})}"
             )
         return self
 

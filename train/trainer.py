@@ -231,6 +231,7 @@ class Trainer:
             "clock": self.clock.state_dict(),
             "cadence": cadence_plain,
             "loader": self.loader.state_dict(),
+            "tokenizer": self.corpora.validation.tokenizer_sha256,
             "trained_seconds": self.trained_seconds,
             "evaluation": vars(evaluation) if evaluation else None,
             "streams": self.state is not None,

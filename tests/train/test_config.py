@@ -32,6 +32,8 @@ MISTAKES = [
         ": model.cms.levels.1.update_every_tokens: input should be a valid integer, got 'abc'; "
         "optimizer.lr: input should be a valid number, got 'x'\n",
     ),
+    (["model.cms.mode=nested"], "multiples of the next faster one, got [0, 768, 1280]"),
+    (["init_from={path: x, levels: []}"], "init_from.levels: "),
     (["model.titans.initial_eta=0.6"], "must lie between 0 and titans.scan.eta_max"),
     (["optimizer.lr"], "not of the form key.subkey=value"),
     (["seed=3", "seed.x=1"], "lies below a plain value"),

@@ -29,6 +29,17 @@ STREAM = {
     "data.seq_len": 32,
 }
 
+NESTED = {
+    "model.cms": {
+        "mode": "nested",
+        "levels": [
+            {"name": "a", "hidden_size": 8, "update_every_tokens": "step"},
+            {"name": "b", "hidden_size": 8, "update_every_tokens": 3 * 256},
+            {"name": "c", "hidden_size": 8, "update_every_tokens": 6 * 256},
+        ],
+    }
+}
+
 
 def store_of(config: RunConfig) -> CheckpointStore:
     return CheckpointStore(config.run_dir / "checkpoints", DataParallel(), 2)
@@ -53,7 +64,8 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, STREAM, {"model.mixer": "attention"}, {"model.titans.writes": False}]
+    "changes",
+    [{}, STREAM, {"model.mixer": "attention"}, {"model.titans.writes": False}, NESTED],
 )
 def test_a_stopped_run_resumes_to_the_bit(make_config, tmp_path: Path, changes: dict) -> None:
     """Stopped twice, both times inside the periods of both slow levels."""
@@ -176,8 +188,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
         ["model.mixer=attention"],
         ["training.state_carry=stream", "data.order=stream"],
         ["model.titans.writes=false"],
+        ["model.cms.mode=nested", "model.cms.levels.2.update_every_tokens=1536"],
     ],
-    ids=["hope", "attention", "stream", "writes_off"],
+    ids=["hope", "attention", "stream", "writes_off", "nested"],
 )
 def test_two_ranks_give_the_losses_of_one(
     config_file: Path, tmp_path: Path, overrides: list[str]

@@ -3,23 +3,62 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from hope import HopeModel
+from torch import Tensor
+
+from hope import HopeConfig, HopeModel
+from hope.stacking import stack_levels
+from train.checkpoint.manifest import MARKER, damage
 from train.checkpoint.store import CheckpointError, CheckpointStore, load_parameters
-from train.config import RunConfig, load_config
+from train.config import ConfigError, InitFromConfig, RunConfig, load_config
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import CHECKPOINTS, CONFIG
 
 
-def load_run(run_dir: Path) -> tuple[RunConfig, HopeModel]:
-    """The resolved configuration of a run and its model at the newest checkpoint that verifies.
+def load_run(path: Path) -> tuple[RunConfig, HopeModel]:
+    """The resolved configuration of a run and its model.
 
-    Raises CheckpointError when the folder holds no run or no usable checkpoint.
+    path: a run folder, for its newest checkpoint that verifies, or one checkpoint in it. Raises
+    CheckpointError when there is no run or no usable checkpoint.
     """
+    config, tensors, _ = _open_run(path)
+    model = HopeModel(config.model, seed=None)
+    load_parameters(model, tensors)
+    return config, model
+
+
+def initial_parameters(
+    init_from: InitFromConfig, model: HopeConfig, seed: int, tokenizer: str
+) -> dict[str, Tensor]:
+    """`model/NAME` tensors for `model`: another run's weights, its MLPs as CMS levels.
+
+    The mathematics is `hope.stacking`. tokenizer: SHA-256 of the tokenizer of this run's data.
+    Raises CheckpointError when there is no such run, ConfigError where the two do not fit.
+    """
+    source, tensors, plain = _open_run(init_from.path)
+    if plain.get("tokenizer", tokenizer) != tokenizer:
+        raise ConfigError(
+            f"init_from.path={init_from.path}: it was trained with another tokenizer than that of "
+            "data.validation; tokenize the data with its own"
+        )
+    pretrained = {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
+    try:
+        stacked = stack_levels(pretrained, source.model, model, init_from.levels, seed)
+    except ValueError as error:
+        raise ConfigError(f"init_from.path={init_from.path}: {error}") from None
+    return {f"model/{name}": tensor for name, tensor in stacked.items()}
+
+
+def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]:
+    """Configuration, `model/NAME` tensors and plain data of a run folder or one checkpoint."""
+    single = (path / MARKER).exists()
+    run_dir = path.resolve().parents[1] if single else path
     if not (run_dir / CONFIG).exists():
         raise CheckpointError(f"{run_dir} holds no run ({CONFIG} is missing)")
     config = load_config(run_dir / CONFIG)
     store = CheckpointStore(run_dir / CHECKPOINTS, DataParallel(), config.checkpoint.keep_last)
-    model = HopeModel(config.model)
-    load_parameters(model, store.tensors(store.newest(), "model/"))
-    return config, model
+    if single and (reason := damage(path)):
+        raise CheckpointError(f"{path}: {reason}")
+    checkpoint = path if single else store.newest()
+    return config, store.tensors(checkpoint, "model/"), store.plain(checkpoint)
