@@ -13,7 +13,6 @@ from hope.sampling import generate
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run
 from train.config import ConfigError
-from train.cpu import prepare_cpu
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    prepare_cpu()
+    torch.set_flush_denormal(True)
     try:
         config, model = load_run(options.run)
         tokenizer = Corpus.open(config.data.validation).tokenizer

@@ -19,7 +19,6 @@ from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError, load_parameters
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
-from train.cpu import prepare_cpu
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
 from train.signals import stop_signals
@@ -91,8 +90,8 @@ def train(config: RunConfig, resume: bool) -> int:
 
 
 def prepare_torch(num_threads: int | None) -> None:
-    """Process-wide settings of torch."""
-    prepare_cpu()
+    """Process-wide settings of torch. Decaying fast weights go denormal, which CPUs do slowly."""
+    torch.set_flush_denormal(True)
     if num_threads is not None:
         torch.set_num_threads(num_threads)
 
