@@ -33,6 +33,7 @@ from torch.utils.flop_counter import (
 from hope.scan import ScanConfig
 from hope.scan.chunked import _KEEP_TOKENS
 from hope.scan.closed_form import _INVERSE_LEAF, block_length
+from hope.scan.writes import W1_DELTA, W2_DELTA
 
 _READERS = 4
 """M_k, M_v, M_eta and M_alpha read x."""
@@ -135,6 +136,13 @@ def _sizes(config: ScanConfig, head_dim: int, hidden: int, tokens: int) -> tuple
     return -(-tokens // mem) * mem, block_length(mem, min(head_dim, hidden))
 
 
+def _terms(config: ScanConfig) -> tuple[bool, bool, bool, bool]:
+    """Is there an M_0 to decay to, a delta term of W1, one of W2, and is W2 written at all?"""
+    rule = config.delta_rule
+    writes2 = rule != "target"
+    return config.decay_to == "initial", rule in W1_DELTA, rule in W2_DELTA, writes2
+
+
 def _inverse(c: int) -> int:
     """Products of `unit_lower_inverse` for one system of c tokens."""
     if c <= _INVERSE_LEAF or c % 2:
@@ -151,8 +159,7 @@ def forward_products(
     """
     d, h, m = head_dim, hidden, memories
     F, c = _sizes(config, d, h, tokens)
-    from_initial, delta = config.decay_to == "initial", config.delta_rule != "off"
-    normalised = config.delta_rule == "normalised"
+    from_initial, delta1, delta2, writes2 = _terms(config)
     products = {
         "read x: W2 x of k, v, eta, alpha": _READERS * F * d * h,
         "read x: W1 act of k, v": 2 * F * d * h,
@@ -161,21 +168,21 @@ def forward_products(
     }
     products |= {
         "write: W2 [k; v]": m * 2 * F * d * h,
-        "write: W1 (act k - act v)": m * F * d * h,
-        "write: r W1": m * F * d * h,
-        "write: k k^T, u u^T": delta * F * c * d + normalised * m * F * c * h,
-        "write: inverses": (delta + normalised * m) * (F // c) * _inverse(c),
-        "write: M_0 keys": from_initial * m * (normalised + delta) * F * d * h,
-        "write: Delta keys": m * (normalised + delta) * F * d * h,
-        "write: U1, U2 from the inverses": m * F * c * (d + h),
-        "write: U e^T into the states": m * 2 * F * d * h,
+        "write: W1 (act k - act v) or W1 act v": m * F * d * h,
+        "write: r W1": writes2 * m * F * d * h,
+        "write: k k^T, u u^T": delta2 * F * c * d + delta1 * m * F * c * h,
+        "write: inverses": (delta2 + delta1 * m) * (F // c) * _inverse(c),
+        "write: M_0 keys": from_initial * m * (delta1 + delta2) * F * d * h,
+        "write: Delta keys": m * (delta1 + delta2) * F * d * h,
+        "write: U1, U2 from the inverses": m * F * c * (d + writes2 * h),
+        "write: U e^T into the states": m * (1 + writes2) * F * d * h,
     }
     if config.read == "causal":
         products |= {
             "read: Delta2 q, Delta1 act": 2 * F * d * h,
             "read: M_0": from_initial * 2 * F * d * h,
-            "read: q k^T and act u^T": F * c * (d + h),
-            "read: (q k^T) U2 and (act u^T) U1": F * c * (d + h),
+            "read: q k^T and act u^T": F * c * (writes2 * d + h),
+            "read: (q k^T) U2 and (act u^T) U1": F * c * (d + writes2 * h),
         }
     else:
         products["read: W2 q, W1 act"] = 2 * F * d * h
@@ -188,8 +195,7 @@ def backward_products(
     """Multiply-adds of the derivative of a projection chunk, as `forward_products`."""
     d, h, m = head_dim, hidden, memories
     F, c = _sizes(config, d, h, tokens)
-    from_initial, delta = config.decay_to == "initial", config.delta_rule != "off"
-    normalised = config.delta_rule == "normalised"
+    from_initial, delta1, delta2, writes2 = _terms(config)
     products = {
         "read x: W2, x, of k, v, eta, alpha": 2 * _READERS * F * d * h,
         "read x: W1, act, of k, v": 2 * 2 * F * d * h,
@@ -197,24 +203,24 @@ def backward_products(
         "read q: M_q, q": (memories - 1 - _READERS) * 4 * F * d * h,
     }
     products |= {
-        "write: U from the states": m * 2 * F * d * h,
-        "write: through the inverses": m * F * c * (d + h),
-        "write: T of W1 and of W2": m * F * c * (d + h),
-        "write: e from U's and states": m * 2 * F * d * h,
-        "write: e from T": normalised * m * F * c * h + delta * F * c * d,
-        "write: e from Delta e": m * (normalised + delta) * F * d * h,
-        "write: Delta from Delta e": m * (normalised + delta) * F * d * h,
-        "write: M_0 and e from M_0 e": from_initial * m * 2 * (normalised + delta) * F * d * h,
-        "write: r, W1 from r W1": m * 2 * F * d * h,
-        "write: act, W1 from W1 (act k - act v)": m * 2 * F * d * h,
+        "write: U from the states": m * (1 + writes2) * F * d * h,
+        "write: through the inverses": m * F * c * (d + writes2 * h),
+        "write: T of W1 and of W2": m * F * c * (d + writes2 * h),
+        "write: e from U's and states": m * (1 + writes2) * F * d * h,
+        "write: e from T": delta1 * m * F * c * h + delta2 * F * c * d,
+        "write: e from Delta e": m * (delta1 + delta2) * F * d * h,
+        "write: Delta from Delta e": m * (delta1 + delta2) * F * d * h,
+        "write: M_0 and e from M_0 e": from_initial * m * 2 * (delta1 + delta2) * F * d * h,
+        "write: r, W1 from r W1": writes2 * m * 2 * F * d * h,
+        "write: act, W1 from W1 act": m * 2 * F * d * h,
         "write: W2, [k; v] from W2 [k; v]": m * 4 * F * d * h,
     }
     if config.read == "causal":
         products |= {
             "read: Delta, q and act": 4 * F * d * h,
             "read: M_0, q and act": from_initial * 4 * F * d * h,
-            "read: through q k^T and act u^T": 2 * F * c * (d + h),
-            "read: U, q k^T, act u^T": 2 * F * c * (d + h),
+            "read: through q k^T and act u^T": 2 * F * c * (writes2 * d + h),
+            "read: U, q k^T, act u^T": 2 * F * c * (d + writes2 * h),
         }
     else:
         products["read: W1, W2, act, q"] = 4 * F * d * h

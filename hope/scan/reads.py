@@ -16,12 +16,12 @@ from hope.scan.writes_backward import ReadGradient
 
 class Blocks(NamedTuple):
     """M_mem over the n blocks of a tile, [n, G, ...] each: its Delta at each block's start, its U
-    and its W1 keys."""
+    (no u2 where W2 is not written) and its W1 keys."""
 
     delta1: Tensor
     delta2: Tensor
     u1: Tensor
-    u2: Tensor
+    u2: Tensor | None
     e1: Tensor
 
 
@@ -36,7 +36,7 @@ def stack_blocks(written: list[Written], c: int) -> Blocks:
         stack([[delta.w1 for delta in w.deltas[:-1]] for w in written]),
         stack([[delta.w2 for delta in w.deltas[:-1]] for w in written]),
         stack([w.u1 for w in written]),
-        stack([w.u2 for w in written]),
+        stack([w.u2 for w in written]) if written[0].u2 else None,
         torch.cat([to_blocks(w.e_mem, c) for w in written]),
     )
 
@@ -57,14 +57,14 @@ def _base_outer(left: Tensor, right: Tensor, heads: int) -> Tensor:
 class CausalRead(NamedTuple):
     """A causal read's intermediate values, [n, G, c, ...] each.
 
-    q_prev: decayed queries; across2, across1: ratio * (q k^T) and ratio * (act e1^T); act, slope:
-    of the hidden layer.
+    q_prev: decayed queries; across2, across1: ratio * (q k^T), where there is a u2, and
+    ratio * (act e1^T); act, slope: of the hidden layer.
     """
 
     q: Tensor
     q_prev: Tensor
     across1: Tensor
-    across2: Tensor
+    across2: Tensor | None
     act: Tensor
     act_prev: Tensor
     slope: Tensor
@@ -79,8 +79,11 @@ def read_causal(
     """
     q = to_blocks(q, frame.k.shape[2])
     q_prev = q * frame.prev
-    across2 = (q @ frame.k.mT).mul_(frame.ratio)
-    z = (q_prev @ blocks.delta2.mT).sub_(across2 @ blocks.u2)
+    z = q_prev @ blocks.delta2.mT
+    across2 = None
+    if blocks.u2 is not None:
+        across2 = (q @ frame.k.mT).mul_(frame.ratio)
+        z -= across2 @ blocks.u2
     if base is not None:
         z += _base_mm(q, base.w2.mT)
     act, slope = (t.clone() for t in gelu_slope(z, scratch))
@@ -117,11 +120,15 @@ def read_causal_backward(
         d_base.w1.add_(_base_outer(d_out, read.act * frame.prev_lost, base.w1.shape[0]))
 
     dz = d_act.mul_(read.slope)
-    d_across = (dz @ blocks.u2.mT).neg_().mul_(frame.ratio)
-    dq = (dz @ blocks.delta2).mul_(frame.prev).add_(d_across @ frame.k)
+    dq = (dz @ blocks.delta2).mul_(frame.prev)
+    if blocks.u2 is None or read.across2 is None:
+        dk, d_u2 = torch.zeros_like(dq), dz  # there is no u2 to take it
+    else:
+        d_across = (dz @ blocks.u2.mT).neg_().mul_(frame.ratio)
+        dq += d_across @ frame.k
+        dk = d_across.mT @ read.q
+        d_u2 = (read.across2.mT @ dz).neg_()
     rows += (dq * read.q).sum(-1)
-    dk = d_across.mT @ read.q
-    d_u2 = (read.across2.mT @ dz).neg_()
     d_w2 = dz.mT @ read.q_prev
     if base is not None:
         dq += _base_mm(dz, base.w2)

@@ -12,11 +12,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hope.scan.closed_form import Frame, from_blocks, gelu, gelu_slope, unit_lower_inverse
+from hope.scan.closed_form import (
+    Frame,
+    from_blocks,
+    gelu,
+    gelu_slope,
+    unit,
+    unit_lower_inverse,
+)
 from hope.scan.contract import MEM, DeltaRule
 from hope.scan.products import Scratch, add_mm, by_head, mm
 from hope.scan.reference import NORM_EPS
 
+W1_DELTA: tuple[DeltaRule, ...] = ("normalised", "target")
+"""Rules whose delta term acts on W1's unit input."""
+W2_DELTA: tuple[DeltaRule, ...] = ("normalised", "input")
+"""Rules whose delta term acts on W2's input; `target` does not write W2 at all."""
 STEP_FLOOR = 0.01
 """Added to |act|^2 in W1's step, rho / (rho^2 + 0.01)."""
 
@@ -55,7 +66,8 @@ class Written(NamedTuple):
     u1 [m, G, c, d], u2 [m, G, c, h]: each block's U; z [m, G, 2F, h] = W2 (k, v); r [m, G, F, d];
     pulled [m, G, F, h] = W1^T r; solve [m + 1, G, n, c, c]: (I + T)^-1 diag(eta) of every W1's
     system, then of W2's, which all memories share (diag(eta) alone where there is no delta term);
-    e_mem [G, F, h]: W1's keys of M_mem.
+    e_mem [G, F, h]: W1's keys of M_mem. With `target` nothing is there of W2 (no u2, m solves), r
+    is k less the unit target, and pulled [m, G, F, 1] is one over the target's length before.
     """
 
     kv: Tensor
@@ -92,7 +104,7 @@ def keys_of(rule: DeltaRule, frame: Frame, act: Tensor, kv: Tensor, scratch: Scr
     [m, G, 2F, d]."""
     e, length = act, act.new_empty(0)
     prev, end = from_blocks(frame.prev), from_blocks(frame.end)
-    if rule == "normalised":
+    if rule in W1_DELTA:
         length = torch.linalg.vector_norm(act, dim=-1, keepdim=True)
         e = torch.mul(act, length.clamp_min(NORM_EPS).reciprocal_(), out=scratch("e", *act.shape))
     k = kv[:, :, : act.shape[2]]
@@ -118,21 +130,20 @@ def _solve(rule: DeltaRule, frame: Frame, e: Tensor) -> Tensor:
     count, group, c, _ = frame.k.shape
     memories = e.shape[0]
     eta = frame.eta.transpose(0, 1)
-    if rule == "off":
-        return torch.diag_embed(eta.squeeze(-1)).expand(memories + 1, -1, -1, -1, -1)
-    step = frame.step.transpose(0, 1)
-    own = memories if rule == "normalised" else 0
-    gram = e.new_empty(own + 1, group, count, c, c)
+    own, shared = memories if rule in W1_DELTA else 0, 1 if rule in W2_DELTA else 0
+    diagonal = torch.diag_embed(eta.squeeze(-1))
+    if own + shared == 0:
+        return diagonal.expand(memories + 1, -1, -1, -1, -1)
+    gram = e.new_empty(own + shared, group, count, c, c)
     if own:
         blocks = e.unflatten(2, (count, c)).flatten(0, 2)
         torch.bmm(blocks, blocks.mT, out=gram[:own].view(-1, c, c))
-    k = frame.k.transpose(0, 1)
-    torch.matmul(k, k.mT, out=gram[own])
-    inverse = unit_lower_inverse(gram.mul_(step).view(-1, c, c)).view_as(gram).mul_(eta.mT)
-    if own:
-        return inverse
-    diagonal = torch.diag_embed(eta.squeeze(-1)).expand(memories, -1, -1, -1, -1)
-    return torch.cat([diagonal, inverse])
+    if shared:
+        k = frame.k.transpose(0, 1)
+        torch.matmul(k, k.mT, out=gram[own])
+    gram.mul_(frame.step.transpose(0, 1))
+    inverse = unit_lower_inverse(gram.view(-1, c, c)).view_as(gram).mul_(eta.mT)
+    return inverse if own else torch.cat([diagonal.expand(memories, -1, -1, -1, -1), inverse])
 
 
 def write(
@@ -161,15 +172,21 @@ def write(
 
     all_kv = for_each_memory(memories, kv, "kv", scratch)
     z = mm(all_kv, frozen.w2.mT, buffer("z", 2 * tokens, hidden))
-    act, slope = gelu_slope(z[:, :, :tokens], scratch)
-    act_v = gelu(z[:, :, tokens:], scratch)
-    gap = torch.sub(act, act_v, out=act_v)
-    r = mm(gap, frozen.w1.mT, buffer("r", tokens, width)).add_(kv[:, :tokens] - kv[:, tokens:])
-    pulled = mm(r, frozen.w1, buffer("pulled", tokens, hidden))
-    g2 = slope.mul_(pulled)
+    r, g2 = buffer("r", tokens, width), None
+    if rule == "target":
+        act, act_v = gelu(z, scratch).split(tokens, 2)
+        target, pulled = unit(mm(act_v, frozen.w1.mT, r).add_(kv[:, tokens:]))
+        torch.sub(kv[:, :tokens], target, out=r)
+    else:
+        act, slope = gelu_slope(z[:, :, :tokens], scratch)
+        act_v = gelu(z[:, :, tokens:], scratch)
+        gap = torch.sub(act, act_v, out=act_v)
+        mm(gap, frozen.w1.mT, r).add_(kv[:, :tokens] - kv[:, tokens:])
+        pulled = mm(r, frozen.w1, buffer("pulled", tokens, hidden))
+        g2 = slope.mul_(pulled)
     keys = keys_of(rule, frame, act, all_kv, scratch)
     g1 = scratch("g1", memories, group, tokens, width)
-    if rule == "normalised":
+    if rule in W1_DELTA:
         square = keys.length * keys.length
         torch.mul(r, keys.length / square.add_(STEP_FLOOR), out=g1)
     else:
@@ -177,29 +194,31 @@ def write(
     solve = _solve(rule, frame, keys.e)
     if base is not None:
         heads = base.w1.shape[1]
-        if rule == "normalised":
+        if rule in W1_DELTA:
             add_mm(by_head(g1, heads), by_head(keys.e, heads), base.w1.mT)
-        if rule != "off":
+        if g2 is not None and rule in W2_DELTA:
             add_mm(by_head(g2, heads), by_head(all_kv[:, :, :tokens], heads), base.w2.mT)
 
     deltas, us1, us2 = [delta], [], []
     for j in range(count):
         here = slice(j * c, (j + 1) * c)
-        g1_j, g2_j = g1[:, :, here], g2[:, :, here]
-        if rule == "normalised":
+        g1_j = g1[:, :, here]
+        if rule in W1_DELTA:
             add_mm(g1_j, keys.e_prev[:, :, here], delta.w1.mT)
-        if rule != "off":
-            add_mm(g2_j, keys.k_prev[:, :, here], delta.w2.mT)
-        solve2 = for_each_memory(memories, solve[-1, :, j], "solve2", scratch)
-        u1 = mm(solve[:-1, :, j], g1_j, buffer(("u1", j), c, width))
-        u2 = mm(solve2, g2_j, buffer(("u2", j), c, hidden))
+        u1 = mm(solve[:memories, :, j], g1_j, buffer(("u1", j), c, width))
+        us1.append(u1)
         w1 = torch.mul(delta.w1, frame.total[j], out=buffer(("w1", j), width, hidden))
         w2 = torch.mul(delta.w2, frame.total[j], out=buffer(("w2", j), hidden, width))
         add_mm(w1, u1.mT, keys.e_end[:, :, here], alpha=-1)
-        add_mm(w2, u2.mT, keys.k_end[:, :, here], alpha=-1)
+        if g2 is not None:
+            g2_j = g2[:, :, here]
+            if rule in W2_DELTA:
+                add_mm(g2_j, keys.k_prev[:, :, here], delta.w2.mT)
+            solve2 = for_each_memory(memories, solve[-1, :, j], "solve2", scratch)
+            u2 = mm(solve2, g2_j, buffer(("u2", j), c, hidden))
+            us2.append(u2)
+            add_mm(w2, u2.mT, keys.k_end[:, :, here], alpha=-1)
         delta = Memories(w1, w2)
         deltas.append(delta)
-        us1.append(u1)
-        us2.append(u2)
     e_mem = scratch((slot, "e mem"), group, tokens, hidden).copy_(keys.e[MEM])
     return Written(kv, deltas, us1, us2, z, r, pulled, solve, e_mem)

@@ -44,7 +44,7 @@ def assert_close(declared: Flops, executed: Flops) -> None:
         assert one == pytest.approx(other, rel=TOLERANCE), f"{name}: {one / other:.3f} of executed"
 
 
-@pytest.mark.parametrize("rule", ["normalised", "input", "off"])
+@pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 def test_the_scan_under_every_option(rule: str, decay_to: str, read: str) -> None:
