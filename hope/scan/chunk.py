@@ -27,7 +27,7 @@ from hope.scan.reads import (
     read_start_backward,
     stack_blocks,
 )
-from hope.scan.writes import ReadGradient, Written, with_base, write, write_backward
+from hope.scan.writes import W2_DELTA, ReadGradient, Written, with_base, write, write_backward
 
 READERS = 4
 """The memories that read x (k, v, eta, alpha) come first in the slow group."""
@@ -117,7 +117,7 @@ def run_chunk(
     count = tokens // mem_tokens
     width = min(w1.shape[2:])
     c_slow, c_mem = block_length(tokens, width), block_length(mem_tokens, width)
-    delta = config.delta_rule != "off"
+    delta = config.delta_rule in W2_DELTA
     slow_frame = make_frame(k, projected.eta, projected.log_alpha, c_slow, delta)
     mem_frame = slow_frame
     if c_mem != c_slow:

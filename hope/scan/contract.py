@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-DeltaRule = Literal["normalised", "input", "off"]
+DeltaRule = Literal["normalised", "input", "off", "target"]
 DecayTarget = Literal["initial", "zero"]
 Read = Literal["causal", "chunk_start"]
 Implementation = Literal["auto", "reference", "chunked"]
@@ -53,8 +53,9 @@ class ScanConfig:
     memory_chunk: tokens written with one frozen gradient in M_mem (C).
     projection_chunk: the same for the other memories (P), a multiple of memory_chunk.
     eta_max: largest step size of a write; 0 switches writes off (a memory-off control).
-    delta_rule: "normalised" (delta term on each layer's own unit input), "input" (the letter of
-        Eq. 88: W2 only) or "off" (plain gradient descent).
+    delta_rule: "normalised" (delta term on each layer's own unit input), "target" (only W1 is
+        written, towards the unit target M(v) / |M(v)|: bounded at any step), "input" (the letter
+        of Eq. 88: W2 only) or "off" (plain gradient descent).
     decay_to: what the weight decay pulls towards: the "initial" weights, or "zero" (Eq. 88).
     read: "causal" reads the state after the previous token (Eq. 83), "chunk_start" the state at
         the start of the token's memory chunk (Eq. 90).

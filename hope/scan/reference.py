@@ -67,6 +67,10 @@ def write(
 
     The gradient comes from the frozen (chunk-start) state, the delta and the decay act on the
     current one. k, v: [B, N, d]; eta, alpha: [B, N].
+
+    `delta_rule: target` is the delta rule proper on W1, with W2's features held: at eta = 1 one
+    write makes M(k) the unit target. The delta term forgets W1 u, so the frozen term is the target
+    alone; "normalised" subtracts the frozen W1 u once more.
     """
     z = hidden(frozen.w2, k)
     a = F.gelu(z, approximate="tanh")
@@ -77,10 +81,14 @@ def write(
     eta, alpha = eta[..., None, None], alpha[..., None, None]
     k_row = k.unsqueeze(-2)
     w1 = alpha * now.w1
-    w2 = alpha * now.w2 - eta * g.unsqueeze(-1) * k_row
-    if config.delta_rule != "off":
+    w2 = alpha * now.w2
+    if config.delta_rule != "target":
+        w2 = w2 - eta * g.unsqueeze(-1) * k_row
+    if config.delta_rule in ("normalised", "input"):
         w2 = w2 - eta * hidden(now.w2, k).unsqueeze(-1) * k_row
-    if config.delta_rule == "normalised":
+    if config.delta_rule in ("normalised", "target"):
+        if config.delta_rule == "target":
+            r = k - l2norm(target)
         rho = torch.linalg.vector_norm(a, dim=-1, keepdim=True)
         u = a / rho.clamp_min(NORM_EPS)
         step = hidden(now.w1, u) + rho / (rho**2 + 0.01) * r

@@ -21,11 +21,16 @@ from hope.scan.closed_form import (
     log_decay_gradient,
     solve_operator,
     to_blocks,
+    unit,
     unit_backward,
 )
 from hope.scan.contract import DeltaRule
 from hope.scan.reference import NORM_EPS
 
+W1_DELTA: tuple[DeltaRule, ...] = ("normalised", "target")
+"""Rules whose delta term acts on W1's unit input."""
+W2_DELTA: tuple[DeltaRule, ...] = ("normalised", "input")
+"""Rules whose delta term acts on W2's input."""
 _STEP_FLOOR = 0.01
 
 
@@ -106,7 +111,8 @@ class Written(NamedTuple):
 
     delta1, delta2: states at the start of each block and after the last, [m, G, d, h] and
     [m, G, h, d]; u1 [m, G, c, d], u2 [m, G, c, h]: each block's U; e1 [m, G, F, h]: W1's keys.
-    The rest is named as in `write`.
+    The rest is named as in `write`. With `target` u2 is zero, r is k less the unit target, diff is
+    the activation of v alone, and g2_slope is one over the target's length before normalisation.
     """
 
     delta1: list[Tensor]
@@ -157,11 +163,16 @@ def write(
     else:
         a_k, slope = gelu_slope(z[:, :, :tokens])
         a_v = gelu(z[:, :, tokens:])
-    diff = a_k - a_v
-    r = (diff @ w1.mT).add_(k - v)
-    g2_slope = r @ w1
-    g2 = g2_slope * slope[:, :, :tokens]
-    if rule == "normalised":
+    if rule == "target":
+        diff = a_v.contiguous()
+        r, g2_slope = unit((diff @ w1.mT).add_(v))
+        r, g2 = torch.sub(k, r, out=r), g2_slope
+    else:
+        diff = a_k - a_v
+        r = (diff @ w1.mT).add_(k - v)
+        g2_slope = r @ w1
+        g2 = g2_slope * slope[:, :, :tokens]
+    if rule in W1_DELTA:
         length = torch.linalg.vector_norm(a_k, dim=-1, keepdim=True)
         e1 = a_k * length.clamp_min(NORM_EPS).reciprocal_()
         g1 = r * (length / (length * length).add_(_STEP_FLOOR))
@@ -173,29 +184,32 @@ def write(
 
     e1_prev, e1_end = e1 * from_blocks(frame.prev), e1 * from_blocks(frame.end)
     by_head = (frame.step.transpose(0, 1), frame.eta.transpose(0, 1))
-    if rule == "normalised":
+    if rule in W1_DELTA:
         e1_blocks = e1.unflatten(2, blocks)
         solve1 = solve_operator(e1_blocks @ e1_blocks.mT, *by_head)
     else:
         solve1 = torch.diag_embed(by_head[1].squeeze(-1)).expand(e1.shape[0], -1, -1, -1, -1)
-    if base2 is not None and rule != "off":
+    if base2 is not None and rule in W2_DELTA:
         add_base_mm(g2, k.unsqueeze(0), base2.mT)
-    if base1 is not None and rule == "normalised":
+    if base1 is not None and rule in W1_DELTA:
         add_base_mm(g1, e1, base1.mT)
 
     deltas1, deltas2, us1, us2 = [delta1], [delta2], [], []
     for j, (g1_j, g2_j) in enumerate(zip(g1.split(c, 2), g2.split(c, 2), strict=True)):
         here = slice(j * c, (j + 1) * c)
-        if rule == "normalised":
+        if rule in W1_DELTA:
             g1_j = g1_j + e1_prev[:, :, here] @ delta1.mT
-        if rule != "off":
+        if rule in W2_DELTA:
             g2_j = g2_j + shared_mm(frame.k_prev[j], delta2.mT)
         u1 = solve1[:, :, j] @ g1_j
-        u2 = shared_mm(frame.solve2[j], g2_j)
         delta1 = delta1 * frame.total[j]
         add_mm(delta1, u1.mT, e1_end[:, :, here], alpha=-1)
         delta2 = delta2 * frame.total[j]
-        add_shared_mm(delta2, u2.mT, frame.k_end[j], alpha=-1)
+        if rule == "target":
+            u2 = torch.zeros_like(e1[:, :, here])
+        else:
+            u2 = shared_mm(frame.solve2[j], g2_j)
+            add_shared_mm(delta2, u2.mT, frame.k_end[j], alpha=-1)
         deltas1.append(delta1)
         deltas2.append(delta2)
         us1.append(u1)
@@ -269,23 +283,27 @@ def write_backward(
         )
         # The U of the block, then through the triangular systems to their right-hand sides.
         du1 = written.e1_end[:, :, here] @ d_delta1.mT
-        du2 = shared_mm(frame.k_end[j], d_delta2.mT)
         du1 = du1.neg_() if read is None else torch.sub(read.u1[j], du1, out=du1)
-        du2 = du2.neg_() if read is None else torch.sub(read.u2[j], du2, out=du2)
         dr1 = written.solve1[:, :, j].mT @ du1
-        dr2 = shared_mm(frame.solve2[j].mT, du2)
         gram1 = dr1 @ u1.mT
-        gram2 = sum_mm(dr2, u2.mT)
-        p = gram1.diagonal(dim1=-2, dim2=-1).sum(0) + gram2.diagonal(dim1=-2, dim2=-1)
+        p = gram1.diagonal(dim1=-2, dim2=-1).sum(0)
+        if rule == "target":
+            dr2, dk = u2, torch.zeros_like(frame.k[j])
+        else:
+            du2 = shared_mm(frame.k_end[j], d_delta2.mT)
+            du2 = du2.neg_() if read is None else torch.sub(read.u2[j], du2, out=du2)
+            dr2 = shared_mm(frame.solve2[j].mT, du2)
+            gram2 = sum_mm(dr2, u2.mT)
+            p = p + gram2.diagonal(dim1=-2, dim2=-1)
+            dk = sum_mm(u2, d_delta2).mul_(frame.end[j]).neg_()
         p_blocks.append(p / frame.eta[j].squeeze(-1).clamp_min(tiny))
 
         de1 = (u1 * frame.end[j]).neg_() @ d_delta1
-        dk = sum_mm(u2, d_delta2).mul_(frame.end[j]).neg_()
-        if rule == "normalised":
+        if rule in W1_DELTA:
             add_mm(de1, dr1 * frame.prev[j], delta1)
             gram1 = gram1.mul_(frame.ratio[j])
             add_mm(de1, gram1 + gram1.mT, written.e1[:, :, here], alpha=-1)
-        if rule != "off":
+        if rule in W2_DELTA:
             dk.addcmul_(sum_mm(dr2, delta2), frame.prev[j])
             gram2 = gram2.mul_(frame.ratio[j])
             dk.baddbmm_(gram2 + gram2.mT, frame.k[j], alpha=-1)
@@ -294,9 +312,9 @@ def write_backward(
             lost2.addcmul_(d_delta2, frame.total_lost[j])
         d_delta1.mul_(frame.total[j])
         d_delta2.mul_(frame.total[j])
-        if rule == "normalised":
+        if rule in W1_DELTA:
             add_mm(d_delta1, dr1.mT, written.e1_prev[:, :, here])
-        if rule != "off":
+        if rule in W2_DELTA:
             add_shared_mm(d_delta2, dr2.mT, frame.k_prev[j])
         if read is not None:
             de1 += read.e1[j]
@@ -312,7 +330,9 @@ def write_backward(
         for blocks in (dr1_blocks, dr2_blocks, de1_blocks)
     )
     dk = dk_blocks[0] if count == 1 else torch.cat(dk_blocks[::-1], 1)
-    rows = (dr1 * written.g1).sum(-1).sum(0) + (dr2 * written.g2).sum(-1).sum(0)
+    rows = (dr1 * written.g1).sum(-1).sum(0)
+    if rule != "target":
+        rows += (dr2 * written.g2).sum(-1).sum(0)
     rows = to_blocks(rows, c).neg_()
     if read is not None:
         rows += read.rows
@@ -324,10 +344,10 @@ def write_backward(
         heads = base1.shape[1]
         d_base1, d_base2 = over_rows(lost1, heads), over_rows(lost2, heads)
         prev_lost = from_blocks(frame.prev_lost)
-        if rule == "normalised":
+        if rule in W1_DELTA:
             d_base1 += head_outer(dr1, written.e1 * prev_lost, heads)
             add_base_mm(de1, dr1, base1)
-        if rule != "off":
+        if rule in W2_DELTA:
             k_lost = from_blocks(frame.k) * prev_lost
             d_base2 += head_outer(dr2, k_lost.unsqueeze(0), heads)
             flat = dr2.view(*base2.shape[:2], -1, base2.shape[2])
@@ -345,7 +365,7 @@ def _frozen_backward(
     """Through the frozen terms: from g1, g2 and W1's keys to k, v and the chunk-start W1, W2."""
     tokens = dg1.shape[2]
     slope_k, slope_v = written.slope[:, :, :tokens], written.slope[:, :, tokens:]
-    if rule == "normalised":
+    if rule in W1_DELTA:
         length = written.length
         floor = (length * length).add_(_STEP_FLOOR)
         d_step = (dg1 * written.r).sum(-1, keepdim=True)
@@ -355,6 +375,12 @@ def _frozen_backward(
         da.addcmul_(written.e1, d_step * (2 * _STEP_FLOOR - floor) / (floor * floor))
     else:
         dr, da = dg1, de1
+    if rule == "target":
+        dy = unit_backward(-dr, written.kv[:, :tokens] - written.r, written.g2_slope)
+        dz = torch.cat([da.mul_(slope_k), (dy @ written.w1).mul_(slope_v)], 2)
+        d_kv = sum_mm(dz, written.w2)
+        d_k, d_v = d_kv[:, :tokens] + dr.sum(0), d_kv[:, tokens:] + dy.sum(0)
+        return d_k, d_v, dy.mT @ written.diff, shared_left_mm(dz.mT, written.kv)
     through_slope = dg2 * written.g2_slope
     dg2 = dg2 * slope_k
     add_mm(dr, dg2, written.w1.mT)

@@ -25,12 +25,12 @@ def check_parity(problem: Problem, config: ScanConfig, floor: float = 1e-12) -> 
         assert error < tolerance, f"{name} is off by {error:.1e} in {dtype}"
 
 
-@pytest.mark.parametrize("rule", ["normalised", "input", "off"])
+@pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 @pytest.mark.parametrize("memories", [5, 6])
 def test_every_option(rule: str, decay_to: str, read: str, memories: int) -> None:
-    eta_max = 0.5 if rule == "normalised" else 0.1
+    eta_max = 0.5 if rule in ("normalised", "target") else 0.1
     config = ScanConfig(4, 8, eta_max, rule, decay_to, read, checkpoint_chunks=2)
     for with_state in (True, False):
         problem = make_problem(memories=memories, with_state=with_state, resets=((0, 8), (1, 0)))
@@ -68,11 +68,11 @@ def test_random_problems(seed: int) -> None:
     tokens, rows = rng.randint(1, 40), rng.randint(1, 3)
     boundaries = range(0, tokens, projection_chunk)
     resets = [(rng.randrange(rows), rng.choice(boundaries)) for _ in range(rng.randint(0, 4))]
-    rule = rng.choice(["normalised", "input", "off"])
+    rule = rng.choice(["normalised", "target", "input", "off"])
     config = ScanConfig(
         memory_chunk=memory_chunk,
         projection_chunk=projection_chunk,
-        eta_max=rng.uniform(0.1, 0.6) if rule == "normalised" else 0.1,
+        eta_max=rng.uniform(0.1, 0.6) if rule in ("normalised", "target") else 0.1,
         delta_rule=rule,
         decay_to=rng.choice(["initial", "zero"]),
         read=rng.choice(["causal", "chunk_start"]),
@@ -92,10 +92,11 @@ def test_random_problems(seed: int) -> None:
     check_parity(problem, config)
 
 
+@pytest.mark.parametrize("rule", ["normalised", "target"])
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
-def test_gradcheck(decay_to: str) -> None:
+def test_gradcheck(rule: str, decay_to: str) -> None:
     problem = make_problem(1, 1, 7, 2, memories=6, resets=((0, 4),))
-    config = ScanConfig(2, 4, 0.4, decay_to=decay_to, checkpoint_chunks=1, implementation="chunked")
+    config = ScanConfig(2, 4, 0.4, rule, decay_to, checkpoint_chunks=1, implementation="chunked")
 
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
         weights, state = ScanWeights(*leaves[2:8]), MemoryState(*leaves[8:])

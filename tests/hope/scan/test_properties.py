@@ -246,6 +246,31 @@ def test_the_memories_stay_bounded_over_a_long_sequence(
         assert (final.norm(dim=(3, 4)) < 3 * start[:, None].norm(dim=(3, 4))).all()
 
 
+@pytest.mark.parametrize("stream", ["one token", "two tokens", "cosine 0.95", "random"])
+@pytest.mark.parametrize("gain", [1.0, 5.0])
+def test_the_target_rule_stays_bounded_at_full_strength(stream: str, gain: float) -> None:
+    """Every write at eta = 1, 64 tokens with one frozen gradient: the normalised rule is at NaN."""
+    problem = make_problem(1, 2, 4096, 16, with_state=False).to(torch.float32)
+    x = problem.x.detach()
+    if stream.endswith(("token", "tokens")):
+        x = x[:, :, : 1 if stream == "one token" else 2].repeat(1, 1, 4096, 1)[:, :, :4096]
+    elif stream == "cosine 0.95":
+        x = 0.95**0.5 * x[:, :, :1] + 0.05**0.5 * x
+    weights = problem.weights._replace(
+        w1=gain * problem.weights.w1,
+        w2=2 * problem.weights.w2,
+        b_eta=torch.full_like(problem.weights.b_eta, 60.0),
+        w_alpha=torch.zeros_like(problem.weights.w_alpha),
+        b_alpha=torch.full_like(problem.weights.b_alpha, 9.0),
+    )
+    with torch.no_grad():
+        _, state = scan(x, problem.q, weights, ScanConfig(64, 64, 1.0, "target"))
+    start = weights.w1.norm(dim=(2, 3))[:, None]
+    # A write leaves |W1 u| at most 2 rho / (rho^2 + 0.01) <= 10, in each of 16 directions.
+    assert (state.w1.norm(dim=(3, 4)) < start + 40).all()
+    torch.testing.assert_close(state.w2, weights.w2[:, None].expand_as(state.w2))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_writes_switched_off_leave_the_initial_memory(implementation: str) -> None:
     problem = make_problem(tokens=20, with_state=False)

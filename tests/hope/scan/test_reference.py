@@ -10,7 +10,7 @@ from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
 from tests.hope.scan.cases import make_problem, run
 
 
-@pytest.mark.parametrize("rule", ["normalised", "input", "off"])
+@pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 def test_gradients_match_finite_differences(rule: str, decay_to: str, read: str) -> None:
@@ -80,6 +80,39 @@ def test_one_write_moves_the_answer_towards_the_target_by_about_eta() -> None:
     shrunk = (weights.w1[4] @ a[..., None])[..., 0]
     expected = before - eta * (shrunk + rho2 / (rho2 + 0.01) * before)
     torch.testing.assert_close(after, expected)
+
+
+def test_one_full_target_write_makes_the_answer_the_target() -> None:
+    """At eta = 1 M(k) is the unit target, up to the floor under |a|; W2 stays as it was."""
+    problem = make_problem(4, 2, 1, 8, 4, with_state=False)
+    weights = problem.weights._replace(
+        w2=4 * problem.weights.w2,
+        w_eta=torch.zeros_like(problem.weights.w_eta),
+        b_eta=torch.full_like(problem.weights.b_eta, 60.0),
+        w_alpha=torch.zeros_like(problem.weights.w_alpha),
+        b_alpha=torch.full_like(problem.weights.b_alpha, 60.0),
+    )
+    config = ScanConfig(1, 1, 1.0, "target", implementation="reference")
+    _, state = scan(problem.x, problem.q, weights, config)
+    for box in range(5):
+        before = MemoryState(weights.w1[box], weights.w2[box].expand_as(state.w2[box]))
+        x = problem.x[:, :, 0]
+        k, v = (unit(answer(weights.w1[i], weights.w2[i], x)[0]) for i in (0, 1))
+        target = unit(answer(*before, v)[0])
+        after, a = answer(state.w1[box], state.w2[box], k)
+        floor = 0.01 / ((a * a).sum(-1, keepdim=True) + 0.01)
+        torch.testing.assert_close(after, target + floor * (k - target))
+        torch.testing.assert_close(state.w2[box], before.w2)
+
+
+def unit(z: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(z, dim=-1)
+
+
+def answer(w1: Tensor, w2: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """M(z) and the activation behind it."""
+    a = torch.nn.functional.gelu((w2 @ z[..., None])[..., 0], approximate="tanh")
+    return z + (w1 @ a[..., None])[..., 0], a
 
 
 def test_out_dtype_and_state_dtype() -> None:
