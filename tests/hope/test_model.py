@@ -32,6 +32,10 @@ VARIANTS = {
     "titans": BASE,
     "titans_adaptive_query": replace(BASE, titans=TitansConfig(scan=SCAN, adaptive_query=True)),
     "titans_expansion": replace(BASE, titans=TitansConfig(scan=SCAN, memory_expansion=2)),
+    "titans_aligned_target": replace(
+        BASE,
+        titans=TitansConfig(start="aligned", scan=replace(SCAN, delta_rule="target")),
+    ),
     "writes_off": replace(BASE, titans=TitansConfig(scan=SCAN, writes=False)),
     "independent": replace(BASE, cms=CMSConfig(mode="independent", levels=LEVELS)),
     "untied": replace(BASE, tie_embeddings=False),
@@ -178,3 +182,23 @@ def test_generation_is_the_argmax_of_the_whole_pass() -> None:
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         HopeModel(HopeConfig())
+
+
+def test_an_aligned_query_meets_what_follows_its_token() -> None:
+    """At the start, the query of a token points at the memories' inputs one token later."""
+    titans = TitansConfig(start="aligned", scan=SCAN)
+    config = replace(BASE, dim=256, titans=titans)
+    mixer = HopeModel(config).layers[0].mixer
+    x = torch.randn(1, 64, config.dim, generator=torch.Generator().manual_seed(3))
+    inputs, queries = (
+        mixer.conv_x(mixer.x_in(x), None, None)[0],
+        mixer.conv_q(mixer.q_in(x), None, None)[0],
+    )
+    cosine = (
+        torch.nn.functional.normalize(queries[0], dim=-1)
+        @ torch.nn.functional.normalize(inputs[0], dim=-1).mT
+    )
+    assert cosine.diagonal(1).min() > 0.5
+    assert cosine.diagonal(2).abs().max() < 0.4
+    with pytest.raises(ValueError, match=r"titans\.start must be one of independent, aligned"):
+        TitansConfig(start="other")  # type: ignore[arg-type]
