@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-recall clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ quickstart: install ## real text -> shards -> a small Hope, trained, evaluated, 
 
 compare: install ## Hope against its controls and a Transformer++ of equal size, three seeds
 	$(BIN)/python -m tools.compare
+
+bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and without the memories' writes
+	$(BIN)/python -m tools.bench_recall
 
 test: install-dev ## the tests
 	$(BIN)/python -m pytest -m "not slow"
