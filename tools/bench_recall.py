@@ -95,12 +95,8 @@ VARIANTS: dict[str, tuple[str, HopeConfig]] = {
     "no_writes": ("writes off", _titans(writes=False)),
     "independent_start": ("start: independent", _titans(start="independent")),
     "normalised": ("delta_rule: normalised", _scan(delta_rule="normalised")),
-    "weak": (
-        "eta below 1 / (2 P)",
-        _titans(initial_eta=0.0075, scan=replace(SCAN, eta_max=0.0078)),
-    ),
-    "chunk_start": ("read: chunk_start", _scan(read="chunk_start")),
-    "chunk_16": ("memory_chunk: 16", _scan(memory_chunk=16)),
+    "weak": ("initial_eta: 0.0075", _titans(initial_eta=0.0075)),
+    "chunk_start": ("read: chunk_start of 16", _scan(read="chunk_start", memory_chunk=16)),
 }
 """What can be trained: its name -> its title and its model."""
 DEFAULT = ("hope", "no_writes")
