@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from hope.scan import ScanConfig
 
 STRICT: dict[str, Any] = {"extra": "forbid"}
 
 MixerName = Literal["titans", "attention"]
+TitansStart = Literal["independent", "aligned"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -36,6 +37,10 @@ class TitansConfig:
     initial_eta: the write strength that training starts from, below scan.eta_max. Under
         1 / (2 projection_chunk) memories that start with a gain of up to 5 were measured to stay
         bounded (docs/stability.md).
+    start: how queries and keys begin. "independent": unrelated random projections and
+        convolutions. "aligned": W_q = W_in, the query's convolution passes the token itself and
+        the memories' input takes the token and its predecessor, so that a token's query meets what
+        was written just after its last occurrence from the first step on (docs/recall.md).
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -45,6 +50,7 @@ class TitansConfig:
     writes: bool = True
     conv_width: int = 4
     initial_eta: float = 0.0075
+    start: TitansStart = "independent"
     scan: ScanConfig = field(default_factory=ScanConfig)
 
     def __post_init__(self) -> None:
@@ -54,6 +60,10 @@ class TitansConfig:
             0 < self.initial_eta < self.scan.eta_max,
             f"titans.initial_eta={self.initial_eta} must lie between 0 and "
             f"titans.scan.eta_max={self.scan.eta_max}",
+        )
+        _require(
+            self.start in get_args(TitansStart),
+            f"titans.start must be one of {', '.join(get_args(TitansStart))}, got {self.start!r}",
         )
 
 

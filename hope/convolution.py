@@ -5,21 +5,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hope.init import Initialiser, Uniform
+from hope.init import Initialiser, Taps, Uniform
 
 
 class CausalConvolution(nn.Module):
     """y_t = sum_j weight[width - 1 - j] * x_{t-j}, over the x of the same document only.
 
     x: [B, T, channels]. `tail`, the width - 1 inputs before x, makes a split sequence equal to
-    the whole; without it the sequence starts from zeros.
+    the whole; without it the sequence starts from zeros. taps: the starting weights of x_t,
+    x_{t-1}, ... in every channel (further ones 0); None starts each channel at random.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, taps: tuple[float, ...] | None = None) -> None:
         super().__init__()
         self.width = width
         self.weight = nn.Parameter(torch.empty(width, channels))
-        self.initialisers: dict[str, Initialiser] = {"weight": Uniform(width**-0.5)}
+        start = Uniform(width**-0.5) if taps is None else Taps(taps)
+        self.initialisers: dict[str, Initialiser] = {"weight": start}
 
     def forward(
         self, x: Tensor, tail: Tensor | None, document_starts: Tensor | None

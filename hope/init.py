@@ -16,9 +16,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Normal:
-    """Zero-mean Gaussian of the given standard deviation."""
+    """Zero-mean Gaussian of the given standard deviation.
+
+    twin: a module beside the parameter's own whose draw is repeated here: both start equal.
+    """
 
     std: float
+    twin: str = ""
 
     def fill(self, tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0.0, self.std, generator=generator)
@@ -44,15 +48,27 @@ class Constant:
         tensor.fill_(self.value)
 
 
-Initialiser = Normal | Uniform | Constant
+@dataclass(frozen=True)
+class Taps:
+    """One value per row, the last row first, the same in every column; further rows get 0."""
+
+    values: tuple[float, ...]
+
+    def fill(self, tensor: Tensor, generator: torch.Generator) -> None:
+        tensor.zero_()
+        for row, value in zip(reversed(tensor.unbind()), self.values, strict=False):
+            row.fill_(value)
+
+
+Initialiser = Normal | Uniform | Constant | Taps
 
 
 class Linear(nn.Linear):
     """A linear map without bias that knows how it starts: N(0, std^2)."""
 
-    def __init__(self, in_features: int, out_features: int, std: float) -> None:
+    def __init__(self, in_features: int, out_features: int, std: float, twin: str = "") -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.initialisers: dict[str, Initialiser] = {"weight": Normal(std)}
+        self.initialisers: dict[str, Initialiser] = {"weight": Normal(std, twin)}
 
     def reset_parameters(self) -> None:
         """Nothing: `initialise` fills the weight once the whole model is built."""
@@ -79,7 +95,12 @@ def initialise(model: nn.Module, seed: int) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{module_name}.{name}" if module_name else name
             initialisers: dict[str, Initialiser] = getattr(module, "initialisers", {})
-            generator = torch.Generator().manual_seed(seed_from(seed, "init", full_name))
+            initialiser = initialisers[name]
+            drawn = full_name
+            if isinstance(initialiser, Normal) and initialiser.twin:
+                path = [*module_name.split(".")[:-1], initialiser.twin, name]
+                drawn = ".".join(path)
+            generator = torch.Generator().manual_seed(seed_from(seed, "init", drawn))
             draft = torch.empty(parameter.shape, dtype=torch.float32)
-            initialisers[name].fill(draft, generator)
+            initialiser.fill(draft, generator)
             parameter.copy_(draft)

@@ -39,6 +39,7 @@ class SelfModifyingTitans(nn.Module):
     but they are not used and get no gradient (`.grad` stays None).
     """
 
+    ALIGNED_X, ALIGNED_Q = (0.7, 0.7), (1.0,)  # starting taps: a token and its predecessor; itself
     ALPHA_BIAS = 9.21  # sigmoid(9.21) = 0.9999, the fraction kept per token at the start
 
     def __init__(self, config: HopeConfig) -> None:
@@ -52,11 +53,13 @@ class SelfModifyingTitans(nn.Module):
         h = titans.memory_expansion * d
         std = dim**-0.5
         self.x_in = Linear(dim, dim, std)
-        self.q_in = Linear(dim, dim, std)
+        aligned = titans.start == "aligned"
+        self.q_in = Linear(dim, dim, std, twin="x_in" if aligned else "")
         self.gate = Linear(dim, dim, std)
         self.out = Linear(dim, dim, std / (2 * config.num_layers) ** 0.5)
-        self.conv_x = CausalConvolution(dim, titans.conv_width)
-        self.conv_q = CausalConvolution(dim, titans.conv_width)
+        taps = (self.ALIGNED_X, self.ALIGNED_Q) if aligned else (None, None)
+        self.conv_x = CausalConvolution(dim, titans.conv_width, taps[0])
+        self.conv_q = CausalConvolution(dim, titans.conv_width, taps[1])
         boxes = 6 if titans.adaptive_query else 5
         self.memory_w1 = nn.Parameter(torch.empty(boxes, heads, d, h))
         self.memory_w2 = nn.Parameter(torch.empty(boxes, heads, h, d))

@@ -20,7 +20,7 @@ LEVELS = (
     LevelConfig(name="a", hidden_size=24),
     LevelConfig(name="b", hidden_size=16, update_every_tokens=1000),
 )
-CMS_MODES = ("sequential", "independent")
+CMS_MODES = ("sequential", "independent", "nested")
 
 
 def titans(scan: ScanConfig, **options: Any) -> dict[str, Any]:
@@ -35,6 +35,7 @@ MIXERS: dict[str, dict[str, Any]] = {
     "chunks_16_and_64": titans(ScanConfig(16, 64)),
     "letter_16": titans(LETTER),
     "letter_64": titans(replace(LETTER, memory_chunk=64, projection_chunk=64)),
+    "aligned_target": titans(replace(CHUNK_16, delta_rule="target"), start="aligned"),
     "adaptive_query": titans(CHUNK_16, adaptive_query=True),
     "expansion": titans(CHUNK_16, memory_expansion=2),
     "writes_off": titans(CHUNK_16, writes=False),
@@ -231,3 +232,23 @@ def test_generation_is_the_argmax_of_the_whole_pass() -> None:
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         HopeModel(HopeConfig())
+
+
+def test_an_aligned_query_meets_what_follows_its_token() -> None:
+    """At the start, the query of a token points at the memories' inputs one token later."""
+    titans = TitansConfig(start="aligned", scan=CHUNK_16)
+    config = replace(BASE, dim=256, titans=titans)
+    mixer = HopeModel(config).layers[0].mixer
+    x = torch.randn(1, 64, config.dim, generator=torch.Generator().manual_seed(3))
+    inputs, queries = (
+        mixer.conv_x(mixer.x_in(x), None, None)[0],
+        mixer.conv_q(mixer.q_in(x), None, None)[0],
+    )
+    cosine = (
+        torch.nn.functional.normalize(queries[0], dim=-1)
+        @ torch.nn.functional.normalize(inputs[0], dim=-1).mT
+    )
+    assert cosine.diagonal(1).min() > 0.5
+    assert cosine.diagonal(2).abs().max() < 0.4
+    with pytest.raises(ValueError, match=r"titans\.start must be one of independent, aligned"):
+        TitansConfig(start="other")  # type: ignore[arg-type]
