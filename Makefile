@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-recall bench-stability clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-model bench-recall bench-stability clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ compare: install ## Hope against its controls and a Transformer++ of equal size,
 
 bench-stability: install ## a million tokens through the default memories: are they bounded? (ten minutes)
 	$(BIN)/python -m tools.bench_stability --picture docs/stability.png
+
+bench-model: install ## a Hope layer beside a Transformer++ layer and public implementations (half an hour)
+	$(BIN)/python -m tools.bench_model
 
 bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and without the memories' writes
 	$(BIN)/python -m tools.bench_recall
