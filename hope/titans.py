@@ -12,7 +12,7 @@ from hope.config import HopeConfig
 from hope.convolution import CausalConvolution
 from hope.flops import Flops, linear_flops, product_flops, scan_flops, sum_flops
 from hope.init import Constant, Initialiser, Linear, Normal
-from hope.scan import MemoryState, ScanWeights, scan
+from hope.scan import MemoryState, ScanWeights, initial_state, scan
 from hope.sharding import Shard, ShardPlan, within
 from hope.state import StateSpec, TensorSpec, TitansState
 
@@ -192,9 +192,7 @@ class SelfModifyingTitans(nn.Module):
             if document_starts is not None:
                 nothing = document_starts.new_zeros(document_starts.shape[0], pending)
                 document_starts = torch.cat([nothing, document_starts], dim=1)
-        weights = ScanWeights(
-            self.memory_w1, self.memory_w2, self.w_eta, self.b_eta, self.w_alpha, self.b_alpha
-        )
+        weights = self._weights()
         whole = inputs.shape[2] // self.scan_config.projection_chunk
         whole *= self.scan_config.projection_chunk
         if whole == inputs.shape[2] and pending == 0:
@@ -226,13 +224,14 @@ class SelfModifyingTitans(nn.Module):
         assert memory is not None
         return torch.cat(reads, dim=2)[:, :, -length:], memory, inputs.clone(), query.clone()
 
+    def _weights(self) -> ScanWeights:
+        return ScanWeights(
+            self.memory_w1, self.memory_w2, self.w_eta, self.b_eta, self.w_alpha, self.b_alpha
+        )
+
     def _start(self, batch: int, dtype: torch.dtype) -> MemoryState:
         """M_0 for every row, a view where it can be, as activations of that dtype need it."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        starts = (self.memory_w1, self.memory_w2)
-        return MemoryState(
-            *(z.to(dtype).unsqueeze(1).expand(-1, batch, -1, -1, -1) for z in starts)
-        )
+        return initial_state(self._weights(), batch, torch.promote_types(dtype, torch.float32))
 
     def _read_start(self, query: Tensor) -> Tensor:
         """o_t = M_mem,0(q_t): the memory-off control. query [B, N, T, d] -> [B, N, T, d]."""

@@ -87,7 +87,7 @@ class Keys(NamedTuple):
 
     e [m, G, F, h]: W1's keys (u, or act itself without normalisation); length [m, G, F, 1]:
     |act|, empty where not needed; kv [m, G, 2F, d]: keys, which are W2's, and values, once for
-    each memory; k_prev, k_end [m, G, F, d].
+    each memory; k_prev, k_end [m, G, F, d], empty where W2 is not written.
     """
 
     e: Tensor
@@ -107,15 +107,19 @@ def keys_of(rule: DeltaRule, frame: Frame, act: Tensor, kv: Tensor, scratch: Scr
     if rule in W1_DELTA:
         length = torch.linalg.vector_norm(act, dim=-1, keepdim=True)
         e = torch.mul(act, length.clamp_min(NORM_EPS).reciprocal_(), out=scratch("e", *act.shape))
-    k = kv[:, :, : act.shape[2]]
+    k_prev = k_end = act.new_empty(0)
+    if rule != "target":
+        k = kv[:, :, : act.shape[2]]
+        k_prev = torch.mul(k, prev, out=scratch("k prev", *k.shape))
+        k_end = torch.mul(k, end, out=scratch("k end", *k.shape))
     return Keys(
         e=e,
         e_prev=torch.mul(e, prev, out=scratch("e prev", *act.shape)),
         e_end=torch.mul(e, end, out=scratch("e end", *act.shape)),
         length=length,
         kv=kv,
-        k_prev=torch.mul(k, prev, out=scratch("k prev", *k.shape)),
-        k_end=torch.mul(k, end, out=scratch("k end", *k.shape)),
+        k_prev=k_prev,
+        k_end=k_end,
     )
 
 
