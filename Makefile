@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-model bench-recall bench-stability clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-model bench-recall bench-stability clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -27,6 +27,9 @@ quickstart: install ## real text -> shards -> a small Hope, trained, evaluated, 
 
 compare: install ## Hope against its controls and a Transformer++ of equal size, three seeds
 	$(BIN)/python -m tools.compare
+
+bench-cadence: install ## what levels of different periods cost in time, traffic and memory (three minutes)
+	$(BIN)/python -m tools.bench_cadence
 
 bench-stability: install ## a million tokens through the default memories: are they bounded? (ten minutes)
 	$(BIN)/python -m tools.bench_stability --picture docs/stability.png

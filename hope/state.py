@@ -93,6 +93,10 @@ class ModelState(NamedTuple):
         """Cut from the graph: what is carried over a training step has no gradient behind it."""
         return self.map(lambda _, tensor: tensor.detach())
 
+    def is_finite(self) -> bool:
+        """Whether every carried number is finite."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.named_tensors().values())
+
     def rows(self, start: int, stop: int) -> ModelState:
         """The state of batch rows start to stop."""
         return self.map(lambda name, tensor: tensor.narrow(row_axis(name), start, stop - start))

@@ -1,7 +1,8 @@
 """The token clock: the one source of truth for what fires when, and at which learning rate.
 
-With n the tokens consumed so far by all ranks together, a level of period C fires at the end of
-the step in which floor(n / C) grows (Eq. 71).
+With n the tokens trained on so far by all ranks together, a level of period C fires at the end of
+the step in which floor(n / C) grows (Eq. 71). Tokens of a skipped step are not trained on: they
+are counted, and move nothing.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from train.config import ScheduleConfig
+from train.optim.config import ScheduleConfig
 
 
 class TokenClock:
     """Counts tokens and steps, and tells which levels fire.
 
     periods: tokens between firings by level name; 0 for a level that fires every step.
+    tokens, steps: trained on; skipped_tokens, skipped_steps: read, and left out;
+    skipped_in_a_row: steps skipped since the last one that was not.
     """
 
     def __init__(self, periods: dict[str, int]) -> None:
@@ -23,11 +26,15 @@ class TokenClock:
         self.tokens = 0
         self.steps = 0
         self.firings = dict.fromkeys(self.periods, 0)
+        self.skipped_tokens = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
 
     def advance(self, step_tokens: int) -> set[str]:
         """End a step of `step_tokens` tokens; return the names of the levels that fire now."""
         before, self.tokens = self.tokens, self.tokens + step_tokens
         self.steps += 1
+        self.skipped_in_a_row = 0
         firing = {
             name
             for name, period in self.periods.items()
@@ -37,23 +44,46 @@ class TokenClock:
             self.firings[name] += 1
         return firing
 
+    def skip(self, step_tokens: int) -> None:
+        """Count a step of `step_tokens` tokens that was not trained on."""
+        self.skipped_tokens += step_tokens
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens taken from the loader, trained on or skipped."""
+        return self.tokens + self.skipped_tokens
+
     def tokens_to_next(self, name: str) -> int:
         """Tokens until level `name` fires next; 0 for a level that fires every step."""
         period = self.periods[name]
         return 0 if period == 0 else period - self.tokens % period
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "steps": self.steps, "firings": dict(self.firings)}
+        return {
+            "tokens": self.tokens,
+            "steps": self.steps,
+            "firings": dict(self.firings),
+            "skipped_tokens": self.skipped_tokens,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError when the state belongs to other levels."""
-        if set(state["firings"]) != set(self.periods):
+        """Take up where `state` was taken; a level that it does not know has not fired yet.
+
+        A period may differ from the one that the state was taken with: the level then fires next
+        when a multiple of its new period is passed. Raises ValueError for a level that is gone.
+        """
+        if gone := sorted(set(state["firings"]) - set(self.periods)):
             raise ValueError(
-                f"checkpoint has the levels {sorted(state['firings'])}, "
-                f"this model {sorted(self.periods)}"
+                f"checkpoint has the levels {gone}, which are not among {sorted(self.periods)}"
             )
         self.tokens, self.steps = state["tokens"], state["steps"]
-        self.firings = dict(state["firings"])
+        self.firings = dict.fromkeys(self.periods, 0) | state["firings"]
+        self.skipped_tokens, self.skipped_steps = state["skipped_tokens"], state["skipped_steps"]
+        self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
 def learning_rate(schedule: ScheduleConfig, peak: float, tokens: int, total_tokens: int) -> float:
@@ -62,7 +92,9 @@ def learning_rate(schedule: ScheduleConfig, peak: float, tokens: int, total_toke
         return peak * tokens / schedule.warmup_tokens
     if schedule.name == "constant":
         return peak
-    span = max(1, total_tokens - schedule.warmup_tokens)
-    progress = min(1.0, (tokens - schedule.warmup_tokens) / span)
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * cosine)
+    start = schedule.warmup_tokens
+    if schedule.name == "wsd":
+        start = total_tokens - (schedule.decay_tokens or 0)
+    progress = min(1.0, max(0, tokens - start) / max(1, total_tokens - start))
+    shape = 0.5 * (1 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1 - progress
+    return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * shape)

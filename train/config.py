@@ -15,19 +15,27 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from hope.config import HopeConfig
+from train.optim.config import OptimizerConfig
+from train.section import ConfigError, Section
 
-
-class ConfigError(ValueError):
-    """A configuration that can't be used; the message is one line for the user."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "InitFromConfig",
+    "MLflowConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "TrainingConfig",
+    "dump_config",
+    "flatten",
+    "load_config",
+    "validate_config",
+]
 
 
 class CorpusConfig(Section):
@@ -66,6 +74,9 @@ class TrainingConfig(Section):
     batch_tokens: tokens of one step over all ranks; micro_batch_rows: rows a forward pass takes
     at once on a rank (None: all of them), with no effect on the result beyond round-off.
     stop_at_tokens: stop early, with a checkpoint, without changing any schedule.
+    flush: at the end, levels in the middle of a period take a last step on what they have.
+    max_skipped_in_a_row: a step whose loss or gradient is not finite on any rank is skipped on
+        all of them; after more than so many in a row the run stops with a checkpoint.
     state_carry: "stream" carries fast weights from step to step along each row (data.order:
     stream), detached at the step.
     """
@@ -75,6 +86,8 @@ class TrainingConfig(Section):
     micro_batch_rows: int | None = Field(None, ge=1)
     stop_at_tokens: int | None = Field(None, ge=1)
     state_carry: Literal["none", "stream"] = "none"
+    flush: bool = False
+    max_skipped_in_a_row: int = Field(10, ge=0)
 
 
 class InitFromConfig(Section):
@@ -92,33 +105,6 @@ class InitFromConfig(Section):
 
     path: Path
     levels: tuple[str, ...] | None = Field(None, min_length=1)
-
-
-class ScheduleConfig(Section):
-    """Learning rate as a function of tokens: linear warm-up, then constant or cosine decay."""
-
-    name: Literal["constant", "cosine"] = "cosine"
-    warmup_tokens: int = Field(0, ge=0)
-    min_ratio: float = Field(0.1, ge=0, le=1)
-
-
-class LevelOptimizerConfig(Section):
-    """What differs for one level: its learning rate is lr_scale times the schedule's."""
-
-    lr_scale: float = Field(1.0, ge=0)
-
-
-class OptimizerConfig(Section):
-    """AdamW (arXiv 1711.05101) for every level, stepping at the level's own period."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    schedule: ScheduleConfig = ScheduleConfig()
-    levels: dict[str, LevelOptimizerConfig] = Field(default_factory=dict)
 
 
 class EvaluationConfig(Section):
@@ -192,6 +178,14 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.levels names {sorted(unknown)}, but the levels are {sorted(known)}"
             )
+        for name in sorted(known):
+            schedule = self.optimizer.level(name).schedule
+            needed = schedule.warmup_tokens + (schedule.decay_tokens or 0)
+            if schedule.name == "wsd" and needed > self.training.total_tokens:
+                raise ValueError(
+                    f"the schedule of level {name!r} warms up and decays for {needed} tokens, more "
+                    f"than training.total_tokens={self.training.total_tokens}"
+                )
         placed = set(self.init_from.levels or ()) if self.init_from else set()
         if unknown := placed - (known - {"fast"}):
             raise ValueError(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 
@@ -19,7 +21,17 @@ MLFLOW_RUN_ID = "mlflow_run_id"
 
 # May differ between a run and its resumption: none of them changes what is computed.
 FREE_SECTIONS = ("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow")
-FREE_KEYS = ("training.stop_at_tokens", "training.micro_batch_rows", "data.prefetch")
+FREE_KEYS = (
+    "training.stop_at_tokens",
+    "training.micro_batch_rows",
+    "training.flush",
+    "training.max_skipped_in_a_row",
+    "data.prefetch",
+)
+# How accumulators are kept, for all levels or one; and the levels, which are mapped by name.
+FREE_PATTERN = re.compile(
+    r"optimizer\.(levels\.\w+\.)?(reduce|accumulator_device)|model\.cms\.(mode$|levels\.)"
+)
 
 
 class RunFolderError(RuntimeError):
@@ -59,7 +71,11 @@ def check_fresh(folder: Path) -> None:
 
 
 def check_same_run(config: RunConfig) -> None:
-    """Raises RunFolderError when `config` would not continue the run in its folder."""
+    """Raises RunFolderError when `config` would not continue the run in its folder.
+
+    Levels may be added and change their periods, as `train.checkpoint.levels` says; rows read in
+    shuffled order may come in batches of another size.
+    """
     path = config.run_dir / CONFIG
     if not path.exists():
         raise RunFolderError(f"nothing to resume: {config.run_dir} holds no run ({CONFIG} missing)")
@@ -67,19 +83,34 @@ def check_same_run(config: RunConfig) -> None:
         saved = load_config(path)
     except ConfigError as error:
         raise RunFolderError(f"the saved configuration can't be used: {error}") from None
+    try:
+        added = map_levels(describe_levels(saved.model.cms), config.model.cms).added
+    except ValueError as error:
+        raise RunFolderError(f"{config.run_dir} can't be resumed: {error}") from None
     before, now = (flatten(c.model_dump(mode="json")) for c in (saved, config))
+    free = {f"optimizer.levels.{name}" for name in added}
+    if config.data.order != "stream":
+        free.add("training.batch_tokens")
     changed = [
         f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and key.split(".")[0] not in FREE_SECTIONS
-        and key not in FREE_KEYS
+        if before.get(key) != now.get(key) and not _is_free(key, free)
     ]
     if changed:
         raise RunFolderError(
             f"{config.run_dir} was trained with another configuration: {', '.join(changed)}; "
             "resume with the saved one or choose another run_dir"
         )
+
+
+def _is_free(key: str, free: set[str]) -> bool:
+    """Whether a resume may change `key`; `free` names further keys, or sections of them."""
+    return (
+        key.split(".")[0] in FREE_SECTIONS
+        or key in FREE_KEYS
+        or FREE_PATTERN.match(key) is not None
+        or any(key == one or key.startswith(f"{one}.") for one in free)
+    )
 
 
 def save_config(config: RunConfig) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from data_pipeline import Batch, Corpus, Loader, evaluation_batches
 from hope import HopeModel, ModelState
 from hope.state import concatenate_rows, row_axis
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointStore, load_parameters
+from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
+from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock, learning_rate
 from train.config import RunConfig
 from train.evaluate.perplexity import (
@@ -25,6 +26,7 @@ from train.evaluate.perplexity import (
     summed_loss,
 )
 from train.optim.build import build_cadence
+from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import CHECKPOINTS
@@ -32,19 +34,32 @@ from train.signals import StopSignals
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or a gradient became infinite or NaN; no weight was moved by it."""
+    """Too many steps in a row had an infinite or NaN loss or gradient; no weight moved by it."""
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one step did. Rates and counts are over all ranks."""
+    """What one step did. Rates and counts are over all ranks.
+
+    level_norms, learning_rates: of the levels that fired; level_norms before clipping.
+    """
 
     step: int
     tokens: int
     loss: float  # nats per token that counts
     grad_norm: float
-    learning_rates: dict[str, float]  # of the levels that fired
+    level_norms: dict[str, float]
+    learning_rates: dict[str, float]
     tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step whose loss or gradient was not finite: read, and not trained on."""
+
+    tokens: int  # trained on before it
+    step_tokens: int
+    problem: NonFinite
 
 
 @dataclass
@@ -68,11 +83,12 @@ class Trainer:
     state: ModelState | None = None
     trained_seconds: float = 0.0
     last_evaluation: HeldOut | None = None
+    level_changes: tuple[str, ...] = ()  # since the checkpoint, one line each
 
     def __post_init__(self) -> None:
         config, ranks = self.config, self.ranks
         self.clock = TokenClock(periods(config.model))
-        self.cadence = build_cadence(self.model, config.model, config.optimizer)
+        self.cadence = build_cadence(self.model, config.model, config.optimizer, ranks)
         self.store = CheckpointStore(
             config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
         )
@@ -97,30 +113,21 @@ class Trainer:
         total = self.config.training.total_tokens
         return total if stop is None else min(stop, total)
 
-    def step(self) -> StepRecord:
-        """One training step over the next global batch."""
+    def step(self) -> StepRecord | SkippedStep:
+        """One training step over the next global batch; skipped by all ranks if it is not finite
+        on any of them."""
         started = time.perf_counter()
         batch = next(self.loader)
-        loss_sum = self._forward_backward(batch)
-        loss_sum, valid = self.ranks.sum([loss_sum, batch.num_valid])
-        self.ranks.sum_gradients(self.model.parameters())
+        loss_sum, state = self._forward_backward(batch)
+        carried = math.nan if state is not None and not state.is_finite() else 0.0
+        (loss_sum, valid, _), problem = self.cadence.agree([loss_sum, batch.num_valid, carried])
+        if problem:
+            self.cadence.drop()
+            self.clock.skip(self.config.training.batch_tokens)
+            return SkippedStep(self.clock.tokens, self.config.training.batch_tokens, problem)
+        self.state = state
         firing = self.clock.advance(self.config.training.batch_tokens)
-        rate = partial(
-            learning_rate,
-            self.config.optimizer.schedule,
-            tokens=self.clock.tokens,
-            total_tokens=self.config.training.total_tokens,
-        )
-        try:
-            report = self.cadence.step(
-                firing, int(valid), lambda scale: rate(peak=scale * self.config.optimizer.lr)
-            )
-        except FloatingPointError as error:
-            raise NonFiniteError(
-                f"step {self.clock.steps} ({self.clock.tokens:,} tokens): {error}; "
-                f"loss {loss_sum / valid:.4g}. Lower optimizer.lr or model.titans.scan.eta_max; "
-                "the last checkpoint is unharmed"
-            ) from None
+        report = self.cadence.step(firing, int(valid), self._rate, self.clock.tokens)
         seconds = time.perf_counter() - started
         self.trained_seconds += seconds
         return StepRecord(
@@ -128,12 +135,20 @@ class Trainer:
             tokens=self.clock.tokens,
             loss=loss_sum / valid,
             grad_norm=report.grad_norm,
+            level_norms=report.level_norms,
             learning_rates=report.learning_rates,
             tokens_per_second=self.config.training.batch_tokens / seconds,
         )
 
-    def _forward_backward(self, batch: Batch) -> float:
-        """Add this rank's gradient, a sum over its tokens, to every `.grad`; returns the sum."""
+    def _rate(self, level: str) -> float:
+        """The learning rate of a level at the clock's token count."""
+        settings = self.config.optimizer.level(level)
+        total = self.config.training.total_tokens
+        return learning_rate(settings.schedule, settings.peak_lr, self.clock.tokens, total)
+
+    def _forward_backward(self, batch: Batch) -> tuple[float, ModelState | None]:
+        """Add this rank's gradient, a sum over its tokens, to every `.grad`; returns the sum of the
+        loss, and what the next step carries on from."""
         rows = batch.tokens.shape[0]
         size = self.config.training.micro_batch_rows or rows
         total = 0.0
@@ -149,17 +164,24 @@ class Trainer:
             loss.backward()
             total += float(loss.detach())
             carried.append(after.detach())
-        if self.config.training.state_carry == "stream":
-            self.state = concatenate_rows(carried)
-        return total
+        carries = self.config.training.state_carry == "stream"
+        return total, concatenate_rows(carried) if carries else None
 
     def fit(self) -> int | None:
-        """Train to the target; returns the signal that stopped it early, or None."""
+        """Train to the target; returns the signal that stopped it early, or None.
+
+        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped.
+        """
         self._notify("on_start")
+        if self.level_changes:
+            self.save(replace=True)  # from here on the folder's configuration is the new one
         total = self.config.training.total_tokens
         while self.clock.tokens < self.target_tokens and not self._stop_requested():
             before = self.clock.tokens
             record = self.step()
+            if isinstance(record, SkippedStep):
+                self._skipped(record)
+                continue
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if self.clock.tokens >= total:
@@ -169,11 +191,39 @@ class Trainer:
             if self._crossed(self.config.checkpoint.every_tokens, before):
                 self.save()
         stopped = self._stop_requested()
+        flushed = False
         if self.clock.tokens >= total and not stopped:
+            flushed = self.config.training.flush and self._flush()
             stopped = not self._evaluate(None)
-        self.save()
+        self.save(replace=flushed)
         self._notify("on_end")
         return self.signals.received if stopped else None
+
+    def _skipped(self, record: SkippedStep) -> None:
+        """Tell of a skipped step; after too many in a row, save and give up."""
+        for callback in self.callbacks:
+            callback.on_skip(self, record)
+        in_a_row = self.clock.skipped_in_a_row
+        if in_a_row <= self.config.training.max_skipped_in_a_row:
+            return
+        self.clock.skipped_in_a_row = 0  # a resume may try as often again
+        self.save()
+        self._notify("on_end")
+        raise NonFiniteError(
+            f"{in_a_row} steps in a row were skipped after {self.clock.tokens:,} tokens: "
+            f"{record.problem}. Lower optimizer.lr or model.titans.scan.eta_max, or raise "
+            "training.max_skipped_in_a_row; a checkpoint was saved, and no weight was moved"
+        )
+
+    def _flush(self) -> bool:
+        """Fire what is pending at the end of training; whether anything was."""
+        pending = self.cadence.pending_tokens
+        report = self.cadence.flush(self._rate, self.clock.tokens)
+        if report is None:
+            return False
+        for callback in self.callbacks:
+            callback.on_flush(self, pending, report)
+        return True
 
     def _crossed(self, every: int, before: int) -> bool:
         """Whether this step passed a multiple of `every` tokens."""
@@ -220,8 +270,11 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, event)(self)
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that the rest of the run depends on."""
+    def save(self, replace: bool = False) -> None:
+        """Write a checkpoint of everything that the rest of the run depends on.
+
+        replace: also where there is one of this moment already, which is then out of date.
+        """
         optimizer, cadence_plain = self.cadence.state_dict()
         tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
@@ -230,22 +283,31 @@ class Trainer:
         plain: dict[str, Any] = {
             "clock": self.clock.state_dict(),
             "cadence": cadence_plain,
+            "cms": describe_levels(self.config.model.cms),
             "loader": self.loader.state_dict(),
             "tokenizer": self.corpora.validation.tokenizer_sha256,
             "trained_seconds": self.trained_seconds,
             "evaluation": vars(evaluation) if evaluation else None,
             "streams": self.state is not None,
         }
-        folder = self.store.save(self.clock.tokens, tensors, plain)
+        folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint that verifies, to the bit."""
+        """Continue from the newest checkpoint that verifies, to the bit.
+
+        Raises CheckpointError when its levels can't become this model's.
+        """
         folder = self.store.newest()
         plain = self.store.plain(folder)
-        load_parameters(self.model, self.store.tensors(folder, "model/"))
-        optimizer = self.store.tensors(folder, "optimizer/")
+        try:
+            mapping = map_levels(plain["cms"], self.config.model.cms)
+        except ValueError as error:
+            raise CheckpointError(f"{folder} can't be resumed: {error}") from None
+        parameters = mapping.rename(self.store.tensors(folder, "model/"))
+        load_parameters(self.model, parameters | mapping.start_added(self.model))
+        optimizer = mapping.rename(self.store.tensors(folder, "optimizer/"))
         self.cadence.load_state_dict(
             {name.removeprefix("optimizer/"): tensor for name, tensor in optimizer.items()},
             plain["cadence"],
@@ -257,6 +319,7 @@ class Trainer:
             self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:
             self._load_stream_rows(folder)
+        self.level_changes = mapping.changes
 
     def _own_rows(self) -> range:
         """The global batch rows that this rank holds."""

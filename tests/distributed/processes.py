@@ -26,10 +26,13 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed
 def run(world_size: int, function: Callable[..., Any], *arguments: Any, seconds: int = 120) -> list:
     """`function(rank, *arguments)` on every rank of a gloo group; results in the order of ranks.
 
-    function: importable, a module's own. What goes in is pickled and what comes back goes through
-    torch.save, so tensors may travel both ways. Raises RuntimeError with the traceback of the first
+    function: importable, a module's own. Arguments and results go through torch.save, so tensors
+    may travel both ways. Raises RuntimeError with the traceback of the first
     rank that failed, or that did not answer in time.
     """
+    # Not as arguments of the process: tensors would travel as memory that all ranks share.
+    packed = io.BytesIO()
+    torch.save(arguments, packed)
     with tempfile.TemporaryDirectory() as folder:
         meeting = Path(folder) / "meeting"
         ends, processes = [], []
@@ -37,7 +40,7 @@ def run(world_size: int, function: Callable[..., Any], *arguments: Any, seconds:
             ours, theirs = CONTEXT.Pipe(duplex=False)
             process = CONTEXT.Process(
                 target=_work,
-                args=(theirs, rank, world_size, str(meeting), function, arguments, seconds),
+                args=(theirs, rank, world_size, str(meeting), function, packed.getvalue(), seconds),
                 daemon=True,
             )
             process.start()
@@ -77,7 +80,7 @@ def _work(
     world_size: int,
     meeting: str,
     function: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    arguments: bytes,
     seconds: int,
 ) -> None:
     torch.set_num_threads(1)
@@ -91,7 +94,8 @@ def _work(
             timeout=timedelta(seconds=seconds),
         )
         result = io.BytesIO()
-        torch.save(function(rank, *arguments), result)
+        given = torch.load(io.BytesIO(arguments), weights_only=False)
+        torch.save(function(rank, *given), result)
         dist.barrier()
         dist.destroy_process_group()
         end.send((False, result.getvalue()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch.nn.functional import cross_entropy
 
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.scan import ScanConfig
-from train.config import LevelOptimizerConfig, OptimizerConfig
 from train.optim.build import build_cadence, decays
 from train.optim.cadence import Cadence
+from train.optim.config import LevelOptimizerConfig, OptimizerConfig
 from train.optim.levels import group_by_level
 
 TOKENS = 64
@@ -48,8 +49,8 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def constant(scale: float) -> float:
-    return scale * OPTIMIZER.lr
+def constant(level: str) -> float:
+    return OPTIMIZER.level(level).peak_lr
 
 
 def ordinary_step(model: nn.Module, optimizer: torch.optim.Optimizer, tokens: int) -> None:
@@ -144,7 +145,7 @@ def test_a_level_does_not_move_between_firings_and_others_do() -> None:
     slow = next(level for level in cadence.levels if level.name == "l1")
     assert slow.tokens == 3 * TOKENS
     assert set(cadence.state) == set(slow.parameters.values())
-    assert len(slow.optimizer.state) == 0
+    assert len(slow.optimizers[0].state) == 0
 
 
 def test_the_sum_is_divided_by_the_tokens_it_saw() -> None:
@@ -158,7 +159,7 @@ def test_the_sum_is_divided_by_the_tokens_it_saw() -> None:
     def spy() -> None:
         seen.update({name: p.grad.clone() for name, p in slow.parameters.items()})
 
-    slow.optimizer.step = spy  # type: ignore[method-assign]
+    slow.optimizers[0].step = spy  # type: ignore[method-assign]
     total = {name: torch.zeros_like(p) for name, p in slow.parameters.items()}
     sizes = (10, 70, 20)
     for number, size in enumerate(sizes):
@@ -205,6 +206,9 @@ def test_clipping_is_one_norm_over_what_fires() -> None:
     report = cadence.step({"fast", "l0"}, TOKENS, constant)
     assert report.grad_norm == pytest.approx(float(expected), rel=1e-5)
     assert set(report.learning_rates) == {"fast", "l0"}
+    assert set(report.level_norms) == {"fast", "l0"}
+    together = math.hypot(*report.level_norms.values())
+    assert together == pytest.approx(report.grad_norm, rel=1e-5)
 
 
 def test_lr_scale_is_the_levels_own() -> None:
@@ -214,7 +218,8 @@ def test_lr_scale_is_the_levels_own() -> None:
     cadence = build_cadence(model, config, settings)
     before = weights(model)
     backward(model, 0)
-    report = cadence.step({"fast", "l0", "l1"}, TOKENS, constant)
+    rates = {level.name: settings.level(level.name).peak_lr for level in cadence.levels}
+    report = cadence.step({"fast", "l0", "l1"}, TOKENS, rates.__getitem__)
     assert report.learning_rates == {"fast": 0.01, "l0": 0.01, "l1": 0.0}
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name], parameter) == (".cms.levels.1." in name), name

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from train.clock import TokenClock, learning_rate
-from train.config import ScheduleConfig
+from train.optim.config import ScheduleConfig
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -26,6 +26,35 @@ def test_a_level_fires_when_the_number_of_whole_periods_grows(seed: int) -> None
             assert left == 0 if period == 0 else (tokens + left) % period == 0 and left > 0
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_ten_to_the_twelve_tokens(seed: int) -> None:
+    """Batches grow and change at random; no firing is lost, doubled or late, to the last token."""
+    rng = random.Random(seed)
+    periods = {"fast": 0, "m": 1_000_000, "four": 4_000_000, "sixteen": 16_000_000}
+    clock = TokenClock(periods)
+    due = {name: period for name, period in periods.items() if period}
+    late = dict.fromkeys(due, 0)
+    batch = 0
+    while clock.tokens < 10**12:
+        if clock.steps % 1000 == 0:
+            batch = rng.choice((500_001, 524_288, 999_999, 786_432, rng.randint(1, 10**6)))
+        step = min(batch, 10**12 - clock.tokens)
+        firing = clock.advance(step)
+        for name, at in due.items():
+            if (name in firing) != (clock.tokens >= at):
+                late[name] += 1
+            if clock.tokens >= at:
+                due[name] += periods[name]
+    assert late == dict.fromkeys(due, 0)
+    assert clock.tokens == 10**12
+    assert clock.firings == {
+        "fast": clock.steps,
+        "m": 1_000_000,
+        "four": 250_000,
+        "sixteen": 62_500,
+    }
+
+
 def test_firings_at_a_trillion_tokens() -> None:
     clock = TokenClock({"slow": 16_000_000})
     clock.tokens = 10**12 - 1_000_000
@@ -38,8 +67,11 @@ def test_a_clock_refuses_the_state_of_other_levels() -> None:
     state = clock.state_dict()
     clock.advance(12)
     assert clock.firings == {"fast": 1, "a": 1}
+    clock.skip(7)
+    assert (clock.tokens, clock.skipped_tokens, clock.tokens_read) == (12, 7, 19)
     clock.load_state_dict(state)
     assert (clock.tokens, clock.steps, clock.firings) == (0, 0, {"fast": 0, "a": 0})
+    assert (clock.skipped_tokens, clock.skipped_steps, clock.skipped_in_a_row) == (0, 0, 0)
     with pytest.raises(ValueError, match="levels"):
         TokenClock({"fast": 0}).load_state_dict(state)
 
@@ -55,8 +87,19 @@ def test_a_clock_refuses_the_state_of_other_levels() -> None:
         ("cosine", 2000, 0.2),
         ("constant", 50, 1.0),
         ("constant", 999, 2.0),
+        ("linear", 50, 1.0),
+        ("linear", 550, 2.0 * (0.1 + 0.9 * 0.5)),
+        ("linear", 1000, 0.2),
+        ("linear", 1001, 0.2),
+        ("wsd", 50, 1.0),
+        ("wsd", 100, 2.0),
+        ("wsd", 800, 2.0),
+        ("wsd", 850, 2.0 * (0.1 + 0.9 * 0.75)),
+        ("wsd", 1000, 0.2),
+        ("wsd", 5000, 0.2),
     ],
 )
 def test_learning_rate_at_its_corners(name: str, tokens: int, expected: float) -> None:
-    schedule = ScheduleConfig(name=name, warmup_tokens=100, min_ratio=0.1)
+    decay = 200 if name == "wsd" else None
+    schedule = ScheduleConfig(name=name, warmup_tokens=100, decay_tokens=decay, min_ratio=0.1)
     assert learning_rate(schedule, 2.0, tokens, 1000) == pytest.approx(expected)

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from tests.train.test_cadence import OPTIMIZER, TOKENS, backward, config_with, constant, weights
 from train.clock import TokenClock
-from train.config import LevelOptimizerConfig
 from train.optim.build import build_cadence
-from train.optim.cadence import Cadence, Level
+from train.optim.cadence import Cadence
+from train.optim.config import LevelOptimizerConfig, OptimizerConfig
+from train.optim.level import Level
 from train.optim.levels import periods
+from train.parallel.data_parallel import DataParallel
+from train.parallel.reduction import GradientReduction
 
 
 def nested_with(*every: int | str) -> HopeConfig:
@@ -24,14 +27,20 @@ def nested_with(*every: int | str) -> HopeConfig:
     return replace(config, cms=replace(config.cms, mode="nested"))
 
 
-def run(model: HopeModel, cadence: Cadence, config: HopeConfig, steps: range) -> None:
+def run(
+    model: HopeModel,
+    cadence: Cadence,
+    config: HopeConfig,
+    steps: range,
+    settings: OptimizerConfig = OPTIMIZER,
+) -> None:
     """Steps of TOKENS tokens, each level when the clock says so."""
     clock = TokenClock(periods(config))
     for _ in range(steps.start):
         clock.advance(TOKENS)
     for seed in steps:
         backward(model, seed)
-        cadence.step(clock.advance(TOKENS), TOKENS, constant)
+        cadence.step(clock.advance(TOKENS), TOKENS, lambda name: settings.level(name).peak_lr)
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
@@ -132,18 +141,18 @@ def test_nested_levels_do_what_a_plain_simulation_does(kind: type, every: list[i
     ]
     levels = []
     for name, p, slower in zip(names, live, [*names[1:], None], strict=True):
-        level = Level(name, {name: p}, torch_rule(kind, [p]))
+        level = Level(name, {name: p}, [torch_rule(kind, [p])])
         if slower is not None:
             theta0 = nn.Parameter(p.detach().clone())
-            level.start = Level(name, {f"{name}@start": theta0}, torch_rule(kind, [theta0]))
+            level.start = Level(name, {f"{name}@start": theta0}, [torch_rule(kind, [theta0])])
             level.reset_by = slower
         levels.append(level)
-    cadence = Cadence(levels, live, clip_norm=math.inf)
+    cadence = Cadence(levels, live, math.inf, GradientReduction(DataParallel.alone()))
     for step, expected in enumerate(simulate(kind, every, 30), start=1):
         for p, gradient in zip(live, gradients([p.item() for p in live], step), strict=True):
             p.grad = torch.tensor([gradient], dtype=torch.float64)
         firing = {name for name, period in zip(names, every, strict=True) if step % period == 0}
-        cadence.step(firing, 3 + step % 4, lambda scale: scale * LR)
+        cadence.step(firing, 3 + step % 4, lambda level: LR)
         # Accumulators are float32 whatever the parameters are.
         assert [p.item() for p in live] == pytest.approx(expected, rel=1e-6, abs=1e-6), step
 
@@ -223,8 +232,8 @@ def test_a_rate_of_zero_holds_a_level_and_its_start() -> None:
     still = {"l0": LevelOptimizerConfig(lr_scale=0.0)}
     model = HopeModel(config)
     before = weights(model)
-    cadence = build_cadence(model, config, OPTIMIZER.model_copy(update={"levels": still}))
-    run(model, cadence, config, range(5))
+    settings = OPTIMIZER.model_copy(update={"levels": still})
+    run(model, build_cadence(model, config, settings), config, range(5), settings)
     for name, parameter in model.named_parameters():
         assert torch.equal(before[name], parameter) == (".cms.levels.0." in name), name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -92,7 +91,8 @@ def test_levels_fire_as_the_clock_says(make_config) -> None:
     train(config, resume=False)
     store = store_of(config)
     clock = store.plain(store.newest())["clock"]
-    assert clock == {"tokens": 3072, "steps": 12, "firings": {"fast": 12, "a": 12, "b": 4, "c": 2}}
+    assert (clock["tokens"], clock["steps"], clock["skipped_tokens"]) == (3072, 12, 0)
+    assert clock["firings"] == {"fast": 12, "a": 12, "b": 4, "c": 2}
     fired = {"b": [], "c": []}
     for row in read_metrics(config.run_dir / "metrics.jsonl"):
         for name in fired:
@@ -323,28 +323,3 @@ def test_only_the_newest_checkpoints_are_kept_and_they_load(make_config) -> None
     assert loaded.model.vocab_size == model.embedding.weight.shape[0]
     saved = final_tensors(config)
     assert all(torch.equal(p, saved[f"model/{name}"]) for name, p in model.named_parameters())
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(
-    make_config, config_file: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = make_config(**{"training.stop_at_tokens": 1024})
-    train(config, resume=False)
-    kept = store_of(config).newest()
-    path = kept / "trainer.json"
-    assert json.loads(path.read_text())["clock"]["tokens"] == 1024
-    from train.trainer import Trainer
-
-    broken = Trainer._forward_backward
-
-    def poison(self: Trainer, batch: Any) -> float:
-        total = broken(self, batch)
-        if self.clock.steps == 6:
-            next(iter(self.model.parameters())).grad.view(-1)[0] = float("inf")
-        return total
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_forward_backward", poison)
-        assert main([str(config_file), "--resume"]) == 1
-    assert "step 7" in capsys.readouterr().err
-    assert store_of(config).newest() == kept

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
-    from train.trainer import StepRecord, Trainer
+    from train.optim.cadence import StepReport
+    from train.trainer import SkippedStep, StepRecord, Trainer
 
 
 class Callback:
@@ -18,6 +19,12 @@ class Callback:
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """After every training step."""
+
+    def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
+        """After a step that was skipped because something was not finite."""
+
+    def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:
+        """After levels fired at the end of training; pending: the tokens that each still had."""
 
     def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
         """After every evaluation."""

@@ -11,13 +11,14 @@ from train.run_folder import METRICS, PLOTS
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
-    from train.trainer import StepRecord, Trainer
+    from train.optim.cadence import StepReport
+    from train.trainer import SkippedStep, StepRecord, Trainer
 
 LOSS_CURVE = "loss.png"
 
 
 class Metrics(Callback):
-    """One JSON object a line: {"kind": "step" | "evaluation", "tokens": n, ...}.
+    """One JSON object a line: {"kind": "step" | "skip" | "flush" | "evaluation", "tokens": n, ...}.
 
     On resume, lines past the checkpoint are dropped: those steps are about to happen again.
     """
@@ -28,7 +29,10 @@ class Metrics(Callback):
         self._file: IO[str] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        kept = [row for row in read_metrics(self.path) if row["tokens"] <= trainer.clock.tokens]
+        clock = trainer.clock
+        now = (clock.tokens, clock.skipped_tokens)
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if (row["tokens"], row.get("skipped_tokens", 0)) <= now]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
 
@@ -40,9 +44,34 @@ class Metrics(Callback):
                 "tokens": record.tokens,
                 "loss": record.loss,
                 "grad_norm": record.grad_norm,
+                "level_norms": record.level_norms,
                 "lr": record.learning_rates,
                 "tokens_per_second": record.tokens_per_second,
                 "trained_seconds": trainer.trained_seconds,
+            }
+        )
+
+    def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
+        self._append(
+            {
+                "kind": "skip",
+                "tokens": record.tokens,
+                "step_tokens": record.step_tokens,
+                "skipped_tokens": trainer.clock.skipped_tokens,
+                "ranks": record.problem.ranks,
+                "levels": record.problem.levels,
+            }
+        )
+
+    def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:
+        self._append(
+            {
+                "kind": "flush",
+                "tokens": trainer.clock.tokens,
+                "pending_tokens": {name: count for name, count in pending.items() if count},
+                "grad_norm": report.grad_norm,
+                "level_norms": report.level_norms,
+                "lr": report.learning_rates,
             }
         )
 

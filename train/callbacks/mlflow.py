@@ -17,7 +17,8 @@ from train.run_folder import CONFIG, MLFLOW_RUN_ID, PLOTS
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
-    from train.trainer import StepRecord, Trainer
+    from train.optim.cadence import StepReport
+    from train.trainer import SkippedStep, StepRecord, Trainer
 
 
 class MLflow(Callback):
@@ -78,8 +79,17 @@ class MLflow(Callback):
             "train/tokens_per_second": record.tokens_per_second,
         }
         values |= {f"lr/{name}": rate for name, rate in record.learning_rates.items()}
+        values |= {f"grad_norm/{name}": norm for name, norm in record.level_norms.items()}
         values |= {f"firings/{name}": float(n) for name, n in trainer.clock.firings.items()}
         self._log(values, record.tokens)
+
+    def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
+        self._log({"train/skipped_tokens": float(trainer.clock.skipped_tokens)}, record.tokens)
+
+    def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:
+        values = {f"flush/pending_tokens/{name}": float(n) for name, n in pending.items() if n}
+        values |= {f"flush/grad_norm/{name}": n for name, n in report.level_norms.items()}
+        self._log(values, trainer.clock.tokens)
 
     def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
         values = {

@@ -13,7 +13,8 @@ from train.callbacks.base import Callback
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
-    from train.trainer import StepRecord, Trainer
+    from train.optim.cadence import StepReport
+    from train.trainer import SkippedStep, StepRecord, Trainer
 
 LINE_EVERY_SECONDS = 15.0
 
@@ -27,6 +28,8 @@ class Progress(Callback):
         self._last_line = 0.0
 
     def on_start(self, trainer: Trainer) -> None:
+        for change in trainer.level_changes:
+            self._write(f"resumed: {change}")
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=trainer.target_tokens,
@@ -56,6 +59,16 @@ class Progress(Callback):
                 f"{record.tokens:,}/{trainer.target_tokens:,} tokens | "
                 f"{record.tokens_per_second:,.0f} tok/s | ETA {left:.0f} s | {text}"
             )
+
+    def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
+        self._write(
+            f"step skipped after {record.tokens:,} tokens: {record.problem} "
+            f"({trainer.clock.skipped_tokens:,} tokens skipped so far)"
+        )
+
+    def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:
+        waited = ", ".join(f"{name} {_short(count)}" for name, count in pending.items() if count)
+        self._write(f"flushed at {trainer.clock.tokens:,} tokens, pending until then: {waited}")
 
     def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
         self._write(

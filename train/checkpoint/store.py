@@ -42,14 +42,22 @@ class CheckpointStore:
         """Checkpoints whose marker stands, oldest first."""
         return sorted(marker.parent for marker in self.folder.glob(f"tokens-*/{MARKER}"))
 
-    def save(self, tokens: int, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Path:
-        """Save under the token count. Ranks pass the same tensors or, under other names, their own.
+    def save(
+        self,
+        tokens: int,
+        tensors: dict[str, Tensor],
+        plain: dict[str, Any],
+        replace: bool = False,
+    ) -> Path:
+        """Save under a token count. Ranks pass the same tensors or, under other names, their own.
 
         The folder appears under its name only when all files are on disk; a save that dies leaves
-        every earlier checkpoint as it was. One that is there already, and verifies, stays.
+        every earlier checkpoint as it was. One that is there already, and verifies, stays unless
+        `replace`.
         """
         final = self.folder / f"tokens-{tokens:015d}"
-        if self.ranks.broadcast((final / MARKER).exists() and damage(final) is None):
+        there = not replace and (final / MARKER).exists() and damage(final) is None
+        if self.ranks.broadcast(there):
             return final
         draft = self.folder / f".saving-{final.name}"
         if self.ranks.is_first:

@@ -1,4 +1,4 @@
-"""Build the optimizers of a model: one torch optimizer a level, so that skipping is not calling."""
+"""Build the optimizers of a model: each level has its own, so that skipping is not calling."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ import torch
 from torch import nn
 
 from hope.config import HopeConfig
-from train.config import LevelOptimizerConfig, OptimizerConfig
-from train.optim.cadence import START, Cadence, Level
+from train.optim.cadence import Cadence
+from train.optim.config import LevelSettings, OptimizerConfig
+from train.optim.level import START, Level
 from train.optim.levels import group_by_level
+from train.parallel.data_parallel import DataParallel
+from train.parallel.reduction import GradientReduction
+
+FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+"""Where every torch from 2.11 on has a fused AdamW and SGD."""
+
+NOT_MATRICES = ("embedding.weight", "head.weight", "head_norm", "w_eta", "w_alpha")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
@@ -18,8 +26,21 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and not name.endswith(("embedding.weight", "head_norm"))
 
 
-def build_cadence(model: nn.Module, model_config: HopeConfig, config: OptimizerConfig) -> Cadence:
-    """AdamW for every level of `model`, composed into one Cadence.
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Linear maps inside the layers, also stacks of them such as the memories' starts [..., d, h].
+
+    What Muon and M3 orthogonalise; token vectors, the head and convolutions are AdamW's.
+    """
+    return parameter.ndim >= 2 and not name.endswith(NOT_MATRICES) and ".conv" not in name
+
+
+def build_cadence(
+    model: nn.Module,
+    model_config: HopeConfig,
+    config: OptimizerConfig,
+    ranks: DataParallel | None = None,
+) -> Cadence:
+    """An optimizer for every level of `model`, composed into one Cadence over `ranks` (None: one).
 
     In a nested CMS every level but the slowest gets a start theta0, a copy of its weights as they
     are now, with an optimizer of its own.
@@ -31,27 +52,79 @@ def build_cadence(model: nn.Module, model_config: HopeConfig, config: OptimizerC
         reset_by = dict(pairwise(level.name for level in model_config.cms.levels))
     levels = []
     for level_name, names in names_by_level.items():
-        lr_scale = config.levels.get(level_name, LevelOptimizerConfig()).lr_scale
-        parameters = {name: named[name] for name in names}
-        level = Level(level_name, parameters, _adamw(parameters, config), lr_scale)
+        settings = config.level(level_name)
+        level = _level(level_name, {name: named[name] for name in names}, settings, config)
         if level_name in reset_by:
-            copies = {n + START: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
-            level.start = Level(level_name, copies, _adamw(copies, config), lr_scale)
+            copies = {
+                name + START: nn.Parameter(parameter.detach().clone())
+                for name, parameter in level.parameters.items()
+            }
+            level.start = _level(level_name + START, copies, settings, config)
             level.reset_by = reset_by[level_name]
         levels.append(level)
-    return Cadence(levels, named.values(), config.clip_norm)
+    reduction = GradientReduction(ranks or DataParallel.alone())
+    return Cadence(levels, named.values(), config.clip_norm, reduction)
 
 
-def _adamw(parameters: dict[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def _level(
+    name: str,
+    parameters: dict[str, nn.Parameter],
+    settings: LevelSettings,
+    config: OptimizerConfig,
+) -> Level:
+    return Level(
+        name,
+        parameters,
+        _optimizers(parameters, settings, config),
+        reduce=settings.reduce,
+        accumulator_device=settings.accumulator_device,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def _optimizers(
+    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
+) -> list[torch.optim.Optimizer]:
+    if settings.optimizer == "sgd":
+        return [_sgd(parameters, settings, config)]
+    return [_adamw(parameters, settings, config)]
+
+
+def _groups(
+    parameters: dict[str, nn.Parameter], settings: LevelSettings
+) -> list[dict[str, object]]:
+    """Two groups of parameters: with weight decay and without."""
     decayed = [p for name, p in parameters.items() if decays(name, p)]
     plain = [p for name, p in parameters.items() if not decays(name, p)]
+    return [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def _fused(parameters: dict[str, nn.Parameter]) -> bool:
+    return all(parameter.device.type in FUSED_DEVICES for parameter in parameters.values())
+
+
+def _adamw(
+    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
+) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ],
-        lr=config.lr,
+        _groups(parameters, settings),
+        lr=settings.peak_lr,
         betas=config.betas,
         eps=config.eps,
-        fused=True,
+        fused=_fused(parameters),
+    )
+
+
+def _sgd(
+    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        _groups(parameters, settings),
+        lr=settings.peak_lr,
+        momentum=config.sgd.momentum,
+        nesterov=config.sgd.nesterov,
+        fused=_fused(parameters),
     )

@@ -1,7 +1,7 @@
 """Cadence: every level takes its optimizer step at its own pace, on an exact gradient sum.
 
 Gradients arrive as sums over tokens, not means. A level that does not fire adds its sum to a
-float32 accumulator and counts the tokens in it; when it fires, its optimizer takes one step on the
+float32 accumulator and counts the tokens in it; when it fires, its optimizers take one step on the
 accumulated sum divided by those tokens, and the accumulator is empty again (Eq. 71). A level whose
 accumulator is empty uses the step's own gradient, so with every period at most one step this is
 ordinary training to the bit, and a level that fires every N steps takes exactly the step of one
@@ -14,7 +14,7 @@ period is its context. The paper leaves the rest open; decided here:
   model computes with the live weights, in evaluation too.
 * theta0 collects the gradients that the live weights saw over the context. When the slower level
   fires, theta0 takes one step on their mean, first order: an optimizer step like the level's,
-  with moments of its own and the level's lr_scale. The live weights then become a copy of it.
+  with moments of its own and the level's learning rate. The live weights then become a copy of it.
 * That step replaces the level's own, whose result would be set back at once; the level's
   accumulator is dropped, for theta0 has had the same gradients. Its moments stay: (72) sets back
   the memory's value. Dropping them with it was measured 0.010 nats worse on both of two seeds.
@@ -26,156 +26,257 @@ period is its context. The paper leaves the rest open; decided here:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from train.optim.level import START, Level
+from train.optim.norms import all_finite, gradient_norms, total_norm
+from train.parallel.reduction import GradientReduction
 
 ACCUMULATOR = "accumulated_grad"
-START = "@start"
 VALUE = "value"
 
-
-@dataclass
-class Level:
-    """Parameters that fire together, by name, and the optimizer that steps them.
-
-    start: theta0 of a nested level (72), itself a level of parameters `NAME@start` in the same
-        order, which fires, and sets this level back to it, when level `reset_by` fires.
-    """
-
-    name: str
-    parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    lr_scale: float = 1.0
-    tokens: int = 0  # in the accumulator
-    start: Level | None = None
-    reset_by: str | None = None
-
-    def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Every parameter with its start; empty for a level without one."""
-        if self.start is None:
-            return []
-        return list(zip(self.parameters.values(), self.start.parameters.values(), strict=True))
+Contributions = Sequence[Tensor | None]
+"""This step's gradient of each parameter of a level, in order, as its accumulator takes it."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one call of `Cadence.step` did: the norm clipped over, and the rates that were used."""
+    """What one call of `Cadence.step` did.
+
+    grad_norm: over everything that fired, as it was clipped; level_norms: of each level that
+    fired, before any clipping; learning_rates: that they fired with.
+    """
 
     grad_norm: float
+    level_norms: dict[str, float]
     learning_rates: dict[str, float]
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """Where an infinite or NaN number appeared; no levels: in the loss or the carried state."""
+
+    ranks: list[int]
+    levels: list[str]
+
+    def __str__(self) -> str:
+        what = "loss or the carried state"
+        if self.levels:
+            what = f"gradient of level {', '.join(self.levels)}"
+        return f"the {what} is not finite on rank {', '.join(map(str, self.ranks))}"
 
 
 class Cadence:
     """Steps levels when they fire and accumulates for those that don't.
 
-    state[parameter]["accumulated_grad"], float32 and shaped like the parameter, exists only while
-    something is pending.
+    state[parameter]["accumulated_grad"], float32, exists only while something is pending. Its shape
+    is the parameter's; over several ranks that hold whole parameters, with reduce "every_step", it
+    is this rank's share of the rows.
     """
 
     def __init__(
-        self, levels: list[Level], parameters: Iterable[nn.Parameter], clip_norm: float
+        self,
+        levels: list[Level],
+        parameters: Iterable[nn.Parameter],
+        clip_norm: float,
+        reduction: GradientReduction,
     ) -> None:
         """levels: every parameter in exactly one; parameters: all of them, in the model's order,
         which is the order that norms are added up in."""
         self.levels = levels
+        self.clip_norm = clip_norm
+        self.reduction = reduction
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._live = list(parameters)
         start_of = {live: start for level in levels for live, start in level.pairs()}
         self._ordered = [
-            p for live in parameters for p in (live, start_of.get(live)) if p is not None
+            p for live in self._live for p in (live, start_of.get(live)) if p is not None
         ]
-        self.clip_norm = clip_norm
-        self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        self._with_gradient: set[nn.Parameter] | None = None
 
     @torch.no_grad()
-    def step(self, firing: set[str], tokens: int, lr: Callable[[float], float]) -> StepReport:
+    def agree(self, numbers: Sequence[float] = ()) -> tuple[list[float], NonFinite | None]:
+        """Let the ranks tell each other about this step, before any gradient is added up.
+
+        Returns `numbers` added over the ranks, and where something is not finite: a number, or a
+        gradient. One small all-reduce. The gradients stay as they are, for `step` or `drop`.
+        """
+        ranks = self.reduction.ranks
+        present = [float(parameter.grad is not None) for parameter in self._live]
+        bad_levels = [float(not all_finite(level.parameters.values())) for level in self.levels]
+        bad = any(bad_levels) or not torch.tensor(list(numbers)).isfinite().all()
+        bad_ranks = [float(bad and rank == ranks.rank) for rank in range(ranks.size)]
+        sums = iter(ranks.sum([*present, *bad_levels, *bad_ranks, *numbers]))
+        self._with_gradient = {p for p in self._live if next(sums) > 0}
+        levels = [level.name for level in self.levels if next(sums) > 0]
+        where = [rank for rank in range(ranks.size) if next(sums) > 0]
+        return list(sums), NonFinite(where, levels) if where else None
+
+    @torch.no_grad()
+    def step(
+        self,
+        firing: set[str],
+        tokens: int,
+        rate: Callable[[str], float],
+        clock_tokens: int = 0,
+    ) -> StepReport:
         """End a step whose `.grad`s are sums over `tokens` tokens (over all ranks).
 
-        firing: names of the levels that fire; lr: maps a level's lr_scale to its learning rate.
-        Gradients are consumed. Raises FloatingPointError, with weights and accumulators
-        untouched, when a gradient is not finite.
+        firing: names of the levels that fire; rate: a level's learning rate by its name;
+        clock_tokens: the token count now, for optimizers that keep a slow momentum. Gradients are
+        consumed. Raises FloatingPointError, with weights and accumulators untouched, when a
+        gradient is not finite on any rank.
         """
         if tokens <= 0:
             raise ValueError("a step needs at least one token that counts in the loss")
-        for level in self.levels:
-            if not math.isfinite(_grad_norm(level.parameters.values())):
-                raise FloatingPointError(f"the gradient of level {level.name!r} is not finite")
-        moving = []
-        for level in self.levels:
+        if self._with_gradient is None and (problem := self.agree()[1]):
+            self._with_gradient = None
+            raise FloatingPointError(str(problem))
+        contributions = [self._contributions(level, firing) for level in self.levels]
+        self._with_gradient = None
+        return self._advance(firing, tokens, contributions, rate, clock_tokens)
+
+    def drop(self) -> None:
+        """Forget this step's gradients: nothing moves, and no accumulator has seen them."""
+        self._with_gradient = None
+        for parameter in self._live:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def flush(self, rate: Callable[[str], float], clock_tokens: int = 0) -> StepReport | None:
+        """Fire every level that has gradients pending, as if its period ended now; None when
+        nothing is."""
+        pending = {level.name for level in self.levels if _pending(level)}
+        if not pending:
+            return None
+        nothing: list[Contributions] = [[None] * len(level.parameters) for level in self.levels]
+        return self._advance(pending, 0, nothing, rate, clock_tokens)
+
+    @property
+    def pending_tokens(self) -> dict[str, int]:
+        """Tokens whose gradients wait in each level's accumulator."""
+        return {level.name: level.tokens for level in self.levels}
+
+    def _contributions(self, level: Level, firing: set[str]) -> Contributions:
+        """Take the gradients of a level, added over the ranks where its policy says so."""
+        assert self._with_gradient is not None
+        found: list[Tensor | None] = []
+        for parameter in level.parameters.values():
+            grad, parameter.grad = parameter.grad, None
+            if parameter in self._with_gradient:
+                grad = torch.zeros_like(parameter) if grad is None else grad
+            found.append(grad)
+        if _sums_every_step(level) and not self._fires_alone(level, firing):
+            shares = iter(self.reduction.scatter([grad for grad in found if grad is not None]))
+            return [None if grad is None else next(shares) for grad in found]
+        return found
+
+    def _fires_alone(self, level: Level, firing: set[str]) -> bool:
+        """Whether this step's gradients are all that the level has: one all-reduce will do."""
+        return level.name in firing and level.tokens == 0 and level.start is None
+
+    def _advance(
+        self,
+        firing: set[str],
+        tokens: int,
+        contributions: list[Contributions],
+        rate: Callable[[str], float],
+        clock_tokens: int,
+    ) -> StepReport:
+        """Accumulate or fire every level, given its contributions of `tokens` tokens."""
+        moving: list[tuple[str, Level]] = []
+        for level, given in zip(self.levels, contributions, strict=True):
+            alone = self._fires_alone(level, firing)
             level.tokens += tokens
             if level.start is not None:
                 level.start.tokens += tokens
-                for live, start in level.pairs():
-                    start.grad = None if live.grad is None else live.grad.clone()
                 if level.reset_by in firing:
                     self._forget(level)
-                    moving.append(level.start)
+                    self._ready(level.start, given, alone)
+                    moving.append((level.name, level.start))
                     continue
-                self._accumulate(level.start)
+                self._accumulate(level.start, [None if g is None else g.clone() for g in given])
             if level.name in firing:
-                moving.append(level)
+                self._ready(level, given, alone)
+                moving.append((level.name, level))
             else:
-                self._accumulate(level)
-        for level in moving:
-            self._ready(level)
-        norm = self._clip(moving)
+                self._accumulate(level, given)
+        norm, level_norms = self._clip([level for _, level in moving])
         rates = {}
-        for level in moving:
-            rates[level.name] = lr(level.lr_scale)
-            for group in level.optimizer.param_groups:
-                group["lr"] = rates[level.name]
-            level.optimizer.step()
-            for parameter in level.parameters.values():
-                parameter.grad = None
+        for name, level in moving:
+            rates[level.name] = rate(name)
+            level.step(rates[level.name], clock_tokens)
             level.tokens = 0
         for level in self.levels:
             if level.reset_by in firing:
                 for live, start in level.pairs():
                     live.copy_(start)
-        return StepReport(norm, rates)
+        return StepReport(norm, level_norms, rates)
 
     def _forget(self, level: Level) -> None:
         """Drop the gradients that a level holds: its context ends now, and theta0 has them."""
         for parameter in level.parameters.values():
-            parameter.grad = None
             self.state.pop(parameter, None)
         level.tokens = 0
 
-    def _accumulate(self, level: Level) -> None:
-        """Move each gradient of the level into its accumulator."""
-        for parameter in level.parameters.values():
-            grad, parameter.grad = parameter.grad, None
-            if grad is None:
+    def _accumulate(self, level: Level, contributions: Contributions) -> None:
+        """Add to the accumulators; they may keep the tensors given."""
+        for parameter, given in zip(level.parameters.values(), contributions, strict=True):
+            if given is None:
                 continue
             held = self.state.get(parameter)
             if held is None:
-                self.state[parameter] = {ACCUMULATOR: grad.float()}
+                device = "cpu" if level.accumulator_device == "cpu" else given.device
+                self.state[parameter] = {ACCUMULATOR: given.to(device, torch.float32)}
             else:
-                held[ACCUMULATOR].add_(grad)
+                held[ACCUMULATOR].add_(given.to(held[ACCUMULATOR].device))
 
-    def _ready(self, level: Level) -> None:
+    def _ready(self, level: Level, contributions: Contributions, alone: bool) -> None:
         """Put the mean gradient over everything pending into `.grad`, and empty the accumulator."""
-        for parameter in level.parameters.values():
+        parameters: list[nn.Parameter] = []
+        totals: list[Tensor] = []
+        for parameter, given in zip(level.parameters.values(), contributions, strict=True):
             held = self.state.pop(parameter, None)
-            if held is not None:
-                total = held[ACCUMULATOR]
-                if parameter.grad is not None:
-                    total.add_(parameter.grad)
-                parameter.grad = total.to(parameter.dtype)
-            if parameter.grad is not None:
-                parameter.grad.div_(level.tokens)
+            total = given if held is None else held[ACCUMULATOR].to(parameter.device)
+            if total is None:
+                continue
+            if held is not None and given is not None:
+                total.add_(given)
+            parameters.append(parameter)
+            totals.append(total)
+        if _sums_every_step(level) and not alone:
+            totals = self.reduction.gather(totals, [parameter.shape for parameter in parameters])
+        else:
+            self.reduction.add(totals)
+        for parameter, total in zip(parameters, totals, strict=True):
+            parameter.grad = total.div_(level.tokens).to(parameter.dtype)
 
-    def _clip(self, moving: list[Level]) -> float:
-        """Scale the gradients of what moves to one global norm of at most clip_norm."""
-        chosen = {p for level in moving for p in level.parameters.values()}
-        parameters = [parameter for parameter in self._ordered if parameter in chosen]
-        norm = _grad_norm(parameters)
+    def _clip(self, moving: list[Level]) -> tuple[float, dict[str, float]]:
+        """Clip each level that has a norm of its own, then all to one norm of at most clip_norm.
+
+        Returns the one norm, and each level's before any clipping.
+        """
+        norms = gradient_norms(p for level in moving for p in level.parameters.values())
+        level_norms = {}
+        for level in moving:
+            grads = [p for p in level.parameters.values() if p in norms]
+            level_norms[level.name] = norm = total_norm([norms[p] for p in grads])
+            if level.clip_norm is not None and norm > level.clip_norm:
+                nn.utils.clip_grads_with_norm_(grads, level.clip_norm, torch.tensor(norm))
+                norms |= gradient_norms(grads)
+        parameters = [parameter for parameter in self._ordered if parameter in norms]
+        norm = total_norm([norms[parameter] for parameter in parameters])
+        if not torch.tensor(norm).isfinite():
+            raise FloatingPointError(f"a sum of gradients overflowed: norms by level {level_norms}")
         if norm > self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, torch.tensor(norm))
-        return norm
+        return norm, level_norms
 
     def _parts(self) -> Iterator[tuple[str, Level]]:
         """Every level by its name, and its start as `NAME@start`."""
@@ -185,11 +286,21 @@ class Cadence:
                 yield level.name + START, level.start
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """(tensors by `parameter name/key`, plain data): optimizer states, accumulators, starts."""
+        """(tensors by `parameter name/key`, plain data): optimizer states, accumulators, starts.
+
+        An accumulator that is summed every step is one tensor whatever the ranks; one that is
+        summed at the update is saved as each rank has it, so that a resume is exact to the bit.
+        """
         tensors: dict[str, Tensor] = {}
         for key, level in self._parts():
             for name, parameter in level.parameters.items():
-                held = self.state.get(parameter, {}) | level.optimizer.state.get(parameter, {})
+                held = level.optimizer_state(parameter)
+                if parameter in self.state:
+                    pending = self.state[parameter][ACCUMULATOR]
+                    if _sums_every_step(level) or not self.reduction.is_shared(pending):
+                        held[ACCUMULATOR] = self.reduction.as_dtensor(pending, parameter.shape)
+                    else:
+                        held[f"{ACCUMULATOR}.rank{self.reduction.ranks.rank}"] = pending
                 if key.endswith(START):
                     held[VALUE] = parameter.detach()
                 tensors |= {f"{name}/{part}": value for part, value in held.items()}
@@ -197,9 +308,10 @@ class Cadence:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave.
+        """Take back what `state_dict` gave, whole, on any number of ranks and with any `reduce`.
 
-        Raises ValueError for state of unknown parameters and for a start that is missing.
+        A level that the state does not know begins with nothing. Raises ValueError for state of
+        unknown parameters and for a start that is missing.
         """
         self.state.clear()
         remaining: dict[str, dict[str, Tensor]] = {}
@@ -207,21 +319,60 @@ class Cadence:
             name, _, part = full_name.rpartition("/")
             remaining.setdefault(name, {})[part] = value
         for key, level in self._parts():
-            level.tokens = plain["tokens"][key]
-            level.optimizer.state.clear()
+            level.tokens = plain["tokens"].get(key, 0)
+            for optimizer in level.optimizers:
+                optimizer.state.clear()
             for name, parameter in level.parameters.items():
                 held = remaining.pop(name, {})
                 if key.endswith(START):
                     if VALUE not in held:
                         raise ValueError(f"checkpoint holds no {name}: it is not of a nested CMS")
-                    parameter.copy_(held.pop(VALUE))
-                if ACCUMULATOR in held:
-                    self.state[parameter] = {ACCUMULATOR: held.pop(ACCUMULATOR)}
+                    parameter.copy_(_placed(held.pop(VALUE), parameter))
+                pending = {k: held.pop(k) for k in list(held) if k.startswith(ACCUMULATOR)}
+                if pending:
+                    self._take_up(level, parameter, pending)
                 if held:
-                    level.optimizer.state[parameter] = held
+                    state = {k: _placed(value, parameter) for k, value in held.items()}
+                    level.set_optimizer_state(parameter, state)
         if remaining:
             raise ValueError(f"checkpoint holds state of unknown parameters: {sorted(remaining)}")
 
+    def _take_up(self, level: Level, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
+        """Make this rank's accumulator of what one or several ranks had in theirs."""
+        ranks = self.reduction.ranks
+        by_rank = {int(k.rpartition("rank")[2]): v for k, v in saved.items() if "rank" in k}
+        if self.reduction.is_shared(parameter) and not _sums_every_step(level):
+            if len(saved) == len(by_rank) == ranks.size:
+                own = by_rank[ranks.rank]
+            else:
+                own = _sum(saved) if ranks.rank == 0 else torch.zeros_like(_sum(saved))
+        else:
+            own = self.reduction.share(_placed(_sum(saved), parameter))
+        device = "cpu" if level.accumulator_device == "cpu" else parameter.device
+        self.state[parameter] = {ACCUMULATOR: own.to(device)}
 
-def _grad_norm(parameters: Iterable[nn.Parameter]) -> float:
-    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+def _pending(level: Level) -> bool:
+    return level.tokens > 0 or (level.start is not None and level.start.tokens > 0)
+
+
+def _sums_every_step(level: Level) -> bool:
+    return level.reduce == "every_step"
+
+
+def _sum(saved: dict[str, Tensor]) -> Tensor:
+    """The sum of the ranks' accumulators, in the order of their ranks."""
+    first, *others = (saved[key] for key in sorted(saved, key=lambda key: (len(key), key)))
+    total = first.clone()
+    for other in others:
+        total.add_(other)
+    return total
+
+
+def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A whole tensor on the parameter's device, sharded as the parameter is if it has its shape."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value, mesh, placements, src_data_rank=None)
+    return value

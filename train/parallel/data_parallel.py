@@ -1,21 +1,17 @@
 """Plain data parallelism: every rank holds the whole model and its rows of the global batch.
 
-Gradients are sums over tokens, so ranks only add: the result does not depend on how many rows each
-rank had.
+Gradients are sums over tokens, so ranks only add (`train.parallel.reduction`): the result does not
+depend on how many rows each rank had.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-BUCKET_ELEMENTS = 8 * 1024 * 1024
 
 
 class DataParallel:
@@ -28,6 +24,13 @@ class DataParallel:
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+
+    @classmethod
+    def alone(cls) -> DataParallel:
+        """One process by itself, whatever the environment says."""
+        ranks = cls()
+        ranks.size, ranks.rank = 1, 0
+        return ranks
 
     def __enter__(self) -> DataParallel:
         if self.size > 1:
@@ -68,27 +71,3 @@ class DataParallel:
         """Wait for every rank."""
         if self.size > 1:
             dist.barrier()
-
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add the gradients of all ranks in place, in buckets."""
-        if self.size == 1:
-            return
-        bucket: list[Tensor] = []
-        held = 0
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-            held += parameter.numel()
-            if held >= BUCKET_ELEMENTS:
-                _all_reduce_bucket(bucket)
-                bucket, held = [], 0
-        if bucket:
-            _all_reduce_bucket(bucket)
-
-
-def _all_reduce_bucket(tensors: list[Tensor]) -> None:
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))

@@ -1,0 +1,168 @@
+"""Steps with an infinite or NaN loss, gradient or state: skipped, counted, and without effect."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data_pipeline import Loader
+from hope import HopeModel
+from tests.distributed.processes import run
+from tests.train.test_trainer import STREAM, final_tensors, store_of
+from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.callbacks.metrics import read_metrics
+from train.config import validate_config
+from train.parallel.data_parallel import DataParallel
+from train.signals import StopSignals
+from train.trainer import Trainer
+
+POISONS = ("gradient", "loss")
+
+
+def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 0) -> None:
+    """Spoil what comes of the given batches (counted from 0 by the loader) on one rank."""
+    honest = Trainer._forward_backward
+
+    def spoiled(self: Trainer, batch: Any) -> Any:
+        total, state = honest(self, batch)
+        number = self.loader.position // self.config.batch_rows - 1
+        if number in batches and self.ranks.rank == rank:
+            if what == "gradient":
+                broken = [p for n, p in self.model.named_parameters() if "cms.levels.2." in n]
+                broken[0].grad.view(-1)[0] = float("inf")
+            elif what == "state":
+                state.layers[0].memory.w1.view(-1)[0] = float("nan")
+            else:
+                total = float("nan")
+        return total, state
+
+    patch.setattr(Trainer, "_forward_backward", spoiled)
+
+
+def leave_out(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
+    """A loader that never delivers the given batches."""
+    honest = Loader.__next__
+
+    def shorter(self: Loader) -> Any:
+        batch = honest(self)
+        while self.position // self.batch_size - 1 in batches:
+            batch = honest(self)
+        return batch
+
+    patch.setattr(Loader, "__next__", shorter)
+
+
+@pytest.mark.parametrize("what", POISONS)
+def test_a_skipped_step_is_as_if_its_batch_had_not_been_there(
+    make_config, tmp_path: Path, what: str
+) -> None:
+    skipping, without = make_config(), make_config(run_dir=str(tmp_path / "without"))
+    batches = {0, 4, 6, 7}  # the first, and some in the middle of periods
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, batches, what)
+        assert train(skipping, resume=False) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch, batches)
+        assert train(without, resume=False) == 0
+    first, second = final_tensors(skipping), final_tensors(without)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    steps = [[r for r in losses_and_skips(c) if r[0] == "step"] for c in (skipping, without)]
+    assert steps[0] == steps[1]
+    skips = [r for r in read_metrics(skipping.run_dir / "metrics.jsonl") if r["kind"] == "skip"]
+    assert [row["tokens"] for row in skips] == [0, 3 * 256, 4 * 256, 4 * 256]
+    assert [row["skipped_tokens"] for row in skips] == [256, 512, 768, 1024]
+    assert skips[0]["ranks"] == [0]
+    assert skips[0]["levels"] == (["c"] if what == "gradient" else [])
+    store = store_of(skipping)
+    clock = store.plain(store.newest())["clock"]
+    assert (clock["tokens"], clock["skipped_tokens"], clock["skipped_steps"]) == (3072, 1024, 4)
+
+
+def test_a_state_that_is_not_finite_is_not_carried_on(make_config) -> None:
+    config = make_config(**STREAM)
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, {3}, "state")
+        assert train(config, resume=False) == 0
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    assert [row["kind"] for row in rows].count("skip") == 1
+    assert all(math.isfinite(row["loss"]) for row in rows if row["kind"] != "skip")
+    assert all(tensor.isfinite().all() for tensor in final_tensors(config).values())
+
+
+def test_a_run_stopped_among_skipped_steps_resumes_to_the_bit(make_config, tmp_path: Path) -> None:
+    straight = make_config()
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, {5, 6}, "gradient")
+        train(straight, resume=False)
+        for number, stop in enumerate((5 * 256, 6 * 256, None)):
+            part = make_config(
+                **{"run_dir": str(tmp_path / "parts"), "training.stop_at_tokens": stop}
+            )
+            train(part, resume=number > 0)
+    first, second = final_tensors(straight), final_tensors(part)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert losses_and_skips(straight) == losses_and_skips(part)
+
+
+def losses_and_skips(config: Any) -> list[tuple]:
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    return [
+        (row["kind"], row["tokens"], row.get("loss"), row.get("skipped_tokens")) for row in rows
+    ]
+
+
+def test_too_many_in_a_row_stop_with_a_checkpoint(
+    make_config, raw_config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = make_config(**{"training.max_skipped_in_a_row": 2})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, {1, 2, 4, 5, 6}, "gradient")  # two in a row pass, three do not
+        assert main([str(path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 steps in a row were skipped after 512 tokens" in error
+    assert "gradient of level c is not finite on rank 0" in error
+    store = store_of(config)
+    plain = store.plain(store.newest())
+    assert plain["clock"]["tokens"] == 2 * 256
+    assert plain["clock"]["skipped_tokens"] == 5 * 256
+    assert plain["loader"]["position"] == 7 * config.batch_rows  # past what can't be trained on
+    assert main([str(path), "--resume"]) == 0  # cured: the rest is trained on
+    with pytest.MonkeyPatch.context() as patch:
+        without = make_config(run_dir=str(tmp_path / "without"))
+        leave_out(patch, {1, 2, 4, 5, 6})
+        train(without, resume=False)
+    first, second = final_tensors(config), final_tensors(without)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def train_with_a_poisoned_rank(rank: int, raw: dict[str, Any], batches: set[int]) -> list:
+    """What one of the ranks sees: losses, skips, and the sum of every parameter."""
+    config = validate_config(raw, "test")
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, batches, "gradient", rank=1)
+        model = HopeModel(config.model, seed=config.seed)
+        trainer = Trainer(config, corpora, DataParallel(), StopSignals(), model)
+        assert trainer.fit() is None
+    sums = {name: float(p.detach().double().sum()) for name, p in model.named_parameters()}
+    trainer.loader.close()
+    return [trainer.clock.state_dict(), sums]
+
+
+def test_all_ranks_skip_what_is_not_finite_on_one(raw_config) -> None:
+    batches = {2, 3, 8}
+    results = run(2, train_with_a_poisoned_rank, raw_config, batches)
+    assert results[0] == results[1]
+    clock, _ = results[0]
+    assert (clock["tokens"], clock["skipped_tokens"]) == (3072, 3 * 256)
+    assert clock["firings"] == {"fast": 12, "a": 12, "b": 4, "c": 2}
