@@ -12,6 +12,8 @@ from train.optim.cadence import Cadence
 from train.optim.config import LevelSettings, OptimizerConfig
 from train.optim.level import START, Level
 from train.optim.levels import group_by_level
+from train.optim.m3 import M3
+from train.optim.muon import Muon
 from train.parallel.data_parallel import DataParallel
 from train.parallel.reduction import GradientReduction
 
@@ -87,7 +89,15 @@ def _optimizers(
 ) -> list[torch.optim.Optimizer]:
     if settings.optimizer == "sgd":
         return [_sgd(parameters, settings, config)]
-    return [_adamw(parameters, settings, config)]
+    if settings.optimizer == "adamw":
+        return [_adamw(parameters, settings, config)]
+    matrices = {name: p for name, p in parameters.items() if is_matrix(name, p)}
+    rest = {name: p for name, p in parameters.items() if name not in matrices}
+    found = [_adamw(rest, settings, config)] if rest else []
+    if matrices:
+        make = _muon if settings.optimizer == "muon" else _m3
+        found.append(make(matrices, settings, config))
+    return found
 
 
 def _groups(
@@ -127,4 +137,31 @@ def _sgd(
         momentum=config.sgd.momentum,
         nesterov=config.sgd.nesterov,
         fused=_fused(parameters),
+    )
+
+
+def _muon(
+    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    return Muon(
+        parameters.values(),
+        lr=settings.peak_lr,
+        weight_decay=settings.weight_decay,
+        **config.muon.model_dump(),
+    )
+
+
+def _m3(
+    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
+) -> torch.optim.Optimizer:
+    m3 = config.m3
+    steps = m3.slow_every_steps
+    if steps is None and m3.slow_every_tokens is None:
+        steps = 16
+    return M3(
+        [{"params": list(parameters.values()), "lr_ratio": m3.lr_ratio}],
+        lr=settings.peak_lr,
+        weight_decay=settings.weight_decay,
+        slow_every_steps=steps,
+        **m3.model_dump(exclude={"slow_every_steps", "lr_ratio"}),
     )

@@ -50,6 +50,34 @@ class MuonConfig(Section):
     adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
 
 
+class M3Config(Section):
+    """M3 (see `train.optim.m3`) for the matrices; everything else has AdamW.
+
+    slow_every_tokens: the slow momentum's window on the token clock; slow_every_steps: in steps of
+    the level's optimizer (16 when neither is given). lr_ratio: the matrices' learning rate over
+    the rest's: a step is divided by the size of the gradient, and so has no scale of its own. As
+    large as eps, no entry moves by more than the rate times what Newton-Schulz gives it.
+    """
+
+    variant: Literal["paper", "ema"] = "ema"
+    betas: tuple[float, float, float] = (0.95, 0.95, 0.9)
+    alpha: float = Field(0.5, ge=0)
+    eps: float = Field(1e-3, gt=0)
+    ns_steps: int = Field(5, ge=1, le=20)
+    slow_every_steps: int | None = Field(None, ge=1)
+    slow_every_tokens: int | None = Field(None, ge=1)
+    lr_ratio: float = Field(1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _one_window(self) -> M3Config:
+        if self.slow_every_steps is not None and self.slow_every_tokens is not None:
+            raise ValueError(
+                "optimizer.m3: the slow momentum's window is slow_every_steps or "
+                "slow_every_tokens, not both"
+            )
+        return self
+
+
 class SGDConfig(Section):
     """Stochastic gradient descent; its weight decay is added to the gradient."""
 
@@ -101,6 +129,7 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(1.0, gt=0)
     schedule: ScheduleConfig = ScheduleConfig()
     muon: MuonConfig = MuonConfig()
+    m3: M3Config = M3Config()
     sgd: SGDConfig = SGDConfig()
     reduce: Reduce = "every_step"
     accumulator_device: AccumulatorDevice = "same"

@@ -55,7 +55,7 @@ class Level:
         """Let the optimizers take a step on `.grad`, at token count `clock_tokens`."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group.get("lr_ratio", 1.0)
                 if "tokens" in group:
                     group["tokens"] = clock_tokens
             optimizer.step()
