@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from train.optim.config import ScheduleConfig
+from train.optim.config import LevelSettings, ScheduleConfig
 
 
 class TokenClock:
@@ -59,6 +59,10 @@ class TokenClock:
         """Tokens until level `name` fires next; 0 for a level that fires every step."""
         period = self.periods[name]
         return 0 if period == 0 else period - self.tokens % period
+
+    def learning_rate(self, level: LevelSettings, total_tokens: int) -> float:
+        """The learning rate of a level now, in a training of `total_tokens`."""
+        return learning_rate(level.schedule, level.peak_lr, self.tokens, total_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -17,7 +17,7 @@ from hope.state import concatenate_rows, row_axis
 from train.callbacks.base import Callback
 from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
 from train.checkpoint.levels import describe_levels, map_levels
-from train.clock import TokenClock, learning_rate
+from train.clock import TokenClock
 from train.config import RunConfig
 from train.evaluate.perplexity import (
     EvaluationInterruptedError,
@@ -142,9 +142,8 @@ class Trainer:
 
     def _rate(self, level: str) -> float:
         """The learning rate of a level at the clock's token count."""
-        settings = self.config.optimizer.level(level)
         total = self.config.training.total_tokens
-        return learning_rate(settings.schedule, settings.peak_lr, self.clock.tokens, total)
+        return self.clock.learning_rate(self.config.optimizer.level(level), total)
 
     def _forward_backward(self, batch: Batch) -> tuple[float, ModelState | None]:
         """Add this rank's gradient, a sum over its tokens, to every `.grad`; returns the sum of the

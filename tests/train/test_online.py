@@ -1,0 +1,270 @@
+"""The online adapter against a plain loop, and what it promises to the bit."""
+
+from __future__ import annotations
+
+import io
+import math
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from data_pipeline import Corpus
+from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
+from hope.scan import ScanConfig
+from tools.adapt import main as adapt
+from train.__main__ import train
+from train.checkpoint.load import load_run
+from train.online import OnlineAdapter
+
+LR = 0.02
+
+
+def make(mixer: Any = "titans", mode: Any = "sequential") -> tuple[HopeModel, HopeConfig]:
+    levels = tuple(
+        LevelConfig(name=name, hidden_size=8, update_every_tokens=every)
+        for name, every in (("a", "step"), ("b", 1000), ("c", 5000))
+    )
+    config = HopeConfig(
+        vocab_size=31,
+        dim=16,
+        num_layers=2,
+        num_heads=2,
+        mixer=mixer,
+        titans=TitansConfig(scan=ScanConfig(memory_chunk=4, projection_chunk=8)),
+        cms=CMSConfig(levels=levels, mode=mode),
+    )
+    return HopeModel(config), config
+
+
+def stream(length: int, rows: int = 2) -> Tensor:
+    return torch.randint(0, 31, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def plain_loop(model: HopeModel, tokens: Tensor, every: dict[str, int]) -> Tensor:
+    """Segment by segment; sums kept in lists; one AdamW a level, clipped together to norm 1."""
+    size = math.gcd(*every.values())
+    level_of = {"a": ".levels.0.", "b": ".levels.1.", "c": ".levels.2."}
+    chosen = {
+        name: [p for n, p in model.named_parameters() if level_of[name] in n] for name in every
+    }
+    rules = {
+        name: torch.optim.AdamW(part, lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
+        for name, part in chosen.items()
+    }
+    sums: dict[str, list[list[Tensor]]] = {name: [] for name in every}
+    state, losses = None, []
+    for start in range(0, tokens.shape[1] - size, size):
+        part = tokens[:, start : start + size + 1]
+        logits, state = model(part[:, :-1], state)
+        state = state.detach()
+        nats = cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
+        losses.append(nats.detach())
+        flat = [p for some in chosen.values() for p in some]
+        grads = iter(torch.autograd.grad(nats.sum(), flat))
+        for name, some in chosen.items():
+            sums[name].append([next(grads) for _ in some])
+        firing = [name for name, period in every.items() if (start + size) % period == 0]
+        for name in firing:
+            count = len(sums[name]) * size * tokens.shape[0]
+            for i, p in enumerate(chosen[name]):
+                p.grad = torch.stack([one[i] for one in sums[name]]).sum(0) / count
+            sums[name] = []
+        nn.utils.clip_grad_norm_([p for name in firing for p in chosen[name]], 1.0)
+        for name in firing:
+            rules[name].step()
+            rules[name].zero_grad()
+    return torch.cat(losses, dim=1)
+
+
+@pytest.mark.parametrize("every", [{"b": 8}, {"b": 16}, {"a": 8, "c": 24}])
+def test_it_is_a_plain_loop_over_segments(every: dict[str, int]) -> None:
+    model, config = make()
+    reference, _ = make()
+    tokens = stream(8 * 18 + 1)
+    expected = plain_loop(reference, tokens, every)
+    adapter = OnlineAdapter(model, config, every, lr=LR)
+    found = torch.cat([adapter.feed(tokens), adapter.rest()], dim=1)
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weights(model), weights(reference), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixer", ["titans", "attention"])
+def test_where_the_stream_is_cut_changes_nothing(mixer: str) -> None:
+    tokens = stream(150)
+    results = []
+    for cuts in ([150], [1, 2, 30, 17, 0, 100], [15] * 10):
+        model, config = make(mixer)
+        adapter = OnlineAdapter(model, config, {"a": 16, "c": 32}, lr=LR)
+        losses = torch.cat([adapter.feed(p) for p in tokens.split(cuts, 1)] + [adapter.rest()], 1)
+        results.append((losses, weights(model)))
+    for losses, moved in results[1:]:
+        assert torch.equal(losses, results[0][0])
+        assert all(torch.equal(moved[name], results[0][1][name]) for name in moved)
+    assert results[0][0].shape == (2, 149)
+
+
+def test_only_the_chosen_levels_move_and_only_later_tokens_see_it() -> None:
+    tokens = stream(97)
+    frozen_model, config = make()
+    frozen = OnlineAdapter(frozen_model, config, {"b": 32}, lr=0.0)
+    without = torch.cat([frozen.feed(tokens), frozen.rest()], 1)
+    model, _ = make()
+    before = weights(model)
+    adapter = OnlineAdapter(model, config, {"b": 32}, lr=LR)
+    found = torch.cat([adapter.feed(tokens), adapter.rest()], 1)
+    assert torch.equal(found[:, :32], without[:, :32])
+    assert not torch.equal(found[:, 32], without[:, 32])
+    for name, value in weights(model).items():
+        assert torch.equal(value, before[name]) == (".levels.1." not in name), name
+    assert all(p.requires_grad for p in model.parameters())
+    assert adapter.clock.firings == {"b": 3}
+
+
+def test_rates_of_zero_change_nothing() -> None:
+    model, config = make()
+    before = weights(model)
+    tokens = stream(65)
+    adapter = OnlineAdapter(model, config, {"a": 16, "b": 32, "c": 64}, lr=0.0)
+    found = adapter.feed(tokens)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    state, expected = model.initial_state(2, decoding=True), []
+    with torch.no_grad():
+        for start in range(0, 64, 16):
+            logits, state = model(tokens[:, start : start + 16], state)
+            labels = tokens[:, start + 1 : start + 17]
+            nats = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+            expected.append(nats.view(2, 16))
+    assert torch.equal(found, torch.cat(expected, 1))
+
+
+def test_reset_and_context_give_the_trained_weights_back() -> None:
+    model, config = make()
+    before = weights(model)
+    tokens = stream(70)
+    with OnlineAdapter(model, config, {"b": 16}, lr=LR) as adapter:
+        first = adapter.feed(tokens)
+        assert not torch.equal(
+            weights(model)["layers.0.cms.levels.1.up.weight"],
+            before["layers.0.cms.levels.1.up.weight"],
+        )
+        adapter.reset()
+        assert torch.equal(adapter.feed(tokens), first)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_a_stream_is_saved_and_gone_on_with_to_the_bit() -> None:
+    tokens = stream(140)
+    straight_model, config = make()
+    straight = OnlineAdapter(straight_model, config, {"a": 16, "c": 48}, lr=LR)
+    expected = straight.feed(tokens)
+    model, _ = make()
+    adapter = OnlineAdapter(model, config, {"a": 16, "c": 48}, lr=LR)
+    first = adapter.feed(tokens[:, :77])
+    file = io.BytesIO()
+    torch.save(adapter.state_dict(), file)
+    file.seek(0)
+    adapter.reset()
+    other_model, _ = make()
+    other = OnlineAdapter(other_model, config, {"a": 16, "c": 48}, lr=LR)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(torch.cat([first, other.feed(tokens[:, 77:])], 1), expected)
+    moved = weights(straight_model)
+    assert all(torch.equal(value, moved[name]) for name, value in weights(other_model).items())
+    with pytest.raises(ValueError, match="every_tokens"):
+        OnlineAdapter(other_model, config, {"a": 16}).load_state_dict(adapter.state_dict())
+
+
+def test_a_segment_that_is_not_finite_teaches_nothing() -> None:
+    config = replace(make()[1], tie_embeddings=False)
+    model = HopeModel(config)
+    before = weights(model)
+    with torch.no_grad():
+        model.embedding.weight[7] = float("nan")
+    tokens = stream(65)
+    tokens[tokens == 7] = 8
+    tokens[0, 20] = 7
+    adapter = OnlineAdapter(model, config, {"b": 16}, lr=LR)
+    losses = adapter.feed(tokens)
+    assert losses[:, 16:32].isnan().any()
+    assert losses[:, 32:].isfinite().all()
+    assert (adapter.clock.tokens, adapter.clock.skipped_tokens) == (48, 16)
+    after = weights(model)
+    after.pop("embedding.weight")
+    assert all(value.isfinite().all() for value in after.values())
+    assert not torch.equal(
+        after["layers.0.cms.levels.1.up.weight"], before["layers.0.cms.levels.1.up.weight"]
+    )
+
+
+BAD = [
+    ({}, "choose at least one CMS level"),
+    ({"z": 8}, r"no CMS level \['z'\]; the model has \['a', 'b', 'c'\]"),
+    ({"fast": 8}, "no CMS level"),
+    ({"a": 0}, "1 or more tokens, got 0"),
+]
+
+
+@pytest.mark.parametrize(("every", "message"), BAD)
+def test_what_it_refuses(every: dict[str, int], message: str) -> None:
+    model, config = make()
+    with pytest.raises(ValueError, match=message):
+        OnlineAdapter(model, config, every)
+
+
+def test_other_refusals() -> None:
+    model, config = make()
+    adapter = OnlineAdapter(model, config, {"a": 8})
+    with pytest.raises(ValueError, match=r"tokens \[rows, length\], got \[5\]"):
+        adapter.feed(torch.zeros(5, dtype=torch.long))
+    adapter.feed(stream(9))
+    with pytest.raises(ValueError, match="the stream has 2 rows, got 3"):
+        adapter.feed(stream(9, rows=3))
+    levels = tuple(
+        LevelConfig(name=n, hidden_size=8, update_every_tokens=e) for n, e in (("a", 10), ("b", 20))
+    )
+    cms = CMSConfig(mode="nested", levels=levels)
+    nested = HopeConfig(vocab_size=31, dim=16, num_layers=1, num_heads=2, cms=cms)
+    with pytest.raises(ValueError, match="nested CMS can't be adapted"):
+        OnlineAdapter(HopeModel(nested), nested, {"a": 8})
+
+
+def test_it_lowers_the_perplexity_of_a_long_held_out_document(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(**{"training.total_tokens": 60 * 256})
+    train(config, resume=False)
+    run, model = load_run(config.run_dir)
+    corpus = Corpus.open(run.data.validation)
+    text = Path(textwrap.__file__).read_text()  # the validation document
+    tokens = torch.tensor([[corpus.tokenizer.bos_id, *corpus.tokenizer.encode(text)]])
+    assert tokens.shape[1] > 4000
+    mean = {}
+    for rate in (0.0, 0.01):
+        with OnlineAdapter(model, run.model, {"b": 128, "c": 512}, lr=rate) as adapter:
+            losses = adapter.feed(tokens)
+            mean[rate] = (float(losses.mean()), float(losses[:, -1024:].mean()))
+    assert mean[0.01][0] < mean[0.0][0] - 0.03
+    assert mean[0.01][1] < mean[0.0][1] - 0.05
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    capsys.readouterr()
+    common = [str(config.run_dir), "--input", str(file), "--max-tokens", "1500", "--lr", "0.01"]
+    assert adapt([*common, "--level", "b=128"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert float(rows[1][-1]) < float(rows[0][-1])
+    for bad, message in (("b", "is not of the form NAME=EVERY"), ("z=5", "no CMS level")):
+        assert adapt([*common, "--level", bad]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

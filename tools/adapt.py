@@ -1,0 +1,80 @@
+"""python -m tools.adapt RUN --input FILE --level NAME=EVERY: a model that learns as it reads."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline import Corpus, DataError
+from tools.figures import table
+from train.checkpoint import CheckpointError
+from train.checkpoint.load import load_run
+from train.config import ConfigError
+from train.online import OnlineAdapter
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the perplexity of a text with and without adaptation; exit status 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m tools.adapt", description=main.__doc__)
+    parser.add_argument("run", type=Path, help="run folder, e.g. runs/quickstart")
+    parser.add_argument("--input", type=Path, required=True, help="UTF-8 text, read as one stream")
+    parser.add_argument(
+        "--level",
+        action="append",
+        required=True,
+        metavar="NAME=EVERY",
+        help="a CMS level that learns, and every how many tokens it steps; may be repeated",
+    )
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
+    parser.add_argument("--max-tokens", type=int, help="read no more than so many")
+    options = parser.parse_args(arguments)
+    torch.set_flush_denormal(True)
+    try:
+        config, model = load_run(options.run)
+        tokenizer = Corpus.open(config.data.validation).tokenizer
+        text = options.input.read_text(encoding="utf-8")
+        tokens = [tokenizer.bos_id, *tokenizer.encode(text)][: options.max_tokens]
+        if len(tokens) < 2:
+            raise ValueError(f"{options.input} holds no text to predict")
+        every = dict(_level(one) for one in options.level)
+        stream = torch.tensor([tokens])
+        rows = []
+        for label, rate in (("trained weights", 0.0), (f"adapted, lr {options.lr:g}", options.lr)):
+            with OnlineAdapter(model.eval(), config.model, every, lr=rate) as adapter:
+                losses = _read(adapter, stream, label)
+                quarter = losses[-(len(losses) // 4 or 1) :]
+                rows.append([label, *map(_perplexity, (losses, quarter))])
+    except (CheckpointError, ConfigError, DataError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table([f"perplexity of {len(tokens) - 1:,} tokens", "all", "last quarter"], rows))
+    return 0
+
+
+def _level(text: str) -> tuple[str, int]:
+    name, equals, every = text.partition("=")
+    if not equals or not every.isdigit():
+        raise ValueError(f"--level {text!r} is not of the form NAME=EVERY, e.g. slow=2048")
+    return name, int(every)
+
+
+def _read(adapter: OnlineAdapter, stream: Tensor, label: str) -> Tensor:
+    """Losses [n] of the whole stream, with progress."""
+    found = []
+    for part in tqdm(stream.split(adapter.segment, dim=1), desc=label, unit="segment"):
+        found.append(adapter.feed(part))
+    return torch.cat([*found, adapter.rest()], dim=1)[0]
+
+
+def _perplexity(losses: Tensor) -> str:
+    return f"{math.exp(losses.double().mean()):.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
