@@ -101,6 +101,7 @@ class Loader:
         self._rows = rows_of_rank(batch_size, dp_rank, dp_size)
         _check_tokenizers(corpora)
         packings = [make_packing(packing, corpus, seq_len, align) for corpus in corpora]
+        self._num_windows = sum(packing.num_windows for packing in packings)
         self._sampling = make_sampling(order, corpora, packings, weights, seed, batch_size, seq_len)
         self._reader = RowReader(
             corpora, packings, seq_len, corpora[0].pad_id, on_corrupt == "skip"
@@ -116,6 +117,11 @@ class Loader:
     def position(self) -> int:
         """Rows of all ranks delivered so far; batch_size more after every next()."""
         return self._position
+
+    @property
+    def num_windows(self) -> int:
+        """Rows in one pass over all corpora."""
+        return self._num_windows
 
     @property
     def weights(self) -> list[float]:

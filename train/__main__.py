@@ -19,6 +19,7 @@ from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError, load_parameters
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
+from train.continual import steps_of_domains
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
 from train.signals import stop_signals
@@ -57,7 +58,7 @@ def train(config: RunConfig, resume: bool) -> int:
     """Run `config` to its end or to a signal; returns the exit status."""
     prepare_torch(config.num_threads)
     corpora = open_corpora(config)
-    config = with_vocabulary(config, corpora)
+    config = with_total_tokens(with_vocabulary(config, corpora), corpora)
     with ExitStack() as stack:
         signals = stack.enter_context(stop_signals())
         ranks = stack.enter_context(DataParallel())
@@ -100,12 +101,18 @@ def open_corpora(config: RunConfig) -> Corpora:
     """Open the shards that `data` names. Raises DataError when one is missing or damaged."""
     train_corpora = [Corpus.open(source.path) for source in config.data.train]
     validation = Corpus.open(config.data.validation)
-    sizes = {corpus.vocab_size for corpus in (*train_corpora, validation)}
+    domains = {
+        source.domain: Corpus.open(source.validation)
+        for source in config.data.train
+        if source.validation is not None
+    }
+    everything = (*train_corpora, validation, *domains.values())
+    sizes = {corpus.vocab_size for corpus in everything}
     if len(sizes) > 1:
         raise ConfigError(
             f"data: the corpora have different vocabularies, of sizes {sorted(sizes)}"
         )
-    return Corpora(train_corpora, validation)
+    return Corpora(train_corpora, validation, domains)
 
 
 def with_vocabulary(config: RunConfig, corpora: Corpora) -> RunConfig:
@@ -118,6 +125,21 @@ def with_vocabulary(config: RunConfig, corpora: Corpora) -> RunConfig:
         return config
     model = dataclasses.replace(config.model, vocab_size=needed)
     return config.model_copy(update={"model": model})
+
+
+def with_total_tokens(config: RunConfig, corpora: Corpora) -> RunConfig:
+    """Fill in training.total_tokens of a continual run; ConfigError when set and too large."""
+    if config.mode == "pretrain":
+        return config
+    there = sum(steps_of_domains(config, corpora.train)) * config.training.batch_tokens
+    total = config.training.total_tokens
+    if total > there:
+        raise ConfigError(
+            f"training.total_tokens={total} is more than the {there} tokens that the domains have "
+            "in whole steps; leave it out to train on all of them"
+        )
+    training = config.training.model_copy(update={"total_tokens": total or there})
+    return config.model_copy(update={"training": training})
 
 
 def check_world(config: RunConfig, ranks: DataParallel) -> None:

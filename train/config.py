@@ -39,10 +39,23 @@ __all__ = [
 
 
 class CorpusConfig(Section):
-    """One corpus of token shards and its share of the training tokens."""
+    """One corpus of token shards.
+
+    weight: its share of the training tokens (mode pretrain). In mode continual a corpus is a
+    domain: name (default: the last part of path), validation: held-out shards of it, on which the
+    model is evaluated after every domain; tokens: how much of it is read (default: all, once).
+    """
 
     path: Path
     weight: float = Field(1.0, gt=0)
+    name: str | None = Field(None, min_length=1)
+    validation: Path | None = None
+    tokens: int | None = Field(None, ge=1)
+
+    @property
+    def domain(self) -> str:
+        """What the corpus is called as a domain."""
+        return self.name or self.path.name
 
 
 class DataConfig(Section):
@@ -71,6 +84,7 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """Length and shape of training.
 
+    total_tokens: of the whole run; mode continual finds it from the domains when it is left out.
     batch_tokens: tokens of one step over all ranks; micro_batch_rows: rows a forward pass takes
     at once on a rank (None: all of them), with no effect on the result beyond round-off.
     stop_at_tokens: stop early, with a checkpoint, without changing any schedule.
@@ -81,7 +95,7 @@ class TrainingConfig(Section):
     stream), detached at the step.
     """
 
-    total_tokens: int = Field(ge=1)
+    total_tokens: int = Field(0, ge=0)
     batch_tokens: int = Field(8192, ge=1)
     micro_batch_rows: int | None = Field(None, ge=1)
     stop_at_tokens: int | None = Field(None, ge=1)
@@ -132,8 +146,13 @@ class MLflowConfig(Section):
 
 
 class RunConfig(Section):
-    """One run. The resolved form is saved as config.yaml in the run folder."""
+    """One run. The resolved form is saved as config.yaml in the run folder.
 
+    mode: "pretrain" blends the corpora of data.train; "continual" trains on them one after the
+    other, each once, with the memories' state carried on (`train.continual`).
+    """
+
+    mode: Literal["pretrain", "continual"] = "pretrain"
     run_dir: Path
     seed: int = Field(0, ge=0)
     num_threads: int | None = Field(None, ge=1)
@@ -160,6 +179,7 @@ class RunConfig(Section):
                 f"training.batch_tokens={batch_tokens} must be a multiple of "
                 f"data.seq_len={seq_len}; the nearest is {nearest}"
             )
+        self._check_mode()
         chunk = self.model.titans.scan.projection_chunk
         remembers = "titans" in self.model.mixers and self.model.titans.writes
         if remembers and seq_len % chunk:
@@ -181,10 +201,11 @@ class RunConfig(Section):
         for name in sorted(known):
             schedule = self.optimizer.level(name).schedule
             needed = schedule.warmup_tokens + (schedule.decay_tokens or 0)
-            if schedule.name == "wsd" and needed > self.training.total_tokens:
+            total = self.training.total_tokens
+            if schedule.name == "wsd" and 0 < total < needed:
                 raise ValueError(
                     f"the schedule of level {name!r} warms up and decays for {needed} tokens, more "
-                    f"than training.total_tokens={self.training.total_tokens}"
+                    f"than training.total_tokens={total}"
                 )
         placed = set(self.init_from.levels or ()) if self.init_from else set()
         if unknown := placed - (known - {"fast"}):
@@ -193,6 +214,27 @@ class RunConfig(Section):
                 f"{sorted(known - {'fast'})}"
             )
         return self
+
+    def _check_mode(self) -> None:
+        """Raise ValueError for what belongs to the other mode."""
+        domains = [source.domain for source in self.data.train]
+        if self.mode == "pretrain":
+            if self.training.total_tokens == 0:
+                raise ValueError("missing key 'training.total_tokens'")
+            for source in self.data.train:
+                for key in ("name", "validation", "tokens"):
+                    if getattr(source, key) is not None:
+                        raise ValueError(f"data.train: {key!r} is of a domain: add mode=continual")
+            return
+        if self.data.order != "stream" or self.training.state_carry != "stream":
+            raise ValueError(
+                "mode=continual reads each domain once, in order, and carries the memories on: it "
+                "needs data.order=stream and training.state_carry=stream"
+            )
+        if any(source.weight != 1.0 for source in self.data.train):
+            raise ValueError("data.train: domains of mode=continual have no weight, but tokens")
+        if len(set(domains)) != len(domains):
+            raise ValueError(f"data.train: domains need names of their own, got {domains}")
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
 from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock
 from train.config import RunConfig
+from train.continual import DomainStream, open_loader
 from train.evaluate.perplexity import (
     EvaluationInterruptedError,
     HeldOut,
@@ -68,6 +69,7 @@ class Corpora:
 
     train: list[Corpus]
     validation: Corpus
+    domains: dict[str, Corpus] = field(default_factory=dict)  # held out, of a continual run
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Trainer:
     state: ModelState | None = None
     trained_seconds: float = 0.0
     last_evaluation: HeldOut | None = None
+    domains_evaluated: int = 0  # at how many ends of domains every domain was evaluated
     level_changes: tuple[str, ...] = ()  # since the checkpoint, one line each
 
     def __post_init__(self) -> None:
@@ -92,19 +95,18 @@ class Trainer:
         self.store = CheckpointStore(
             config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
         )
-        self.loader = Loader(
-            self.corpora.train,
-            seq_len=config.data.seq_len,
-            batch_size=config.batch_rows,
-            seed=config.seed,
-            dp_rank=ranks.rank,
-            dp_size=ranks.size,
-            packing=config.data.packing,
-            align=config.model.titans.scan.projection_chunk,
-            order=config.data.order,
-            weights=[source.weight for source in config.data.train],
-            prefetch=config.data.prefetch,
-        )
+        self.domains: DomainStream | None = None
+        self.loader: Loader | DomainStream
+        if config.mode == "continual":
+            self.loader = self.domains = DomainStream(config, self.corpora.train, ranks)
+        else:
+            self.loader = open_loader(config, self.corpora.train, ranks)
+
+    @property
+    def finished(self) -> bool:
+        """Whether training has come to its end: its tokens, or the last of its domains."""
+        done = self.clock.tokens >= self.config.training.total_tokens
+        return done or (self.domains is not None and self.domains.exhausted)
 
     @property
     def target_tokens(self) -> int:
@@ -174,8 +176,10 @@ class Trainer:
         self._notify("on_start")
         if self.level_changes:
             self.save(replace=True)  # from here on the folder's configuration is the new one
-        total = self.config.training.total_tokens
-        while self.clock.tokens < self.target_tokens and not self._stop_requested():
+        evaluated = self.domains_evaluated
+        if not self.finished:
+            self._evaluate_domains()
+        while self._has_more() and not self._stop_requested():
             before = self.clock.tokens
             record = self.step()
             if isinstance(record, SkippedStep):
@@ -183,20 +187,25 @@ class Trainer:
                 continue
             for callback in self.callbacks:
                 callback.on_step(self, record)
-            if self.clock.tokens >= total:
+            if self.finished:
                 break  # the last evaluation and checkpoint are below
+            self._evaluate_domains()
             if self._crossed(self.config.evaluation.every_tokens, before):
                 self._evaluate(self.config.evaluation.max_tokens)
             if self._crossed(self.config.checkpoint.every_tokens, before):
                 self.save()
         stopped = self._stop_requested()
         flushed = False
-        if self.clock.tokens >= total and not stopped:
+        if self.finished and not stopped:
             flushed = self.config.training.flush and self._flush()
-            stopped = not self._evaluate(None)
-        self.save(replace=flushed)
+            stopped = not (self._evaluate_domains(last=True) and self._evaluate(None))
+        self.save(replace=flushed or self.domains_evaluated > evaluated)
         self._notify("on_end")
         return self.signals.received if stopped else None
+
+    def _has_more(self) -> bool:
+        """Whether there is a step to take in this call of `fit`."""
+        return self.clock.tokens < self.target_tokens and not self.finished
 
     def _skipped(self, record: SkippedStep) -> None:
         """Tell of a skipped step; after too many in a row, save and give up."""
@@ -243,11 +252,30 @@ class Trainer:
             callback.on_evaluation(self, self.last_evaluation)
         return True
 
-    def evaluate(self, max_tokens: int | None) -> HeldOut:
-        """Held-out loss over at most max_tokens tokens (None: all of them)."""
+    def _evaluate_domains(self, last: bool = False) -> bool:
+        """At the end of a domain, and of training, evaluate on every domain; False when a signal
+        interrupted it."""
+        if self.domains is None:
+            return True
+        reached = self.domains.finished + int(last and self.domains.inside)
+        if reached <= self.domains_evaluated:
+            return True
+        try:
+            found = {n: self.evaluate(None, corpus) for n, corpus in self.corpora.domains.items()}
+        except EvaluationInterruptedError:
+            return False
+        self.domains_evaluated = reached
+        for name, held_out in found.items():
+            for callback in self.callbacks:
+                callback.on_domain_evaluation(self, name, held_out)
+        return True
+
+    def evaluate(self, max_tokens: int | None, corpus: Corpus | None = None) -> HeldOut:
+        """Held-out loss over at most max_tokens tokens (None: all) of `corpus` (None: data's)."""
         data = self.config.data
+        corpus = corpus or self.corpora.validation
         batches = evaluation_batches(
-            self.corpora.validation,
+            corpus,
             seq_len=data.seq_len,
             batch_size=self.config.evaluation.batch_rows,
             dp_rank=self.ranks.rank,
@@ -259,7 +287,7 @@ class Trainer:
         return evaluate(
             self.model,
             batches,
-            self.corpora.validation.token_bytes,
+            corpus.token_bytes,
             self.ranks,
             tells_documents=data.tells_documents,
             should_stop=self._stop_requested,
@@ -287,6 +315,7 @@ class Trainer:
             "tokenizer": self.corpora.validation.tokenizer_sha256,
             "trained_seconds": self.trained_seconds,
             "evaluation": vars(evaluation) if evaluation else None,
+            "domains_evaluated": self.domains_evaluated,
             "streams": self.state is not None,
         }
         folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
@@ -314,6 +343,7 @@ class Trainer:
         self.clock.load_state_dict(plain["clock"])
         self.loader.load_state_dict(plain["loader"])
         self.trained_seconds = plain["trained_seconds"]
+        self.domains_evaluated = plain["domains_evaluated"]
         if plain["evaluation"]:
             self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:

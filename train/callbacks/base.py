@@ -29,6 +29,9 @@ class Callback:
     def on_evaluation(self, trainer: Trainer, held_out: HeldOut) -> None:
         """After every evaluation."""
 
+    def on_domain_evaluation(self, trainer: Trainer, domain: str, held_out: HeldOut) -> None:
+        """At the end of each domain of a continual run, for every domain."""
+
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
         """After every save."""
 

@@ -18,7 +18,8 @@ LOSS_CURVE = "loss.png"
 
 
 class Metrics(Callback):
-    """One JSON object a line: {"kind": "step" | "skip" | "flush" | "evaluation", "tokens": n, ...}.
+    """One JSON object a line: {"kind": "step" | "skip" | "flush" | "evaluation" |
+    "domain_evaluation", "tokens": n, ...}.
 
     On resume, lines past the checkpoint are dropped: those steps are about to happen again.
     """
@@ -85,6 +86,21 @@ class Metrics(Callback):
                 "bits_per_byte": held_out.bits_per_byte,
                 "predicted_tokens": held_out.tokens,
                 "trained_seconds": trainer.trained_seconds,
+            }
+        )
+
+    def on_domain_evaluation(self, trainer: Trainer, domain: str, held_out: HeldOut) -> None:
+        assert trainer.domains is not None
+        self._append(
+            {
+                "kind": "domain_evaluation",
+                "tokens": trainer.clock.tokens,
+                "domain": domain,
+                "domains_trained": trainer.domains.names[: trainer.domains_evaluated],
+                "loss": held_out.loss,
+                "perplexity": held_out.perplexity,
+                "bits_per_byte": held_out.bits_per_byte,
+                "predicted_tokens": held_out.tokens,
             }
         )
 

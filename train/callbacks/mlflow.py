@@ -99,6 +99,13 @@ class MLflow(Callback):
         }
         self._log(values, trainer.clock.tokens)
 
+    def on_domain_evaluation(self, trainer: Trainer, domain: str, held_out: HeldOut) -> None:
+        values = {
+            f"validation/{domain}/loss": held_out.loss,
+            f"validation/{domain}/bits_per_byte": held_out.bits_per_byte,
+        }
+        self._log(values, trainer.clock.tokens)
+
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
         curve = self.run_dir / PLOTS / LOSS_CURVE
         if curve.exists():
@@ -106,8 +113,7 @@ class MLflow(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         self._mlflow.flush_async_logging()
-        complete = trainer.clock.tokens >= trainer.config.training.total_tokens
-        self._mlflow.end_run("FINISHED" if complete else "KILLED")
+        self._mlflow.end_run("FINISHED" if trainer.finished else "KILLED")
 
     def _log(self, values: dict[str, float], tokens: int) -> None:
         self._mlflow.log_metrics(values, step=tokens, synchronous=False)

@@ -48,7 +48,8 @@ class Progress(Callback):
             for name, period in trainer.clock.periods.items()
             if period > 0
         )
-        text = f"loss {self._smooth:.3f}" + (f" | next: {waits}" if waits else "")
+        domain = f"{trainer.domains.name} | " if trainer.domains else ""
+        text = f"{domain}loss {self._smooth:.3f}" + (f" | next: {waits}" if waits else "")
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(record.tokens - self._bar.n)
@@ -74,6 +75,11 @@ class Progress(Callback):
         self._write(
             f"held out at {trainer.clock.tokens:,} tokens: loss {held_out.loss:.4f} | "
             f"perplexity {held_out.perplexity:.2f} | {held_out.bits_per_byte:.4f} bits per byte"
+        )
+
+    def on_domain_evaluation(self, trainer: Trainer, domain: str, held_out: HeldOut) -> None:
+        self._write(
+            f"held out of {domain} at {trainer.clock.tokens:,} tokens: loss {held_out.loss:.4f}"
         )
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:

@@ -1,0 +1,201 @@
+"""mode=continual: domains one after the other, each once, and everything carried across."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data_pipeline import Corpus, Loader
+from tests.train.test_trainer import ENVIRONMENT, assert_same_run, command, store_of
+from train.__main__ import main, train
+from train.callbacks.metrics import read_metrics
+from train.config import ConfigError, RunConfig, load_config
+from train.continual import DomainStream
+from train.parallel.data_parallel import DataParallel
+
+BATCH = 256
+
+
+@pytest.fixture
+def continual(raw_config: dict[str, Any], make_config, corpora: dict[str, Path]):
+    """continual(**changes): two domains, the second only 6 steps long."""
+
+    def make(**changes: Any) -> RunConfig:
+        held_out = str(corpora["validation"])
+        raw_config["training"].pop("total_tokens", None)
+        return make_config(
+            **{
+                "mode": "continual",
+                "data.train": [
+                    {"path": str(corpora["validation"]), "name": "one", "tokens": 9 * BATCH + 7},
+                    {"path": str(corpora["train"]), "tokens": 6 * BATCH, "validation": held_out},
+                ],
+                "data.order": "stream",
+                "data.seq_len": 32,
+                "training.state_carry": "stream",
+                "checkpoint.every_tokens": 4 * BATCH,
+                **changes,
+            }
+        )
+
+    return make
+
+
+def rows_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_the_stream_is_the_domains_one_after_the_other(continual, corpora) -> None:
+    config = continual()
+    sources = [Corpus.open(corpora["validation"]), Corpus.open(corpora["train"])]
+    stream = DomainStream(config, sources, DataParallel.alone())
+    expected = []
+    for corpus, steps in zip(sources, (9, 6), strict=True):
+        loader = Loader(
+            corpus, seq_len=32, batch_size=8, seed=0, align=16, order="stream", prefetch=0
+        )
+        expected += [next(loader).tokens for _ in range(steps)]
+    found = [batch.tokens for batch in stream]
+    assert len(found) == 15
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert stream.exhausted
+    with pytest.raises(StopIteration):
+        next(stream)
+    stream.close()
+
+
+def test_a_whole_domain_is_read_once(continual, corpora) -> None:
+    config = continual(**{"data.train": [{"path": str(corpora["train"]), "name": "all"}]})
+    corpus = Corpus.open(corpora["train"])
+    stream = DomainStream(config, [corpus], DataParallel.alone())
+    rows = [bytes(row.numpy().tobytes()) for batch in stream for row in batch.tokens]
+    loader = Loader(corpus, seq_len=32, batch_size=1, seed=0, align=16, order="stream")
+    every = [next(loader).tokens[0].numpy().tobytes() for _ in range(loader.num_windows)]
+    loader.close()
+    assert 0 <= len(every) - len(rows) < 8
+    remaining = list(every)
+    for row in rows:
+        remaining.remove(row)  # each window at most once
+    stream.close()
+
+
+def test_levels_go_on_by_one_clock_and_the_matrix_is_there(continual) -> None:
+    config = continual()
+    assert train(config, resume=False) == 0
+    saved = load_config(config.run_dir / "config.yaml")
+    assert saved.training.total_tokens == 15 * BATCH
+    steps = rows_of(config, "step")
+    assert [row["tokens"] for row in steps] == [BATCH * i for i in range(1, 16)]
+    assert [row["step"] for row in steps if "c" in row["lr"]] == [5, 10, 15]
+    assert [row["step"] for row in steps if "b" in row["lr"]] == [3, 6, 9, 12, 15]
+    matrix = rows_of(config, "domain_evaluation")
+    assert [(r["tokens"], r["domain"], r["domains_trained"]) for r in matrix] == [
+        (9 * BATCH, "train", ["one"]),
+        (15 * BATCH, "train", ["one", "train"]),
+    ]
+    assert matrix[0]["loss"] != matrix[1]["loss"]
+    assert matrix[1]["loss"] == rows_of(config, "evaluation")[-1]["loss"]  # the same shards here
+
+
+@pytest.mark.parametrize("stops", [(4, 11), (9,), (8, 10)])
+def test_it_resumes_to_the_bit(continual, tmp_path: Path, stops: tuple[int, ...]) -> None:
+    straight = continual()
+    assert train(straight, resume=False) == 0
+    for number, stop in enumerate((*stops, None)):
+        part = continual(
+            **{
+                "run_dir": str(tmp_path / "parts"),
+                "training.stop_at_tokens": None if stop is None else stop * BATCH,
+            }
+        )
+        assert train(part, resume=number > 0) == 0
+    assert_same_run(straight, part)
+
+
+def test_a_skipped_step_does_not_make_the_stream_run_dry(continual) -> None:
+    from train.trainer import Trainer
+
+    honest = Trainer._forward_backward
+
+    def spoiled(self: Trainer, batch: Any) -> Any:
+        total, state = honest(self, batch)
+        return (float("nan") if self.loader.position == 3 * 8 else total), state
+
+    config = continual()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_forward_backward", spoiled)
+        assert train(config, resume=False) == 0
+    store = store_of(config)
+    clock = store.plain(store.newest())["clock"]
+    assert (clock["tokens"], clock["skipped_tokens"]) == (14 * BATCH, BATCH)
+    assert len(rows_of(config, "domain_evaluation")) == 2
+    assert train(config, resume=True) == 0  # finished: nothing is done again
+    assert len(rows_of(config, "domain_evaluation")) == 2
+
+
+def test_two_ranks_follow_one_and_take_its_run_up(continual, raw_config, tmp_path: Path) -> None:
+    continual()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    runs = {
+        "one": [([], 1)],
+        "two": [([], 2)],
+        "both": [(["training.stop_at_tokens=2816"], 1), (["--resume"], 2)],
+    }
+    found = {}
+    for name, parts in runs.items():
+        for more, ranks in parts:
+            arguments = [*more, f"run_dir={tmp_path / name}"]
+            subprocess.run(
+                command(path, *arguments, ranks=ranks),
+                check=True,
+                env={**os.environ, **ENVIRONMENT},
+                capture_output=True,
+            )
+        found[name] = read_metrics(tmp_path / name / "metrics.jsonl")
+    for name in ("two", "both"):
+        for one, other in zip(found["one"], found[name], strict=True):
+            assert (one["kind"], one["tokens"]) == (other["kind"], other["tokens"])
+            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+BAD = [
+    ({"data.order": "shuffle"}, "needs data.order=stream and training.state_carry=stream"),
+    ({"training.state_carry": "none"}, "needs data.order=stream"),
+    ({"mode": "pretrain"}, "missing key 'training.total_tokens'"),
+    ({"mode": "pretrain", "training.total_tokens": 512}, "'name' is of a domain: add mode="),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_bad_configurations(continual, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        continual(**changes)
+
+
+def test_what_only_the_data_shows(
+    continual, raw_config, corpora, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        ({"training.total_tokens": 16 * BATCH}, "is more than the 3840 tokens"),
+        ({"data.train": [{"path": str(corpora["train"]), "tokens": 100}]}, "less than a step"),
+        (
+            {"data.train": [{"path": str(corpora["train"]), "tokens": 10**9}]},
+            "fewer than its budget of 1000000000",
+        ),
+    ]
+    for changes, message in cases:
+        continual(**changes)
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(raw_config))
+        assert main([str(path)]) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
