@@ -32,6 +32,7 @@ PICTURE = Path("docs/forgetting.png")
 DOMAINS = {"english": "sotu", "code": "stdlib"}
 VOCABULARY = 1024
 DOMAIN_TOKENS = 131_072
+EVALUATED_TOKENS = 65_536
 SEEDS = 3
 VARIANTS = {
     "cms": (
@@ -119,7 +120,7 @@ def train_one(variant: str, seed: int) -> str:
             f"data.validation={DATA / 'english' / 'validation'}",
             f"model.cms.levels={VARIANTS[variant][1]}",
             "optimizer.schedule={name: constant, warmup_tokens: 16384}",
-            f"evaluation.every_tokens={10 * DOMAIN_TOKENS}",
+            f"evaluation={{every_tokens: {10 * DOMAIN_TOKENS}, max_tokens: {EVALUATED_TOKENS}}}",
             "mlflow.experiment=forgetting",
         ]
         resume = ["--resume"] if list(folder.glob("checkpoints/*/COMPLETE")) else []

@@ -122,7 +122,10 @@ class InitFromConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out loss every so many tokens, over at most max_tokens; once more, whole, at the end."""
+    """Held-out loss every so many tokens, over at most max_tokens; once more, whole, at the end.
+
+    In mode continual, at the end of each domain, over at most max_tokens of every domain.
+    """
 
     every_tokens: int = Field(1_000_000, ge=1)
     max_tokens: int = Field(65_536, ge=1)

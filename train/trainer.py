@@ -260,8 +260,9 @@ class Trainer:
         reached = self.domains.finished + int(last and self.domains.inside)
         if reached <= self.domains_evaluated:
             return True
+        most = self.config.evaluation.max_tokens
         try:
-            found = {n: self.evaluate(None, corpus) for n, corpus in self.corpora.domains.items()}
+            found = {n: self.evaluate(most, corpus) for n, corpus in self.corpora.domains.items()}
         except EvaluationInterruptedError:
             return False
         self.domains_evaluated = reached

@@ -101,7 +101,7 @@ def test_levels_go_on_by_one_clock_and_the_matrix_is_there(continual) -> None:
         (15 * BATCH, "train", ["one", "train"]),
     ]
     assert matrix[0]["loss"] != matrix[1]["loss"]
-    assert matrix[1]["loss"] == rows_of(config, "evaluation")[-1]["loss"]  # the same shards here
+    assert all(row["predicted_tokens"] == 512 for row in matrix)  # evaluation.max_tokens
 
 
 @pytest.mark.parametrize("stops", [(4, 11), (9,), (8, 10)])
