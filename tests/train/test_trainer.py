@@ -214,14 +214,25 @@ def test_two_ranks_give_the_losses_of_one(
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
-def test_a_run_of_one_rank_is_taken_up_by_two(config_file: Path, tmp_path: Path) -> None:
-    overrides = ["training.state_carry=stream", "data.order=stream"]
+@pytest.mark.parametrize(
+    ("before", "after", "overrides"),
+    [
+        (1, 2, ["training.state_carry=stream", "data.order=stream"]),
+        (2, 1, []),
+        (2, 1, ["optimizer.reduce=at_update"]),
+        (2, 2, ["optimizer.reduce=at_update"]),
+    ],
+)
+def test_a_run_is_taken_up_by_other_ranks(
+    config_file: Path, tmp_path: Path, before: int, after: int, overrides: list[str]
+) -> None:
+    """Stopped inside the periods of both slow levels; beside one process that never stopped."""
     whole = [*overrides, f"run_dir={tmp_path / 'whole'}"]
     parts = [*overrides, f"run_dir={tmp_path / 'parts'}"]
     for arguments, ranks in (
         (whole, 1),
-        ([*parts, "training.stop_at_tokens=1792"], 1),
-        ([*parts, "--resume"], 2),
+        ([*parts, "training.stop_at_tokens=1792"], before),
+        ([*parts, "--resume"], after),
     ):
         subprocess.run(
             command(config_file, *arguments, ranks=ranks),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from train.optim.muon import require_matrices
-from train.optim.newton_schulz import local, orthogonalise_shard
+from train.optim.newton_schulz import MatrixOptimizer, local, orthogonalise_shard
 
 Variant = Literal["paper", "ema"]
 
 
-class M3(torch.optim.Optimizer):
+class M3(MatrixOptimizer):
     """A fast and a slow momentum, each orthogonalised, over the root of a second moment.
 
         p <- p (1 - lr weight_decay) - lr (NS(M1) + alpha NS(M2)) / (sqrt(V) + eps)      (75)
@@ -69,26 +67,15 @@ class M3(torch.optim.Optimizer):
             "tokens": 0,
         }
         super().__init__(params, defaults)
-        require_matrices(self)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group)
-
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             for name in ("fast_momentum", "slow_momentum", "slow_sum", "second_moment"):
                 state[name] = torch.zeros_like(parameter, dtype=torch.float32)
             for name in ("step", "slow_count", "tokens"):
                 state[name] = torch.zeros((), dtype=torch.int64)
-        assert parameter.grad is not None
-        grad = local(parameter.grad).float()
+        grad = local(grad).float()
         fast, slow = local(state["fast_momentum"]), local(state["slow_momentum"])
         window, second = local(state["slow_sum"]), local(state["second_moment"])
         beta1, beta2, beta3 = group["betas"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from train.optim.newton_schulz import local, orthogonalise_shard
+from train.optim.newton_schulz import MatrixOptimizer, local, orthogonalise_shard
 
 AdjustLR = Literal["match_rms_adamw", "original"]
 
@@ -27,7 +26,7 @@ def lr_factor(adjust_lr: AdjustLR, shape: torch.Size) -> float:
     return math.sqrt(max(1.0, rows / columns))
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(MatrixOptimizer):
     """torch.optim.Muon's step, for matrices, stacks of them [..., rows, columns], and DTensors.
 
     buffer <- momentum buffer + (1 - momentum) g; with nesterov the update is the same mix of g and
@@ -57,23 +56,12 @@ class Muon(torch.optim.Optimizer):
             "adjust_lr": adjust_lr,
         }
         super().__init__(params, defaults)
-        require_matrices(self)
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step on every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, group)
-
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(parameter, dtype=torch.float32)
-        assert parameter.grad is not None
-        grad, buffer = local(parameter.grad).float(), local(state["momentum_buffer"])
+        grad, buffer = local(grad).float(), local(state["momentum_buffer"])
         buffer.lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
         direction = orthogonalise_shard(update, parameter, group["ns_steps"])
@@ -81,14 +69,3 @@ class Muon(torch.optim.Optimizer):
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         scale = group["lr"] * lr_factor(group["adjust_lr"], parameter.shape)
         weight.add_(direction.to(weight.dtype), alpha=-scale)
-
-
-def require_matrices(optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless every parameter has two axes or more."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.ndim < 2:
-                raise ValueError(
-                    f"{type(optimizer).__name__} orthogonalises matrices; a parameter of shape "
-                    f"{list(parameter.shape)} needs another optimizer, such as AdamW"
-                )

@@ -7,9 +7,13 @@ to be the step of one process to float32 round-off.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.optim.optimizer import ParamsT
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic iteration (K. Jordan, "Muon", 2024): singular values end within 0.7 and 1.2."""
@@ -56,3 +60,33 @@ def orthogonalise_shard(shard: Tensor, like: Tensor, steps: int = 5) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Steps each matrix, or stack of them [..., rows, columns], by itself; see `move`.
+
+    Raises ValueError for a parameter with fewer than two axes.
+    """
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim < 2:
+                    raise ValueError(
+                        f"{type(self).__name__} orthogonalises matrices; a parameter of shape "
+                        f"{list(parameter.shape)} needs another optimizer, such as AdamW"
+                    )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step on every parameter that has a gradient."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.move(parameter, parameter.grad, group)
+
+    def move(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        """Step one parameter of a group by its gradient."""
+        raise NotImplementedError
