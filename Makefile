@@ -31,7 +31,7 @@ compare: install ## Hope against its controls and a Transformer++ of equal size,
 bench-cadence: install ## what levels of different periods cost in time, traffic and memory (three minutes)
 	$(BIN)/python -m tools.bench_cadence
 
-bench-forgetting: install ## English, then code: what is left of English, with slow levels and without (ten minutes)
+bench-forgetting: install ## English, then code: what is left of English, with slow levels and without (a quarter of an hour)
 	$(BIN)/python -m tools.bench_forgetting
 
 bench-stability: install ## a million tokens through the default memories: are they bounded? (ten minutes)
