@@ -10,6 +10,7 @@ writes that beside the corpus for corpora so large that counting would take long
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
+from data_pipeline.processes import each
 from data_pipeline.recent import Recent
 from data_pipeline.streams import is_url
 
@@ -72,16 +74,19 @@ def plan_path(corpus: Corpus, seq_len: int, align: int) -> Path:
     return Path(corpus.path) / f"best-fit-{seq_len}-{align}.json"
 
 
-def _count(corpus: Corpus, seq_len: int, align: int) -> list[int]:
-    return [
-        len(pack_shard(corpus.document_lengths(shard), seq_len, align)[0]) - 1
-        for shard in range(corpus.num_shards)
-    ]
+def _rows(corpus: Corpus, seq_len: int, align: int, shard: int) -> int:
+    return len(pack_shard(corpus.document_lengths(shard), seq_len, align)[0]) - 1
 
 
-def plan_windows(corpus: Corpus, seq_len: int, align: int) -> list[int]:
+def _count(corpus: Corpus, seq_len: int, align: int, workers: int = 1) -> list[int]:
+    rows = partial(_rows, corpus, seq_len, align)
+    counts = dict(each(rows, range(corpus.num_shards), workers, corpus.path))
+    return [counts[shard] for shard in range(corpus.num_shards)]
+
+
+def plan_windows(corpus: Corpus, seq_len: int, align: int, workers: int = 1) -> list[int]:
     """Count the rows of each shard and keep the counts in the corpus's folder."""
-    counts = _count(corpus, seq_len, align)
+    counts = _count(corpus, seq_len, align, workers)
     note = {"fingerprint": corpus.fingerprint, "windows": counts}
     write_whole(plan_path(corpus, seq_len, align), json.dumps(note).encode() + b"\n")
     return counts

@@ -1,7 +1,7 @@
 """Write a corpus whose documents are tokens already: what split and the importers share.
 
-Shards are made one after the other; a finished one leaves a note in .progress, so a run that was
-killed goes on behind it. The manifest comes last.
+Each finished shard leaves a note in .progress, so a run that was killed goes on behind those. The
+manifest comes last.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from data_pipeline import manifest as manifests
 from data_pipeline.errors import DataError
 from data_pipeline.files import file_checksum, only_writer, remove_temporaries, write_whole
+from data_pipeline.processes import each
 from data_pipeline.writer import Document, write_shard
 
 PROGRESS = ".progress"
@@ -28,10 +29,11 @@ _OURS = (PROGRESS, REJECTS, "shard-", "best-fit-", ".shard-", ".manifest", ".rej
 
 @dataclass(frozen=True)
 class Part:
-    """One shard to be: `source` names, by checksum, everything its documents are made from."""
+    """One shard to be: `key` says which documents, and `source` names, by checksum, everything they
+    are made from."""
 
     source: str
-    documents: Callable[[], Iterable[Document]]
+    key: Any
 
 
 def shard_name(number: int) -> str:
@@ -71,13 +73,51 @@ def wrap(name: str, tokens: np.ndarray, tokenizer: dict[str, Any]) -> np.ndarray
     return np.concatenate([[bos], tokens, [eos]])
 
 
+@dataclass(frozen=True)
+class _Maker:
+    """(file name, part, its entry from an earlier run) -> (entry, whether it was written now)."""
+
+    folder: Path
+    documents: Callable[[Any], Iterable[Document]]
+    vocab_size: int
+    tokenizer_sha256: str
+
+    def __call__(self, job: tuple[str, Part, dict[str, Any] | None]) -> tuple[dict[str, Any], bool]:
+        name, part, known = job
+        path = self.folder / name
+        if (
+            known is not None
+            and known["input_xxh3_128"] == part.source
+            and path.is_file()
+            and file_checksum(path) == known["xxh3_128"]
+        ):
+            return known, False
+        made = write_shard(
+            path,
+            self.documents(part.key),
+            vocab_size=self.vocab_size,
+            tokenizer_sha256=self.tokenizer_sha256,
+        )
+        entry = {"file": name, "input_xxh3_128": part.source, **made}
+        content = json.dumps({"entry": entry, "rejects": []}).encode()
+        write_whole(self.folder / PROGRESS / f"{name}.json", content)
+        return entry, True
+
+
 def build_corpus(
-    out: str | Path, tokenizer: dict[str, Any], parts: Sequence[Part], doing: str
+    out: str | Path,
+    tokenizer: dict[str, Any],
+    parts: Sequence[Part],
+    documents: Callable[[Any], Iterable[Document]],
+    doing: str,
+    workers: int = 1,
 ) -> tuple[dict[str, Any], int]:
     """Write `parts` as the corpus `out`; `tokenizer` is Tokenizer.describe().
 
-    Returns (manifest, number of shards written). Shards that are there already, made from the same
-    sources and whole, are kept. DataError where `out` holds something else.
+    `documents` gives the documents of a part's key; with more than one of `workers` it and the keys
+    have to be picklable. Returns (manifest, number of shards written). Shards that are there
+    already, made from the same sources and whole, are kept. DataError where `out` holds something
+    else.
     """
     folder = Path(out)
     names = [shard_name(number) for number in range(len(parts))]
@@ -99,33 +139,17 @@ def build_corpus(
         for note in (folder / PROGRESS).glob("*.json"):
             entry = json.loads(note.read_bytes())["entry"]
             known[entry["file"]] = entry
-        entries, written = [], 0
-        for name, part in zip(
-            names, tqdm(parts, desc=doing, unit=" shards", disable=None), strict=True
-        ):
-            entry = known.get(name)
-            path = folder / name
-            if (
-                entry is None
-                or entry["input_xxh3_128"] != part.source
-                or not path.is_file()
-                or file_checksum(path) != entry["xxh3_128"]
-            ):
-                made = write_shard(
-                    path,
-                    part.documents(),
-                    vocab_size=tokenizer["vocab_size"],
-                    tokenizer_sha256=tokenizer["sha256"],
-                )
-                entry = {"file": name, "input_xxh3_128": part.source, **made}
-                content = json.dumps({"entry": entry, "rejects": []}).encode()
-                write_whole(folder / PROGRESS / f"{name}.json", content)
-                written += 1
-            entries.append(entry)
-        result = manifests.build(tokenizer, entries)
+        jobs = [(name, part, known.get(name)) for name, part in zip(names, parts, strict=True)]
+        maker = _Maker(folder, documents, tokenizer["vocab_size"], tokenizer["sha256"])
+        made: dict[int, tuple[dict[str, Any], bool]] = {}
+        with tqdm(total=len(jobs), desc=doing, unit=" shards", disable=None) as bar:
+            for number, shard in each(maker, jobs, workers, str(folder)):
+                made[number] = shard
+                bar.update()
+        result = manifests.build(tokenizer, [made[number][0] for number in range(len(jobs))])
         if result["tokens"] == 0:
             raise DataError(f"{folder}: there are no documents to write")
         if result != manifest:
             manifests.save(folder, result)
         shutil.rmtree(folder / PROGRESS)
-    return result, written
+    return result, sum(written for _, written in made.values())

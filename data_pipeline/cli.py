@@ -71,10 +71,12 @@ def _tokenizer_inspect(args: argparse.Namespace) -> int:
 
 
 def _tokenize(args: argparse.Namespace) -> int:
+    from data_pipeline.encoders import choose
     from data_pipeline.tokenizer import Tokenizer
     from data_pipeline.tokenizing import tokenize
 
     tokenizer = Tokenizer.open(args.tokenizer)
+    encoder, why = choose(tokenizer, args.encoder)
     manifest, written = tokenize(
         args.input,
         tokenizer,
@@ -84,11 +86,13 @@ def _tokenize(args: argparse.Namespace) -> int:
         args.text_field,
         args.id_field,
         args.max_bad,
+        encoder,
     )
     rejected = sum(shard["rejected"] for shard in manifest["shards"])
     if rejected:
         print(f"  {rejected} bad records left out, see {Path(args.out) / 'rejects.jsonl'}")
     _say_written(args.out, manifest, written)
+    print(f"  encoder      {encoder} ({why})")
     return 0
 
 
@@ -109,7 +113,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from data_pipeline.verify import verify
 
-    corpus, damages = verify(args.folder)
+    corpus, damages = verify(args.folder, args.workers)
     for damage in damages:
         print(f"data_pipeline: {damage}", file=sys.stderr)
     if damages:
@@ -134,14 +138,16 @@ def _say_written(out: str, manifest: dict[str, Any], written: int) -> None:
 def _merge(args: argparse.Namespace) -> int:
     from data_pipeline.recombining import merge
 
-    _say_written(args.out, *merge(args.folders, args.out))
+    _say_written(args.out, *merge(args.folders, args.out, args.workers))
     return 0
 
 
 def _split(args: argparse.Namespace) -> int:
     from data_pipeline.recombining import split
 
-    for name, (manifest, written) in split(args.folder, args.out, args.holdout).items():
+    for name, (manifest, written) in split(
+        args.folder, args.out, args.holdout, args.workers
+    ).items():
         _say_written(f"{args.out}/{name}", manifest, written)
     return 0
 
@@ -151,14 +157,14 @@ def _import_megatron(args: argparse.Namespace) -> int:
     from data_pipeline.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.open(args.tokenizer)
-    _say_written(args.out, *import_megatron(args.prefix, tokenizer, args.out))
+    _say_written(args.out, *import_megatron(args.prefix, tokenizer, args.out, args.workers))
     return 0
 
 
 def _export_megatron(args: argparse.Namespace) -> int:
     from data_pipeline.megatron import export_megatron
 
-    documents = export_megatron(args.folder, args.out)
+    documents = export_megatron(args.folder, args.out, args.workers)
     print(f"{args.out}.bin, {args.out}.idx: {documents:,} documents, each ending with eos")
     return 0
 
@@ -168,7 +174,8 @@ def _import_mds(args: argparse.Namespace) -> int:
     from data_pipeline.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.open(args.tokenizer)
-    _say_written(args.out, *import_mds(args.folder, tokenizer, args.out, args.column, args.dtype))
+    made = import_mds(args.folder, tokenizer, args.out, args.column, args.dtype, args.workers)
+    _say_written(args.out, *made)
     return 0
 
 
@@ -179,7 +186,7 @@ def _pack(args: argparse.Namespace) -> int:
     if args.seq_len % args.align:
         raise DataError(f"--seq-len {args.seq_len} must be a multiple of --align {args.align}")
     corpus = Corpus.open(args.folder)
-    rows = sum(plan_windows(corpus, args.seq_len, args.align))
+    rows = sum(plan_windows(corpus, args.seq_len, args.align, args.workers))
     print(f"{plan_path(corpus, args.seq_len, args.align)}: {rows:,} rows of {args.seq_len}")
     print(f"  {1 - corpus.num_tokens / (rows * args.seq_len):.2%} of them padding")
     return 0
@@ -229,7 +236,6 @@ def _parser() -> argparse.ArgumentParser:
         help="a .model or a Hugging Face tokenizer.json",
     )
     tokens.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
-    tokens.add_argument("--workers", type=_at_least(1), default=1, metavar="N", help="processes")
     tokens.add_argument(
         "--shard-bytes",
         type=_at_least(1),
@@ -244,6 +250,12 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="leave out up to N bad records, listed in DIR/rejects.jsonl; more stop the run (0)",
+    )
+    tokens.add_argument(
+        "--encoder",
+        choices=("auto", "exact", "gigatoken"),
+        default="auto",
+        help="the tokenizer's own library, or gigatoken where that is found to be the same (auto)",
     )
 
     inspect = command(commands, "inspect", _inspect, "show what a corpus holds")
@@ -282,6 +294,14 @@ def _parser() -> argparse.ArgumentParser:
 
     check = command(commands, "verify", _verify, "check every stored byte of a corpus")
     check.add_argument("folder", metavar="DIR")
+    for parallel in (tokens, pack, merge, split, megatron, export, mds, check):
+        parallel.add_argument(
+            "--workers",
+            type=_at_least(1),
+            default=1,
+            metavar="N",
+            help="processes; their number changes no byte (1)",
+        )
     return parser
 
 

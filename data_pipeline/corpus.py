@@ -35,7 +35,8 @@ class Corpus:
     """Tokenized documents, each stored as bos t1 ... tn eos, one after the other.
 
     Tokens are numbered from 0 over all shards. Reading is safe from several threads. Every frame's
-    checksum is compared whenever it is decoded; a mismatch is a CorruptDataError.
+    checksum is compared whenever it is decoded; a mismatch is a CorruptDataError. A pickled
+    corpus is opened anew.
     """
 
     def __init__(
@@ -62,6 +63,9 @@ class Corpus:
         self._scratch = _Scratch()
         if self.num_tokens != int(self._starts[-1]) or self.num_tokens == 0:
             raise DataError(f"{path}: the corpus holds no tokens; tokenize some documents")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Corpus, (self.path, self.manifest, self._cache)
 
     @classmethod
     def open(

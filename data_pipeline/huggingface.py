@@ -36,6 +36,9 @@ class HuggingFaceTokenizer(Tokenizer):
     in the text are encoded as text.
     """
 
+    kind = "huggingface"
+    never_cut = ""
+
     def __init__(self, model: bytes) -> None:
         try:
             import tokenizers
@@ -77,7 +80,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
         described = super().describe()
         del described["sentencepiece_version"]
-        return {**described, "kind": "huggingface", "tokenizers_version": tokenizers.__version__}
+        return {**described, "tokenizers_version": tokenizers.__version__}
+
+    @property
+    def reserved_texts(self) -> list[str]:
+        return list(self._added.values())
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._hf.encode(text, add_special_tokens=False).ids, np.int32)

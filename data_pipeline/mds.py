@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import zstandard
 
 from data_pipeline.building import Part, build_corpus, wrap
 from data_pipeline.errors import CorruptDataError, DataError
+from data_pipeline.files import file_checksum
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.writer import Document
 
@@ -36,24 +38,29 @@ def _array(encoding: str, data: bytes) -> np.ndarray:
     return np.frombuffer(data, np.dtype(dtype).newbyteorder("<"), offset=at)
 
 
-def _raw_shard(folder: Path, shard: dict[str, Any]) -> tuple[bytes, str]:
-    """(content of a shard, its file name): the uncompressed file where there is one."""
+def _stored(folder: Path, shard: dict[str, Any]) -> tuple[str, str]:
+    """(name of a shard's file, its compression); the uncompressed file where there is one."""
     name = shard["raw_data"]["basename"]
     if (folder / name).is_file():
-        return (folder / name).read_bytes(), name
+        return name, ""
     zipped = shard.get("zip_data")
     if not zipped or not (folder / zipped["basename"]).is_file():
         raise DataError(f"{folder / name}: no such file; bring the whole dataset")
-    name, kind = zipped["basename"], shard["compression"].partition(":")[0]
-    data = (folder / name).read_bytes()
+    kind = shard["compression"].partition(":")[0]
+    if kind not in ("zstd", "gz"):
+        file = folder / zipped["basename"]
+        raise DataError(f"{file}: compression {kind!r} is not read; unpack the shards first")
+    return zipped["basename"], kind
+
+
+def _content(path: Path, kind: str) -> bytes:
+    data = path.read_bytes()
     try:
         if kind == "zstd":
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data), name
-        if kind == "gz":
-            return gzip.decompress(data), name
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        return gzip.decompress(data) if kind == "gz" else data
     except (zstandard.ZstdError, OSError, EOFError):
-        raise CorruptDataError(str(folder / name), "the compressed data is damaged") from None
-    raise DataError(f"{folder / name}: compression {kind!r} is not read; unpack the shards first")
+        raise CorruptDataError(str(path), "the compressed data is damaged") from None
 
 
 def _samples(shard: dict[str, Any], data: bytes, column: int, file: str) -> Iterator[bytes]:
@@ -77,12 +84,46 @@ def _samples(shard: dict[str, Any], data: bytes, column: int, file: str) -> Iter
         yield data[at : at + sizes[column]]
 
 
+@dataclass(frozen=True)
+class _Documents:
+    """A shard's part of index.json -> the documents in one of its columns."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    column: str
+    dtype: str | None
+
+    def __call__(self, shard: dict[str, Any]) -> Iterator[Document]:
+        described, sizes = self.tokenizer.describe(), self.tokenizer.token_bytes
+        file, kind = _stored(self.folder, shard)
+        data = _content(self.folder / file, kind)
+        place = shard["column_names"].index(self.column)
+        encoding = shard["column_encodings"][place]
+        for number, value in enumerate(_samples(shard, data, place, str(self.folder / file))):
+            name = f"{file}@{number}"
+            if encoding == "str":
+                try:
+                    tokens = self.tokenizer.encode_document(value.decode())
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{self.folder / name}: not UTF-8 ({error.reason})") from None
+            else:
+                ids = (
+                    np.frombuffer(value, self.dtype)
+                    if encoding == "bytes"
+                    else _array(encoding, value)
+                )
+                tokens = wrap(name, ids.astype(np.int64), described)
+            if len(tokens) > 2:
+                yield name, tokens, int(sizes[tokens].sum())
+
+
 def import_mds(
     folder: str | Path,
     tokenizer: Tokenizer,
     out: str | Path,
     column: str,
     dtype: str | None = None,
+    workers: int = 1,
 ) -> tuple[dict[str, Any], int]:
     """The corpus `out` of one column of an MDS dataset: (manifest, shards written).
 
@@ -96,22 +137,6 @@ def import_mds(
         raise DataError(f"{root / 'index.json'}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):
         raise CorruptDataError(str(root / "index.json"), "not an MDS index") from None
-    described, token_bytes = tokenizer.describe(), tokenizer.token_bytes
-
-    def tokens_of(name: str, encoding: str, data: bytes) -> np.ndarray:
-        if encoding == "str":
-            return tokenizer.encode_document(data.decode())
-        values = np.frombuffer(data, dtype) if encoding == "bytes" else _array(encoding, data)
-        return wrap(name, values.astype(np.int64), described)
-
-    def documents(shard: dict[str, Any], data: bytes, name: str) -> Iterator[Document]:
-        place = shard["column_names"].index(column)
-        encoding = shard["column_encodings"][place]
-        for number, value in enumerate(_samples(shard, data, place, str(root / name))):
-            tokens = tokens_of(f"{name}@{number}", encoding, value)
-            if len(tokens) > 2:
-                yield f"{name}@{number}", tokens, int(token_bytes[tokens].sum())
-
     parts = []
     for shard in shards:
         if shard["format"] != "mds" or column not in shard["column_names"]:
@@ -124,12 +149,9 @@ def import_mds(
             raise DataError(f"{root}: column {column} holds bytes; say what with --dtype")
         if encoding not in ("bytes", "str") and not encoding.startswith("ndarray"):
             raise DataError(f"{root}: column {column} holds {encoding}, neither text nor tokens")
-
-        def make(shard: dict[str, Any] = shard) -> Iterator[Document]:
-            return documents(shard, *_raw_shard(root, shard))
-
-        data, name = _raw_shard(root, shard)
-        digest = xxhash.xxh3_128(f"mds\0{tokenizer.sha256}\0{column}\0{dtype}\0{name}\0".encode())
-        digest.update(data)
-        parts.append(Part(digest.hexdigest(), make))
-    return build_corpus(out, described, parts, f"import {root.name}")
+        name, _ = _stored(root, shard)
+        what = f"mds\0{tokenizer.sha256}\0{column}\0{dtype}\0{name}\0{file_checksum(root / name)}"
+        parts.append(Part(xxhash.xxh3_128_hexdigest(what.encode()), shard))
+    documents = _Documents(root, tokenizer, column, dtype)
+    doing = f"import {root.name}"
+    return build_corpus(out, tokenizer.describe(), parts, documents, doing, workers)

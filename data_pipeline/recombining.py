@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,13 @@ def _source(corpus: Corpus, shard: int, purpose: str) -> str:
     return xxhash.xxh3_128_hexdigest(f"{purpose}\0{content}".encode())
 
 
-def merge(folders: Sequence[str | Path], out: str | Path) -> tuple[dict[str, Any], int]:
+def _of_one(corpora: Sequence[Corpus], key: tuple[int, int]) -> Iterator[Document]:
+    return documents_of(corpora[key[0]], key[1])
+
+
+def merge(
+    folders: Sequence[str | Path], out: str | Path, workers: int = 1
+) -> tuple[dict[str, Any], int]:
     """One corpus of the documents of several, in the order given: (manifest, shards written).
 
     DataError unless all were made with one tokenizer.
@@ -47,14 +53,12 @@ def merge(folders: Sequence[str | Path], out: str | Path) -> tuple[dict[str, Any
                 "tokenize both with one"
             )
     parts = [
-        Part(
-            _source(corpus, shard, f"merge {number}"),
-            partial(documents_of, corpus, shard),
-        )
+        Part(_source(corpus, shard, f"merge {number}"), (number, shard))
         for number, corpus in enumerate(corpora)
         for shard in range(corpus.num_shards)
     ]
-    return build_corpus(out, corpora[0].manifest["tokenizer"], parts, "merge")
+    documents = partial(_of_one, corpora)
+    return build_corpus(out, corpora[0].manifest["tokenizer"], parts, documents, "merge", workers)
 
 
 def held_out(tokens: np.ndarray, every: int) -> bool:
@@ -62,7 +66,15 @@ def held_out(tokens: np.ndarray, every: int) -> bool:
     return xxhash.xxh3_64_intdigest(tokens.astype("<u4").tobytes()) % every == 0
 
 
-def split(folder: str | Path, out: str | Path, every: int) -> dict[str, tuple[dict[str, Any], int]]:
+def _of_side(corpus: Corpus, every: int, validation: bool, shard: int) -> Iterator[Document]:
+    for document in documents_of(corpus, shard):
+        if held_out(document[1], every) == validation:
+            yield document
+
+
+def split(
+    folder: str | Path, out: str | Path, every: int, workers: int = 1
+) -> dict[str, tuple[dict[str, Any], int]]:
     """Two corpora, out/train and out/validation: one document in `every`, by its hash, for the
     latter. Equal documents stay together.
 
@@ -71,22 +83,18 @@ def split(folder: str | Path, out: str | Path, every: int) -> dict[str, tuple[di
     if every < 2:
         raise DataError(f"--holdout {every}: give 2 or more, to hold out one document in so many")
     corpus = Corpus.open(folder)
-
-    def documents(shard: int, for_validation: bool) -> Iterable[Document]:
-        for document in documents_of(corpus, shard):
-            if held_out(document[1], every) == for_validation:
-                yield document
-
     made = {}
-    for name, for_validation in ((TRAIN, False), (VALIDATION, True)):
+    for name in (TRAIN, VALIDATION):
         parts = [
-            Part(
-                _source(corpus, shard, f"{name} {every}"),
-                partial(documents, shard, for_validation),
-            )
+            Part(_source(corpus, shard, f"{name} {every}"), shard)
             for shard in range(corpus.num_shards)
         ]
         made[name] = build_corpus(
-            Path(out) / name, corpus.manifest["tokenizer"], parts, f"split {name}"
+            Path(out) / name,
+            corpus.manifest["tokenizer"],
+            parts,
+            partial(_of_side, corpus, every, name == VALIDATION),
+            f"split {name}",
+            workers,
         )
     return made

@@ -27,7 +27,10 @@ class Tokenizer:
     """Text to token ids and back, from the bytes of a SentencePiece model.
 
     Ids and counts: `vocab_size`, `unk_id`, `bos_id`, `eos_id`, `pad_id`; `sha256` names the model.
+    Pickled, it is the bytes of the model.
     """
+
+    kind = "sentencepiece"
 
     def __init__(self, model: bytes) -> None:
         self._sp = sentencepiece.SentencePieceProcessor()
@@ -46,6 +49,9 @@ class Tokenizer:
             self.pad_id = self.eos_id
         marks = [self._sp.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self._space_mark = marks if all(map(self._sp.IsByte, marks)) else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer.from_bytes, (self.model,)
 
     @classmethod
     def open(cls, path: str | Path) -> Tokenizer:
@@ -74,7 +80,7 @@ class Tokenizer:
     def describe(self) -> dict[str, Any]:
         """All there is to know of the tokenizer, as JSON; what a manifest holds."""
         return {
-            "kind": "sentencepiece",
+            "kind": self.kind,
             "sentencepiece_version": sentencepiece.__version__,
             "sha256": self.sha256,
             "vocab_size": self.vocab_size,
@@ -107,9 +113,27 @@ class Tokenizer:
         return np.concatenate(joined[1:]).astype(np.int32)
 
     @cached_property
+    def never_cut(self) -> str:
+        """Why text has to be encoded as a whole, or nothing where units of it may be."""
+        pieces = [self.piece(token) for token in range(self.vocab_size)]
+        if can_cut(self.model, pieces):
+            return ""
+        return "the model is not a lossless byte-pair model whose tokens stay within words"
+
+    @property
+    def reserved_texts(self) -> list[str]:
+        """Texts that another program may take for a special token or a space."""
+        special = [
+            token
+            for token in range(self.vocab_size)
+            if self._sp.IsControl(token) or self._sp.IsUnknown(token)
+        ]
+        return [SPACE, *map(self.piece, special)]
+
+    @cached_property
     def _encode(self) -> Callable[[str], np.ndarray]:
         """Encodes text without U+2581, which SentencePiece itself takes for a space."""
-        if can_cut(self.model, [self.piece(token) for token in range(self.vocab_size)]):
+        if not self.never_cut:
             return UnitEncoder(self._sp).encode
         return lambda text: np.array(self._sp.EncodeAsIds(text), np.int32)
 

@@ -7,16 +7,10 @@ Which documents a shard holds follows from the input alone. Each finished shard 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +20,17 @@ from tqdm import tqdm
 
 from data_pipeline import manifest as manifests
 from data_pipeline.building import PROGRESS, REJECTS, refuse_foreign, shard_name
+from data_pipeline.encoders import DocumentEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.files import file_checksum, only_writer, remove_temporaries, write_whole
 from data_pipeline.inputs import Reject, Source, find_sources, read_source, split_source
+from data_pipeline.processes import each
 from data_pipeline.streams import open_bytes
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.writer import write_shard
 
 _READ_BYTES = 1 << 20
 _SMALLEST, _LARGEST, _SHARDS = 1 << 20, 256 << 20, 64
-_WATCH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -76,6 +71,15 @@ class Recipe:
     text_field: str = "text"
     id_field: str | None = None
     max_bad: int = 0
+    encoder: str = "exact"
+
+    @cached_property
+    def encode(self) -> DocumentEncoder:
+        return DocumentEncoder(self.tokenizer, self.encoder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.tokenizer, self.text_field, self.id_field, self.max_bad, self.encoder)
+        return Recipe, fields
 
 
 def _input_checksum(job: Job, recipe: Recipe) -> str:
@@ -102,8 +106,7 @@ def _documents(
                 if len(rejects) > recipe.max_bad:
                     raise TooManyRejectsError(rejects)
             elif record.text:
-                tokens = recipe.tokenizer.encode_document(record.text)
-                yield record.name, tokens, record.text_bytes
+                yield record.name, recipe.encode(record.name, record.text), record.text_bytes
 
 
 class TooManyRejectsError(Exception):
@@ -143,57 +146,15 @@ def _make(job: Job, folder: Path, recipe: Recipe, known: Done | None) -> Done:
     return Done(entry, rejects, True)
 
 
-_worker: tuple[Path, Recipe]
+@dataclass(frozen=True)
+class _Maker:
+    """(job, what an earlier run made of it) -> Done, in whichever process."""
 
+    folder: Path
+    recipe: Recipe
 
-def _start_worker(folder: Path, model: bytes, settings: dict[str, Any], parent: int) -> None:
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _worker = (folder, Recipe(Tokenizer.from_bytes(model), **settings))
-
-    def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-
-
-def _work(job: Job, known: Done | None) -> Done:
-    return _make(job, *_worker, known)
-
-
-def _run(
-    jobs: Sequence[Job], known: dict[str, Done], folder: Path, recipe: Recipe, workers: int
-) -> Iterator[tuple[Job, Done]]:
-    """The jobs and what they made, as they get done."""
-    if workers == 1:
-        for job in jobs:
-            yield job, _make(job, folder, recipe, known.get(job.file))
-        return
-    settings = {name: getattr(recipe, name) for name in ("text_field", "id_field", "max_bad")}
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        multiprocessing.get_context("spawn"),
-        _start_worker,
-        (folder, recipe.tokenizer.model, settings, os.getpid()),
-    )
-    try:
-        futures = {pool.submit(_work, job, known.get(job.file)): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"{folder}: a worker process was killed (out of memory?); "
-            "run the same command again, finished shards are kept"
-        ) from None
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def __call__(self, job: tuple[Job, Done | None]) -> Done:
+        return _make(job[0], self.folder, self.recipe, job[1])
 
 
 def _known(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Done]:
@@ -264,19 +225,21 @@ def tokenize(
     text_field: str = "text",
     id_field: str | None = None,
     max_bad: int = 0,
+    encoder: str = "exact",
 ) -> tuple[dict[str, Any], int]:
     """Write the corpus of `inputs` to the folder `out`.
 
     `text_field` and `id_field` are the fields of .jsonl and .parquet records that hold the text
     and, if given, the name of a document. Up to `max_bad` bad records are left out and listed in
-    rejects.jsonl in `out`; more stop the run.
+    rejects.jsonl in `out`; more stop the run. `encoder`, "exact" or "gigatoken", is what
+    `encoders.choose` found; both write the same bytes.
 
     Returns (manifest, number of shards written): 0 where all was there already. Finished shards are
     compared with their checksums and kept; a damaged one is made again. DataError where the input
     cannot be read, or `out` holds another corpus.
     """
     folder = Path(out)
-    recipe = Recipe(tokenizer, text_field, id_field, max_bad)
+    recipe = Recipe(tokenizer, text_field, id_field, max_bad, encoder)
     jobs = plan(find_sources(inputs), shard_bytes)
     manifest = manifests.load(folder) if (folder / manifests.MANIFEST).exists() else None
     if manifest is not None:
@@ -292,7 +255,9 @@ def tokenize(
         total = sum(job.size for job in jobs)
         try:
             with tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", disable=None) as bar:
-                for job, result in _run(jobs, known, folder, recipe, workers):
+                todo = [(job, known.get(job.file)) for job in jobs]
+                for number, result in each(_Maker(folder, recipe), todo, workers, str(folder)):
+                    job = jobs[number]
                     done[job.file], rejects[job.file] = result, result.rejects
                     if sum(map(len, rejects.values())) > max_bad:
                         break

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zstandard
@@ -12,10 +12,11 @@ from tqdm import tqdm
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorruptDataError
 from data_pipeline.files import file_checksum
+from data_pipeline.processes import each
 from data_pipeline.reader import ShardReader
 
 
-def verify(path: str | Path) -> tuple[Corpus, list[str]]:
+def verify(path: str | Path, workers: int = 1) -> tuple[Corpus, list[str]]:
     """Check the corpus in the folder `path` and return (corpus, damages), one line per damage.
 
     Checked: the manifest against its fingerprint, the embedded tokenizer against its hash, each
@@ -33,13 +34,16 @@ def verify(path: str | Path) -> tuple[Corpus, list[str]]:
         damages.append(str(error))
     total = sum(shard["bytes"] for shard in corpus.manifest["shards"])
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-        for number, entry in enumerate(corpus.manifest["shards"]):
-            damages += _verify_shard(corpus, number, entry)
-            bar.update(entry["bytes"])
-    return corpus, damages
+        found: dict[int, list[str]] = {}
+        shards = range(corpus.num_shards)
+        for number, lines in each(partial(_verify_shard, corpus), shards, workers, corpus.path):
+            found[number] = lines
+            bar.update(corpus.manifest["shards"][number]["bytes"])
+    return corpus, damages + [line for number in shards for line in found[number]]
 
 
-def _verify_shard(corpus: Corpus, number: int, entry: dict[str, Any]) -> list[str]:
+def _verify_shard(corpus: Corpus, number: int) -> list[str]:
+    entry = corpus.manifest["shards"][number]
     try:
         reader = corpus.shard(number)
     except CorruptDataError as error:
