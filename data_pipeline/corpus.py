@@ -145,9 +145,9 @@ class Corpus:
         if start < 0 or stop > self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a corpus of {self.num_tokens}")
         number = bisect_right(self._bounds, start) - 1
-        done = 0
+        done, frames, scratch = 0, self._frames, self._scratch.decompressor
         while start + done < stop:
-            reader = self.shard(number)
+            reader = self._open.get(number) or self.shard(number)
             base, size = self._bounds[number], reader.frame_tokens
             end = min(stop, self._bounds[number + 1]) - base
             at = start + done - base
@@ -155,25 +155,27 @@ class Corpus:
                 frame, inside = divmod(at, size)
                 take = min(size - inside, end - at)
                 if take == 1 and inside == 0:
-                    out[done] = reader.first_tokens[frame]
+                    out[done] = reader.first_tokens.item(frame)
                 else:
-                    tokens = self._frames.get((number, frame))
+                    tokens = frames.get((number, frame))
                     if tokens is None:
-                        tokens = self._decode(reader, number, frame)
+                        tokens = self._decode(reader, number, frame, scratch)
                     out[done : done + take] = tokens[inside : inside + take]
                 done += take
                 at += take
             number += 1
 
-    def _decode(self, reader: ShardReader, shard: int, frame: int) -> np.ndarray:
+    def _decode(
+        self, reader: ShardReader, shard: int, frame: int, scratch: zstandard.ZstdDecompressor
+    ) -> np.ndarray:
         try:
-            tokens = reader.frame(frame, self._scratch.decompressor)
+            tokens = reader.frame(frame, scratch)
         except CorruptDataError:
             if self._cache is None:
                 raise
             self._cache.path(self._shards[shard]).unlink(missing_ok=True)
             self._open.drop(shard)
-            tokens = self.shard(shard).frame(frame, self._scratch.decompressor)
+            tokens = self.shard(shard).frame(frame, scratch)
         self._frames.put((shard, frame), tokens)
         return tokens
 

@@ -20,13 +20,13 @@ from data_pipeline.tokenizer import Tokenizer
 ENCODERS = ("auto", "exact", "gigatoken")
 Encode = Callable[[str], np.ndarray]
 _PROBES, _PROBE_PIECES, _LONG_PROBE = 4000, 24, 2000
-_COMPARED = 64
+_COMPARED = 256
 _EDGES = (
     "", " ", "  ", "\n", " \n ", "\n\n\n", "\t", "\r\n", "\0", "a", " a", "a ", "A" * 300,
     " " * 300, "\u00e9", "e\u0301", "\u00df", "\u00a0", "\u2028", "\ufeff", "\u65e5\u672c\u8a9e",
     "\ud55c\uad6d", "\u0627\u0644\u0639\u0631\u0628", "\U0001f642", "\U0001f469\u200d\U0001f467",
-    "\U0010ffff", "0123456789", "3.14159", "--", "!?", "http://a.b/c?d=e&f", "don't", "I'LL", "x\u200by",
-    "<", "<0x41>",
+    "\U0010ffff", "0123456789", "3.14159", "--", "!?", "http://a.b/c?d=e&f", "don't", "I'LL",
+    "x\u200by", "<", "<0x41>",
 )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ class Gigatoken:
             mark in text for mark in self._marks
         ):
             return self._exact(text)
-        return np.asarray(self._encode(text)).astype(np.int32)
+        return np.asarray(self._encode(text)).view(np.int32)
 
 
 def choose(tokenizer: Tokenizer, wanted: str = "auto") -> tuple[str, str]:
@@ -108,7 +108,7 @@ def choose(tokenizer: Tokenizer, wanted: str = "auto") -> tuple[str, str]:
 class DocumentEncoder:
     """name, text -> int32 [n + 2]: bos, the ids, eos.
 
-    With encoder "gigatoken" the first document and every 64th after it are encoded by the
+    With encoder "gigatoken" the first document and every 256th after it are encoded by the
     tokenizer's own library too; DataError, naming the document, where the two differ.
     """
 
@@ -121,11 +121,13 @@ class DocumentEncoder:
         tokenizer = self._tokenizer
         if self._fast is None:
             return tokenizer.encode_document(text)
-        ids = np.concatenate([[tokenizer.bos_id], self._fast(text), [tokenizer.eos_id]])
+        inside = self._fast(text)
+        ids = np.empty(len(inside) + 2, np.int32)
+        ids[0], ids[1:-1], ids[-1] = tokenizer.bos_id, inside, tokenizer.eos_id
         if self._seen % _COMPARED == 0 and not np.array_equal(ids, tokenizer.encode_document(text)):
             raise DataError(
                 f"document {name}: gigatoken gives other ids than the tokenizer's own library; "
                 "remove the output and use --encoder exact"
             )
         self._seen += 1
-        return ids.astype(np.int32)
+        return ids

@@ -63,7 +63,7 @@ class Loader:
     weights     shares of the corpora, None for shares in proportion to their windows; or stages
                 [(0, shares), (tokens, shares), ...], each from so many tokens (positions of the
                 global stream) on; with "stream" the shares are rows of the batch
-    prefetch    batches made ahead by background threads; 0 makes them in next()
+    prefetch    batches made ahead by a background thread; 0 makes them in next()
     on_corrupt  "raise": a damaged frame is a CorruptDataError in next(), naming file and frame;
                 "skip": rows that need it are padding throughout, and the frame is logged once; no
                 other row changes, on any rank
@@ -200,7 +200,7 @@ class Loader:
         self.seek(position)
 
     def close(self) -> None:
-        """Stop the background threads; next() starts them again."""
+        """Stop the background thread; next() starts it again."""
         source, self._source = self._source, None
         if isinstance(source, Prefetcher):
             source.close()

@@ -1,4 +1,4 @@
-"""Make the items of a sequence ahead of their consumer, in background threads."""
+"""Make the items of a sequence ahead of their consumer, in a background thread."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-MAX_THREADS = 2
-
 
 class Prefetcher:
     """Iterator over make(0), make(1), ... that keeps `depth` of them in the making.
 
-    `make` is called from several threads, in any order; items come in their order all the same, and
-    what make(i) raises, next() raises in its place. Few threads do: decompression and hashing run
-    beside each other, Python does not.
+    What make(i) raises, next() raises in its place. There is one thread: a frame takes microseconds
+    to decode, and a second thread loses more to Python's lock than it gains.
     """
 
     def __init__(self, make: Callable[[int], Any], depth: int) -> None:
         self._make, self._depth, self._next = make, depth, 0
-        self._pool = ThreadPoolExecutor(min(depth, MAX_THREADS), "data_pipeline")
+        self._pool = ThreadPoolExecutor(1, "data_pipeline")
         self._items: deque[Future[Any]] = deque()
         self._finalizer = weakref.finalize(self, self._pool.shutdown, cancel_futures=True)
 

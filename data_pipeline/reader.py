@@ -30,7 +30,7 @@ class ShardReader:
     """
 
     def __init__(self, path: Path, expected_check: str | None = None) -> None:
-        self.path = path
+        self.path, self._name = path, str(path)
         try:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -50,6 +50,7 @@ class ShardReader:
         footer = unpack_footer(raw, str(path))
         self.vocab_size, self.frame_tokens = header.vocab_size, header.frame_tokens
         self.dtype, self.tokenizer = header.dtype, header.tokenizer
+        self._width = header.dtype.itemsize
         self.num_tokens, self.text_bytes = footer.num_tokens, footer.text_bytes
         self.first_tokens, self._checks = footer.first_tokens, footer.frame_checks
         self.document_lengths = footer.document_lengths.astype(np.int64)
@@ -81,10 +82,10 @@ class ShardReader:
         packed = os.pread(self._descriptor, size, offset)
         if len(packed) != size or xxhash.xxh3_64_intdigest(packed) != self._checks.item(number):
             raise CorruptDataError(
-                str(self.path), "the bytes do not match their checksum", number, offset
+                self._name, "the bytes do not match their checksum", number, offset
             )
-        wanted = self.frame_length(number) * self.dtype.itemsize
-        raw = _decompress(decompressor, packed, wanted, str(self.path), number, offset)
+        wanted = self.frame_length(number) * self._width
+        raw = _decompress(decompressor, packed, wanted, self._name, number, offset)
         return np.frombuffer(raw, self.dtype)
 
     def names(self) -> list[str]:

@@ -25,7 +25,8 @@ class Recent(Generic[K, V]):
             self._values.pop(key, None)
 
     def put(self, key: K, value: V) -> None:
+        values = self._values
         with self._lock:
-            self._values[key] = value
-            while len(self._values) > self.size:
-                del self._values[next(iter(self._values))]
+            values[key] = value
+            while len(values) > self.size:
+                del values[next(iter(values))]

@@ -141,5 +141,5 @@ def make_sampling(
         chunk = max(1, CHUNK_TOKENS // seq_len)
         shuffler = partial(shuffled_in_groups, chunk=chunk, group_chunks=GROUP_CHUNKS)
         for corpus in corpora:
-            corpus.keep_frames(2 * GROUP_CHUNKS * CHUNK_TOKENS // FRAME_TOKENS)
+            corpus.keep_frames(GROUP_CHUNKS * (CHUNK_TOKENS // FRAME_TOKENS + 2))
     return Shuffle(corpora, packings, curriculum, seed, shuffler)

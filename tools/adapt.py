@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)
     try:
         config, model = load_run(options.run)
-        tokenizer = Corpus.open(config.data.validation).tokenizer
+        tokenizer = Corpus.open(**config.data.where(config.data.validation)).tokenizer
         text = options.input.read_text(encoding="utf-8")
         tokens = [tokenizer.bos_id, *tokenizer.encode(text)][: options.max_tokens]
         if len(tokens) < 2:

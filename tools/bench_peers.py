@@ -14,18 +14,15 @@ that can't be installed or run is named in one line and has no figure.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import site
 import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from tools.figures import BENCH, table, write_figures
+from tools.peer_environment import PeerError, prepare
 from tools.peer_models import COMPARISONS, Result
 
 GOALS = {"kmccleary": 20.0, "lucidrains": 10.0}
@@ -33,10 +30,6 @@ GOALS = {"kmccleary": 20.0, "lucidrains": 10.0}
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "tools" / "bench_peers_requirements.txt"
 ENVIRONMENT = BENCH / "peers-venv"
-
-
-class PeerError(Exception):
-    """A peer could not be installed or run; one line says why."""
 
 
 def measure(pairs: int = 3, environment: Path = ENVIRONMENT) -> dict[str, float]:
@@ -48,7 +41,7 @@ def measure(pairs: int = 3, environment: Path = ENVIRONMENT) -> dict[str, float]
     """
     results: dict[str, Result] = {}
     try:
-        python = prepare(environment)
+        python = prepare(environment, REQUIREMENTS)
     except PeerError as error:
         print(f"error: {error}; no peer was measured", file=sys.stderr)
         return {}
@@ -60,29 +53,6 @@ def measure(pairs: int = 3, environment: Path = ENVIRONMENT) -> dict[str, float]
     if results:
         print(report(results))
     return speedups(results)
-
-
-def prepare(environment: Path) -> Path:
-    """The Python of an environment with the peers, made first unless it is there.
-
-    It sees this interpreter's packages through a .pth file, so torch is the running one. Raises
-    PeerError when the environment or its packages can't be had, for instance without a network.
-    """
-    shared = _shared_packages()
-    wanted = "\n".join([REQUIREMENTS.read_text(), sys.executable, sys.version, *shared])
-    stamp, expected = environment / "peers.sha256", hashlib.sha256(wanted.encode()).hexdigest()
-    python = environment.absolute() / "bin" / "python"
-    if stamp.exists() and stamp.read_text() == expected:
-        return python
-    print(f"installing the peers in {environment}", flush=True)
-    _call(sys.executable, "-m", "venv", "--clear", "--without-pip", str(environment))
-    # Before torch can be seen from there, or pip would mix up the two places.
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "--disable-pip-version-check"]
-    _call(*pip, "install", "--quiet", "--no-deps", "--requirement", str(REQUIREMENTS))
-    purelib = _call(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
-    (Path(purelib.strip()) / "running_environment.pth").write_text("\n".join(shared) + "\n")
-    stamp.write_text(expected)
-    return python
 
 
 def run(python: Path, name: str, pairs: int) -> Result:
@@ -132,22 +102,6 @@ def report(results: dict[str, Result]) -> str:
     header = ["", "tokens", "theirs, s", "ours, s", "ratio", "goal"]
     header += ["memory, theirs", "ours", "CMS, theirs", "ours"]
     return table(header, rows)
-
-
-def _shared_packages() -> list[str]:
-    """The folders in which this interpreter finds torch and its other packages."""
-    known = {*site.getsitepackages(), site.getusersitepackages()}
-    found = [path for path in sys.path if path in known]
-    return list(dict.fromkeys([str(Path(torch.__file__).parent.parent), *found]))
-
-
-def _call(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        reasons = [line for line in lines if line.startswith("ERROR")] or lines
-        raise PeerError(f"can't install the peers: {reasons[-1].removeprefix('ERROR: ')}")
-    return done.stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

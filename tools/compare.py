@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def make_variants(base: RunConfig) -> list[Variant]:
     """Hope, its control, and two baselines whose one level takes up the parameters left over."""
-    vocab_size = Corpus.open(base.data.validation).vocab_size
+    vocab_size = Corpus.open(**base.data.where(base.data.validation)).vocab_size
     hope = replace(base.model, vocab_size=vocab_size)
     wanted = num_parameters(hope)
     transformers = []

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_flush_denormal(True)
     try:
         config, model = load_run(options.run)
-        tokenizer = Corpus.open(config.data.validation).tokenizer
+        tokenizer = Corpus.open(**config.data.where(config.data.validation)).tokenizer
         prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
         tokens = generate(
             model.eval(),

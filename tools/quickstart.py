@@ -96,7 +96,7 @@ def held_out_unigram(config: RunConfig) -> float:
     """Validation loss of the training text's token frequencies, in nats per token."""
     counts = []
     for path in (config.data.train[0].path, config.data.validation):
-        corpus = Corpus.open(path)
+        corpus = Corpus.open(**config.data.where(path))
         batches = evaluation_batches(
             corpus,
             seq_len=config.data.seq_len,

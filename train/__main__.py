@@ -99,10 +99,11 @@ def prepare_torch(num_threads: int | None) -> None:
 
 def open_corpora(config: RunConfig) -> Corpora:
     """Open the shards that `data` names. Raises DataError when one is missing or damaged."""
-    train_corpora = [Corpus.open(source.path) for source in config.data.train]
-    validation = Corpus.open(config.data.validation)
+    where = config.data.where
+    train_corpora = [Corpus.open(**where(source.path)) for source in config.data.train]
+    validation = Corpus.open(**where(config.data.validation))
     domains = {
-        source.domain: Corpus.open(source.validation)
+        source.domain: Corpus.open(**where(source.validation))
         for source in config.data.train
         if source.validation is not None
     }

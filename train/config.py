@@ -18,6 +18,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from hope.config import HopeConfig
+from train.data import DataConfig
 from train.optim.config import OptimizerConfig
 from train.section import ConfigError, Section
 
@@ -36,49 +37,6 @@ __all__ = [
     "load_config",
     "validate_config",
 ]
-
-
-class CorpusConfig(Section):
-    """One corpus of token shards.
-
-    weight: its share of the training tokens (mode pretrain). In mode continual a corpus is a
-    domain: name (default: the last part of path), validation: held-out shards of it, on which the
-    model is evaluated after every domain; tokens: how much of it is read (default: all, once).
-    """
-
-    path: Path
-    weight: float = Field(1.0, gt=0)
-    name: str | None = Field(None, min_length=1)
-    validation: Path | None = None
-    tokens: int | None = Field(None, ge=1)
-
-    @property
-    def domain(self) -> str:
-        """What the corpus is called as a domain."""
-        return self.name or self.path.name
-
-
-class DataConfig(Section):
-    """What is read, and in which shape.
-
-    order: "shuffle" draws windows of seq_len tokens in a keyed random order; "stream" gives every
-    batch row its own contiguous text, step after step (for training.state_carry: stream).
-    packing: "aligned" starts documents on multiples of the memory's projection_chunk, where
-    memories, convolutions and attention begin anew; "concat" cuts the running text anywhere, and
-    the model is not told where documents start.
-    """
-
-    train: tuple[CorpusConfig, ...] = Field(min_length=1)
-    validation: Path
-    seq_len: int = Field(512, ge=1)
-    order: Literal["shuffle", "stream"] = "shuffle"
-    packing: Literal["aligned", "concat"] = "aligned"
-    prefetch: int = Field(2, ge=0)
-
-    @property
-    def tells_documents(self) -> bool:
-        """Whether the model is told where documents start."""
-        return self.packing == "aligned"
 
 
 class TrainingConfig(Section):

@@ -27,8 +27,9 @@ def open_loader(config: RunConfig, corpora: Sequence[Corpus], ranks: DataParalle
         packing=config.data.packing,
         align=config.model.titans.scan.projection_chunk,
         order=config.data.order,
-        weights=[source.weight for source in config.data.train] if len(corpora) > 1 else None,
+        weights=config.data.weights if len(corpora) > 1 else None,
         prefetch=config.data.prefetch,
+        on_corrupt=config.data.on_corrupt,
     )
 
 

@@ -27,10 +27,15 @@ FREE_KEYS = (
     "training.flush",
     "training.max_skipped_in_a_row",
     "data.prefetch",
+    "data.on_corrupt",
+    "data.cache_dir",
+    "data.cache_bytes",
 )
-# How accumulators are kept, for all levels or one; and the levels, which are mapped by name.
+# How accumulators are kept, for all levels or one; the levels, which are mapped by name; and where
+# the data lies: what it holds stands in the loader's state.
 FREE_PATTERN = re.compile(
     r"optimizer\.(levels\.\w+\.)?(reduce|accumulator_device)|model\.cms\.(mode$|levels\.)"
+    r"|data\.(train\.\d+\.(path|validation)|validation)$"
 )
 
 

@@ -91,10 +91,10 @@ def test_one_that_errs_later_stops_the_run(tokenizer, monkeypatch, tmp_path):
     assert not list((tmp_path / "c").glob("*.tok"))
     encode = DocumentEncoder(tokenizer, "gigatoken")
     encode("first", "")
-    for number in range(1, 64):
+    for number in range(1, 256):
         encode(str(number), "return")
-    with pytest.raises(DataError, match="document 64"):
-        encode("64", "return")
+    with pytest.raises(DataError, match="document 256"):
+        encode("256", "return")
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -92,7 +92,7 @@ def test_the_figures_are_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench_peers, "prepare", lambda environment: Path(sys.executable))
+    monkeypatch.setattr(bench_peers, "prepare", lambda *_: Path(sys.executable))
     monkeypatch.setattr(bench_peers, "run", lambda python, name, pairs: result((20.0, 1.0)))
     assert bench_peers.main([]) == 0
     saved = json.loads(Path("runs/bench/peers.json").read_text())

@@ -38,6 +38,19 @@ MISTAKES = [
     (["optimizer.lr"], "not of the form key.subkey=value"),
     (["seed=3", "seed.x=1"], "lies below a plain value"),
     (["data.train=[]"], "data.train"),
+    (["data.validation=''"], "data.validation: string should have at least 1 character, got ''"),
+    (["data.packing=bestfit"], "input should be 'aligned', 'best-fit' or 'concat'"),
+    (["data.curriculum=[{from_tokens: 64, weights: [1, 1]}]"], "give 1, one for each corpus"),
+    (["data.curriculum=[{from_tokens: 64, weights: [0]}]"], "and not only zeros"),
+    (
+        ["data.curriculum=[{from_tokens: 9, weights: [1]}, {from_tokens: 9, weights: [1]}]"],
+        "begins at [9, 9]: give rising from_tokens",
+    ),
+    (
+        ["data.order=stream", "data.curriculum=[{from_tokens: 64, weights: [1]}]"],
+        "data.curriculum needs data.order=shuffle or window",
+    ),
+    (["data.order=stream", "data.packing=best-fit"], "data.order=stream needs aligned or concat"),
     (["optimizer.lr=[1"], "not valid YAML"),
 ]
 

@@ -1,0 +1,120 @@
+"""What the section `data` promises, seen from the trainer."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline import Corpus, CorruptDataError
+from tests.train.test_trainer import assert_same_run, losses
+from train.__main__ import main, open_corpora, train
+from train.config import RunConfig, dump_config
+from train.continual import open_loader
+from train.parallel.data_parallel import DataParallel
+
+ALONE = DataParallel.alone()
+
+
+def rows(config: RunConfig, steps: int) -> list[list[int]]:
+    loader = open_loader(config, open_corpora(config).train, ALONE)
+    taken = [row for _ in range(steps) for row in next(loader).tokens.tolist()]
+    loader.close()
+    return taken
+
+
+@pytest.mark.parametrize("order", ["shuffle", "window"])
+@pytest.mark.parametrize("packing", ["aligned", "best-fit", "concat"])
+def test_every_order_and_packing_trains_and_resumes(make_config, tmp_path, order, packing) -> None:
+    changes = {"data.order": order, "data.packing": packing}
+    whole = make_config(**changes, run_dir=str(tmp_path / "whole"))
+    assert train(whole, resume=False) == 0
+    stopped = {**changes, "run_dir": str(tmp_path / "parts")}
+    train(make_config(**stopped, **{"training.stop_at_tokens": 5 * 256}), resume=False)
+    parts = make_config(**stopped, **{"training.stop_at_tokens": None})
+    assert train(parts, resume=True) == 0
+    assert_same_run(whole, parts)
+
+
+def test_best_fit_tells_the_model_where_memories_begin_anew(make_config) -> None:
+    config = make_config(**{"data.packing": "best-fit"})
+    loader = open_loader(config, open_corpora(config).train, ALONE)
+    assert config.data.tells_documents
+    align = config.model.titans.scan.projection_chunk
+    steps = -(-loader.num_windows // config.batch_rows)
+    starts = torch.cat([next(loader).document_starts for _ in range(steps)])
+    assert starts.sum() >= 2
+    assert not (torch.nonzero(starts)[:, 1] % align).any()
+    loader.close()
+
+
+def test_a_corpus_at_a_url_is_read_through_the_cache(make_config, corpora, tmp_path) -> None:
+    local = make_config()
+    expected = rows(local, 4)
+    cache = tmp_path / "cache"
+    url = "file://" + str(Path(corpora["train"]).resolve())
+    remote = make_config(**{"data.train": [{"path": url}], "data.cache_dir": str(cache)})
+    assert remote.data.train[0].path == url
+    assert rows(remote, 4) == expected
+    assert len(list(cache.glob("*.tok"))) > 0
+    train(remote, resume=False)
+    assert len(losses(remote)) > 0
+
+
+def test_a_run_goes_on_where_its_data_has_moved_to(make_config, corpora, tmp_path, capsys) -> None:
+    train(make_config(**{"training.stop_at_tokens": 1024}), resume=False)
+    moved = Path(shutil.copytree(corpora["train"], tmp_path / "moved"))
+    changes = {"training.stop_at_tokens": None, "data.train": [{"path": str(moved)}]}
+    assert train(make_config(**changes), resume=True) == 0
+    other = make_config(**{"data.train": [{"path": str(corpora["validation"])}]})
+    file = tmp_path / "config.yaml"
+    file.write_text(dump_config(other))
+    assert main([str(file), "--resume"]) == 2
+    assert "the loader state belongs to another stream" in capsys.readouterr().err
+
+
+def test_weights_change_where_the_curriculum_says(make_config, corpora) -> None:
+    paths = [{"path": str(corpora["train"]), "weight": 3.0}, {"path": str(corpora["validation"])}]
+    stages = [{"from_tokens": 4 * 256, "weights": [0, 1]}]
+    config = make_config(**{"data.train": paths, "data.curriculum": stages})
+    taken = rows(config, 8)
+
+    def only(path: dict) -> RunConfig:
+        return make_config(**{"data.train": [path], "data.curriculum": []})
+
+    alone = {
+        name: {tuple(row) for row in rows(only(path), 400)}
+        for name, path in zip("ab", paths, strict=True)
+    }
+    second = [tuple(row) in alone["b"] and tuple(row) not in alone["a"] for row in taken]
+    assert sum(second[:16]) == 4
+    assert all(second[16:])
+
+
+def damaged(corpora, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(corpora["train"], tmp_path / "damaged"))
+    for path in folder.glob("*.tok"):
+        data = bytearray(path.read_bytes())
+        data[100] ^= 1
+        path.write_bytes(data)
+    return folder
+
+
+def test_a_damaged_frame_stops_the_run_or_is_left_out(
+    make_config, corpora, tmp_path, caplog
+) -> None:
+    folder = damaged(corpora, tmp_path)
+    config = make_config(**{"data.train": [{"path": str(folder)}]})
+    with pytest.raises(CorruptDataError, match="frame 0"):
+        rows(config, 400)
+    config = make_config(**{"data.on_corrupt": "skip"})
+    with caplog.at_level(logging.WARNING):
+        taken = np.array(rows(config, 40))
+    assert "frame 0" in caplog.text
+    pad = Corpus.open(folder).pad_id
+    assert (taken == pad).all(1).any()
+    assert not (taken == pad).all()
