@@ -91,16 +91,22 @@ def seed_from(*coordinates: int | str) -> int:
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
     """Fill every parameter of `model` in place. Raises KeyError for one with no initialiser."""
-    for module_name, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            full_name = f"{module_name}.{name}" if module_name else name
-            initialisers: dict[str, Initialiser] = getattr(module, "initialisers", {})
-            initialiser = initialisers[name]
-            drawn = full_name
-            if isinstance(initialiser, Normal) and initialiser.twin:
-                path = [*module_name.split(".")[:-1], initialiser.twin, name]
-                drawn = ".".join(path)
-            generator = torch.Generator().manual_seed(seed_from(seed, "init", drawn))
-            draft = torch.empty(parameter.shape, dtype=torch.float32)
-            initialiser.fill(draft, generator)
-            parameter.copy_(draft)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(initial_value(model, name, parameter.shape, seed))
+
+
+def initial_value(model: nn.Module, name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The value, float32 of `shape`, that the parameter called `name` starts from.
+
+    Only the names of `model` and its modules' `initialisers` matter, not what it holds: this is how
+    a model whose parameters lie in parts on many ranks gets the weights of the whole one.
+    """
+    path, _, own = name.rpartition(".")
+    initialiser: Initialiser = model.get_submodule(path).initialisers[own]  # type: ignore[index, assignment]
+    drawn = name
+    if isinstance(initialiser, Normal) and initialiser.twin:
+        drawn = ".".join([*path.split(".")[:-1], initialiser.twin, own])
+    generator = torch.Generator().manual_seed(seed_from(seed, "init", drawn))
+    draft = torch.empty(shape, dtype=torch.float32, device="cpu")
+    initialiser.fill(draft, generator)
+    return draft

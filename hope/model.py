@@ -107,12 +107,25 @@ class HopeModel(nn.Module):
         Returns (logits [B, T, vocab_size], state after the last token). Splitting a sequence into
         calls that pass the state on gives the logits of one call.
         """
-        x = self.embedding(tokens) * self.embedding_scale
+        x, after = self.transform(self.embed(tokens), state, document_starts)
+        return self.logits(x), after
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token vectors as they enter the first layer: int [B, T] -> [B, T, dim]."""
+        return self.embedding(tokens) * self.embedding_scale
+
+    def transform(
+        self, x: Tensor, state: ModelState | None = None, document_starts: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """All layers held here: x [B, T, dim] -> (x, state after the last token)."""
         before = state.layers if state is not None else (None,) * len(self.layers)
         after = []
         for layer, layer_state in zip(self.layers, before, strict=True):
             x, layer_state = layer(x, layer_state, document_starts)
             after.append(layer_state)
-        x = self.norm(x)
+        return x, ModelState(tuple(after))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the last layer gave -> logits: [B, T, dim] -> [B, T, vocab_size]."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return torch.nn.functional.linear(x, weight), ModelState(tuple(after))
+        return torch.nn.functional.linear(self.norm(x), weight)

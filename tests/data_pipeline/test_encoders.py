@@ -95,6 +95,11 @@ def test_one_that_errs_later_stops_the_run(tokenizer, monkeypatch, tmp_path):
         encode(str(number), "return")
     with pytest.raises(DataError, match="document 256"):
         encode("256", "return")
+    encode = DocumentEncoder(tokenizer, "gigatoken")
+    for number in range(256):
+        encode(str(number), "a b " * 2000)
+    with pytest.raises(DataError, match="document 256"):
+        encode("256", "a return b " * 2000)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
