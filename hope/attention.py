@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -119,11 +121,33 @@ class Attention(nn.Module):
         state: AttentionState | None = None,
         document_starts: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState | None]:
-        batch, length, _ = x.shape
         projected = [self.q(x), self.k(x), self.v(x)]
-        conv_tail = projected[0].new_zeros(batch, 0, 3, projected[0].shape[2])
+        tails = state.conv.unbind(2) if state is not None else (None,) * 3
+        seen = state.k.shape[2] if state is not None else 0
+        q, k, v, conv_tail = self.prepare(projected, tails, document_starts, seen)
+        if state is None:
+            return self.finish(self.attend(q, k, v, document_starts)), None
+        documents = self._document_ids(q, state, document_starts)
+        k = torch.cat([state.k.to(k.dtype), k], dim=2)
+        v = torch.cat([state.v.to(v.dtype), v], dim=2)
+        mixed = self._attend_within(q, k, v, documents)
+        return self.finish(mixed), AttentionState(k, v, documents, conv_tail)
+
+    def prepare(
+        self,
+        projected: Sequence[Tensor],
+        tails: Sequence[Tensor | None],
+        document_starts: Tensor | None,
+        first: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Convolutions and rotation of the projections [B, T, channels] of x.
+
+        tails: what came before them, for the convolutions; first: the position of the first token.
+        Returns (q, k, v [B, N, T, d], the next tails [B, conv_width - 1, 3, channels]).
+        """
+        batch, length, channels = projected[0].shape
+        conv_tail = projected[0].new_zeros(batch, 0, 3, channels)
         if self.convs is not None:
-            tails = state.conv.unbind(2) if state is not None else (None,) * 3
             pairs = [
                 conv(part, tail, document_starts)
                 for conv, part, tail in zip(self.convs, projected, tails, strict=True)
@@ -132,41 +156,41 @@ class Attention(nn.Module):
             conv_tail = torch.stack([tail for _, tail in pairs], dim=2)
         heads = (batch, length, self.num_heads, self.head_dim)
         q, k, v = (part.view(heads).transpose(1, 2) for part in projected)
-
-        seen = state.k.shape[2] if state is not None else 0
-        positions = torch.arange(seen, seen + length, device=x.device)
-        precision = torch.promote_types(x.dtype, torch.float32)
+        positions = torch.arange(first, first + length, device=q.device)
+        precision = torch.promote_types(q.dtype, torch.float32)
         cosine, sine = rotary_angles(positions, self.head_dim, self.rope_theta, precision)
-        q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+        return rotate(q, cosine, sine), rotate(k, cosine, sine), v, conv_tail
 
-        if state is None and self.flash is not None and self.flash.takes(q):
-            mixed = self.flash(q, k, v, document_starts)
-        elif state is None and document_starts is None:
-            mixed = scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            documents = self._document_ids(x, state, document_starts)
-            if state is not None:
-                k = torch.cat([state.k.to(k.dtype), k], dim=2)
-                v = torch.cat([state.v.to(v.dtype), v], dim=2)
-                state = AttentionState(k, v, documents, conv_tail)
-            keys = torch.arange(seen + length, device=x.device)
-            visible = keys[None, :] <= positions[:, None]
-            visible = visible & (documents[:, seen:, None] == documents[:, None, :])
-            mixed = scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1)), state
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
+        """Causal attention within documents of whole sequences; all [B, N, T, d]."""
+        if self.flash is not None and self.flash.takes(q):
+            return self.flash(q, k, v, document_starts)
+        if document_starts is None:
+            return scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self._attend_within(q, k, v, torch.cumsum(document_starts, dim=1))
+
+    def finish(self, mixed: Tensor) -> Tensor:
+        """Heads [B, N, T, d] to outputs [B, T, dim]."""
+        batch, _, length, _ = mixed.shape
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
     @staticmethod
-    def _document_ids(
-        x: Tensor, state: AttentionState | None, document_starts: Tensor | None
-    ) -> Tensor:
+    def _attend_within(q: Tensor, k: Tensor, v: Tensor, documents: Tensor) -> Tensor:
+        """Attention of the last queries to all keys of their documents [B, S + T]."""
+        length, total = q.shape[2], k.shape[2]
+        keys = torch.arange(total, device=q.device)
+        visible = keys[None, :] <= keys[total - length :, None]
+        visible = visible & (documents[:, total - length :, None] == documents[:, None, :])
+        return scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None])
+
+    @staticmethod
+    def _document_ids(q: Tensor, state: AttentionState, document_starts: Tensor | None) -> Tensor:
         """Which document of its row each key belongs to, [B, S + T]."""
-        batch, length, _ = x.shape
+        batch, _, length, _ = q.shape
         if document_starts is None:
-            ids = torch.zeros(batch, length, dtype=torch.int64, device=x.device)
+            ids = torch.zeros(batch, length, dtype=torch.int64, device=q.device)
         else:
             ids = torch.cumsum(document_starts, dim=1)
-        if state is None:
-            return ids
         if state.document_ids.shape[1] > 0:
             ids = ids + state.document_ids[:, -1:]
         return torch.cat([state.document_ids, ids], dim=1)

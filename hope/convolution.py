@@ -40,7 +40,7 @@ class CausalConvolution(nn.Module):
             y = extended[:, reach:] * weight[reach]
             for back in range(1, self.width):
                 y = y + extended[:, reach - back : reach - back + length] * weight[reach - back]
-            return y, extended[:, length:].clone()
+            return y, self.next_tail(extended, None)
         document = torch.cumsum(document_starts, dim=1)
         document = torch.cat([document.new_zeros(batch, reach), document], dim=1).unsqueeze(-1)
         here = document[:, reach:]
@@ -49,5 +49,17 @@ class CausalConvolution(nn.Module):
             past = slice(reach - back, reach - back + length)
             visible = (document[:, past] == here).to(x.dtype)
             y = y + extended[:, past] * visible * weight[reach - back]
-        same = (document[:, length:] == document[:, -1:]).to(x.dtype)
-        return y, extended[:, length:] * same
+        return y, self.next_tail(extended, document_starts)
+
+    def next_tail(self, x: Tensor, document_starts: Tensor | None) -> Tensor:
+        """The tail after x [B, >= width - 1, channels]: its last inputs, zero where they are of an
+        earlier document. document_starts: bool [B, T] of the last T of them, or None.
+        """
+        reach = self.width - 1
+        last = x[:, x.shape[1] - reach :]
+        if document_starts is None:
+            return last.clone()
+        document = torch.cumsum(document_starts, dim=1)
+        document = torch.cat([document.new_zeros(x.shape[0], reach), document], dim=1)
+        same = document[:, document.shape[1] - reach :] == document[:, -1:]
+        return last * same.unsqueeze(-1).to(x.dtype)

@@ -72,17 +72,21 @@ class HopeModel(nn.Module):
         activations' (default: the parameters'). `hope.state.bytes_per_row` adds it up.
         """
         spec: StateSpec = {}
-        for number, layer in enumerate(self._hope_layers()):
+        for number, layer in self._numbered_layers():
             own = layer.state_spec(batch, decoding, tokens, dtype)
             spec |= {f"layers.{number}.{name}": one for name, one in own.items()}
         return spec
 
     def shard_plan(self) -> ShardPlan:
-        """Where every parameter goes under tensor parallelism, each exactly once."""
-        plan: ShardPlan = {"embedding.weight": Shard(0), "norm.weight": Replicate()}
-        for number, layer in enumerate(self._hope_layers()):
+        """Where every parameter held here goes under tensor parallelism, each exactly once."""
+        plan: ShardPlan = {
+            "embedding.weight": Shard(0),
+            "norm.weight": Replicate(),
+            "head.weight": Shard(0),
+        }
+        for number, layer in self._numbered_layers():
             plan |= within(f"layers.{number}", layer.shard_plan())
-        return plan if self.head is None else plan | {"head.weight": Shard(0)}
+        return {name: plan[name] for name, _ in self.named_parameters()}
 
     def flops_per_token(self, seq_len: int, executed: bool = True) -> Flops:
         """Floating-point operations per token of sequences of seq_len tokens; see `hope.flops`.
@@ -94,6 +98,10 @@ class HopeModel(nn.Module):
 
     def _hope_layers(self) -> list[HopeLayer]:
         return list(self.layers)  # type: ignore[arg-type]
+
+    def _numbered_layers(self) -> list[tuple[str, HopeLayer]]:
+        """The layers held here by their number in the whole model."""
+        return list(self.layers.named_children())  # type: ignore[arg-type]
 
     def forward(
         self,
@@ -129,3 +137,9 @@ class HopeModel(nn.Module):
         """What the last layer gave -> logits: [B, T, dim] -> [B, T, vocab_size]."""
         weight = self.embedding.weight if self.head is None else self.head.weight
         return torch.nn.functional.linear(self.norm(x), weight)
+
+
+def num_parameters(config: HopeConfig) -> int:
+    """Parameters of a model, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in HopeModel(config, seed=None).parameters())

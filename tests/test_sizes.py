@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.compare import num_parameters
+from hope.model import num_parameters
 from train.__main__ import main
 from train.config import RunConfig, load_config
 

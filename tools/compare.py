@@ -24,10 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipeline import Corpus
-from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig
+from hope import AttentionConfig, CMSConfig, HopeConfig, LevelConfig
+from hope.model import num_parameters
 from tools.figures import table, write_figures
 from tools.prepare import prepare_sotu
 from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
@@ -107,12 +106,6 @@ def make_variants(base: RunConfig) -> list[Variant]:
         Variant("hope_no_writes", "Hope, writes off", ("model.titans.writes=false",)),
         *transformers,
     ]
-
-
-def num_parameters(config: HopeConfig) -> int:
-    """Parameters of the model, without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in HopeModel(config, seed=None).parameters())
 
 
 def _one_level(config: HopeConfig, hidden: int) -> HopeConfig:

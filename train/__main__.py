@@ -11,15 +11,15 @@ from contextlib import ExitStack, nullcontext
 import torch
 
 from data_pipeline import Corpus, CorruptDataError, DataError
-from hope import HopeModel
 from train.callbacks.base import Callback
 from train.callbacks.metrics import Metrics
 from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
-from train.checkpoint import CheckpointError, load_parameters
+from train.checkpoint import CheckpointError
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
+from train.engines import layout_of, open_engine
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
 from train.signals import stop_signals
@@ -62,7 +62,7 @@ def train(config: RunConfig, resume: bool) -> int:
     with ExitStack() as stack:
         signals = stack.enter_context(stop_signals())
         ranks = stack.enter_context(DataParallel())
-        check_world(config, ranks)
+        layout_of(config, ranks.size)
         initial = None
         if config.init_from is not None and not resume:
             tokenizer = corpora.validation.tokenizer_sha256
@@ -72,15 +72,13 @@ def train(config: RunConfig, resume: bool) -> int:
             check_same_run(config)
         elif ranks.is_first:
             check_fresh(config.run_dir)
-        model = HopeModel(config.model, seed=config.seed)
-        if initial is not None:
-            load_parameters(model, initial)
+        engine = open_engine(config, ranks, initial)
         callbacks: list[Callback] = []
         if ranks.is_first:
             callbacks = [Progress(), Metrics(config.run_dir)]
             if config.mlflow.enabled:
                 callbacks.append(MLflow(config.mlflow, config.run_dir))
-        trainer = Trainer(config, corpora, ranks, signals, model, callbacks)
+        trainer = Trainer(config, corpora, signals, engine, callbacks)
         stack.callback(trainer.loader.close)
         if resume:
             trainer.resume()
@@ -141,15 +139,6 @@ def with_total_tokens(config: RunConfig, corpora: Corpora) -> RunConfig:
         )
     training = config.training.model_copy(update={"total_tokens": total or there})
     return config.model_copy(update={"training": training})
-
-
-def check_world(config: RunConfig, ranks: DataParallel) -> None:
-    """Raises ConfigError when there are more ranks than rows."""
-    if config.batch_rows < ranks.size:
-        raise ConfigError(
-            f"training.batch_tokens gives {config.batch_rows} rows of data.seq_len tokens, "
-            f"fewer than the {ranks.size} data-parallel ranks"
-        )
 
 
 if __name__ == "__main__":

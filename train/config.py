@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from hope.config import HopeConfig
 from train.data import DataConfig
 from train.optim.config import OptimizerConfig
+from train.parallel.config import ParallelConfig
 from train.section import ConfigError, Section
 
 __all__ = [
@@ -55,7 +56,6 @@ class TrainingConfig(Section):
 
     total_tokens: int = Field(0, ge=0)
     batch_tokens: int = Field(8192, ge=1)
-    micro_batch_rows: int | None = Field(None, ge=1)
     stop_at_tokens: int | None = Field(None, ge=1)
     state_carry: Literal["none", "stream"] = "none"
     flush: bool = False
@@ -122,6 +122,7 @@ class RunConfig(Section):
     data: DataConfig
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MLflowConfig = MLflowConfig()

@@ -20,10 +20,9 @@ PLOTS = "plots"
 MLFLOW_RUN_ID = "mlflow_run_id"
 
 # May differ between a run and its resumption: none of them changes what is computed.
-FREE_SECTIONS = ("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow")
+FREE_SECTIONS = ("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow", "parallel")
 FREE_KEYS = (
     "training.stop_at_tokens",
-    "training.micro_batch_rows",
     "training.flush",
     "training.max_skipped_in_a_row",
     "data.prefetch",

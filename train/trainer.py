@@ -8,28 +8,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from data_pipeline import Batch, Corpus, Loader, evaluation_batches
-from hope import HopeModel, ModelState
-from hope.state import concatenate_rows, row_axis
+from data_pipeline import Corpus, Loader, evaluation_batches
+from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
 from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
 from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock
 from train.config import RunConfig
 from train.continual import DomainStream, open_loader
-from train.evaluate.perplexity import (
-    EvaluationInterruptedError,
-    HeldOut,
-    evaluate,
-    summed_loss,
-)
+from train.engines.native import Engine
+from train.evaluate.perplexity import EvaluationInterruptedError, HeldOut, evaluate
 from train.optim.build import build_cadence
 from train.optim.cadence import NonFinite
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.carried import Carried
+from train.parallel.part import parameter_names
 from train.run_folder import CHECKPOINTS
 from train.signals import StopSignals
 
@@ -78,29 +71,32 @@ class Trainer:
 
     config: RunConfig
     corpora: Corpora
-    ranks: DataParallel
     signals: StopSignals
-    model: HopeModel
+    engine: Engine
     callbacks: Sequence[Callback] = ()
-    state: ModelState | None = None
+    carried: Carried | None = None
     trained_seconds: float = 0.0
     last_evaluation: HeldOut | None = None
     domains_evaluated: int = 0  # at how many ends of domains every domain was evaluated
     level_changes: tuple[str, ...] = ()  # since the checkpoint, one line each
 
     def __post_init__(self) -> None:
-        config, ranks = self.config, self.ranks
+        config = self.config
+        self.mesh = self.engine.mesh
+        self.ranks = ranks = self.mesh.world
         self.clock = TokenClock(periods(config.model))
-        self.cadence = build_cadence(self.model, config.model, config.optimizer, ranks)
+        self.cadence = build_cadence(
+            self.engine.parameters, config.model, config.optimizer, self.mesh
+        )
         self.store = CheckpointStore(
             config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
         )
         self.domains: DomainStream | None = None
         self.loader: Loader | DomainStream
         if config.mode == "continual":
-            self.loader = self.domains = DomainStream(config, self.corpora.train, ranks)
+            self.loader = self.domains = DomainStream(config, self.corpora.train, self.mesh.data)
         else:
-            self.loader = open_loader(config, self.corpora.train, ranks)
+            self.loader = open_loader(config, self.corpora.train, self.mesh.data)
 
     @property
     def finished(self) -> bool:
@@ -120,14 +116,19 @@ class Trainer:
         on any of them."""
         started = time.perf_counter()
         batch = next(self.loader)
-        loss_sum, state = self._forward_backward(batch)
-        carried = math.nan if state is not None and not state.is_finite() else 0.0
-        (loss_sum, valid, _), problem = self.cadence.agree([loss_sum, batch.num_valid, carried])
+        loss_sum, carried = self.engine.forward_backward(batch, self.carried)
+        finite = carried is None or all(bool(t.isfinite().all()) for t in carried.values())
+        counts = [
+            loss_sum,
+            self.engine.spoken_for(batch.labels).numel(),
+            0.0 if finite else math.nan,
+        ]
+        (loss_sum, valid, _), problem = self.cadence.agree(counts)
         if problem:
             self.cadence.drop()
             self.clock.skip(self.config.training.batch_tokens)
             return SkippedStep(self.clock.tokens, self.config.training.batch_tokens, problem)
-        self.state = state
+        self.carried = carried
         firing = self.clock.advance(self.config.training.batch_tokens)
         report = self.cadence.step(firing, int(valid), self._rate, self.clock.tokens)
         seconds = time.perf_counter() - started
@@ -146,27 +147,6 @@ class Trainer:
         """The learning rate of a level at the clock's token count."""
         total = self.config.training.total_tokens
         return self.clock.learning_rate(self.config.optimizer.level(level), total)
-
-    def _forward_backward(self, batch: Batch) -> tuple[float, ModelState | None]:
-        """Add this rank's gradient, a sum over its tokens, to every `.grad`; returns the sum of the
-        loss, and what the next step carries on from."""
-        rows = batch.tokens.shape[0]
-        size = self.config.training.micro_batch_rows or rows
-        total = 0.0
-        carried = []
-        for start in range(0, rows, size):
-            part = slice(start, start + size)
-            before = None
-            if self.state is not None:
-                before = self.state.rows(start, min(start + size, rows))
-            starts = batch.document_starts[part] if self.config.data.tells_documents else None
-            logits, after = self.model(batch.tokens[part], before, starts)
-            loss = summed_loss(logits, batch.labels[part])
-            loss.backward()
-            total += float(loss.detach())
-            carried.append(after.detach())
-        carries = self.config.training.state_carry == "stream"
-        return total, concatenate_rows(carried) if carries else None
 
     def fit(self) -> int | None:
         """Train to the target; returns the signal that stopped it early, or None.
@@ -279,19 +259,14 @@ class Trainer:
             corpus,
             seq_len=data.seq_len,
             batch_size=self.config.evaluation.batch_rows,
-            dp_rank=self.ranks.rank,
-            dp_size=self.ranks.size,
+            dp_rank=self.mesh.data.rank,
+            dp_size=self.mesh.data.size,
             packing=data.packing,
             align=self.config.model.titans.scan.projection_chunk,
             max_tokens=max_tokens,
         )
         return evaluate(
-            self.model,
-            batches,
-            corpus.token_bytes,
-            self.ranks,
-            tells_documents=data.tells_documents,
-            should_stop=self._stop_requested,
+            self.engine, batches, corpus.token_bytes, self.ranks, should_stop=self._stop_requested
         )
 
     def _notify(self, event: str) -> None:
@@ -304,9 +279,10 @@ class Trainer:
         replace: also where there is one of this moment already, which is then out of date.
         """
         optimizer, cadence_plain = self.cadence.state_dict()
-        tensors = {f"model/{name}": p.detach() for name, p in self.model.named_parameters()}
+        parameters = self.engine.parameters.items()
+        tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
-        tensors |= self._stream_rows()
+        tensors |= self.engine.carried_rows(self.carried, self._own_rows())
         evaluation = self.last_evaluation
         plain: dict[str, Any] = {
             "clock": self.clock.state_dict(),
@@ -317,7 +293,7 @@ class Trainer:
             "trained_seconds": self.trained_seconds,
             "evaluation": vars(evaluation) if evaluation else None,
             "domains_evaluated": self.domains_evaluated,
-            "streams": self.state is not None,
+            "streams": self.config.training.state_carry == "stream" and self.clock.steps > 0,
         }
         folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
         for callback in self.callbacks:
@@ -335,11 +311,13 @@ class Trainer:
         except ValueError as error:
             raise CheckpointError(f"{folder} can't be resumed: {error}") from None
         parameters = mapping.rename(self.store.tensors(folder, "model/"))
-        load_parameters(self.model, parameters | mapping.start_added(self.model))
+        parameters |= mapping.start_added(self.config.model, self.config.seed)
+        load_parameters(self.engine.parameters, parameters, self._elsewhere)
         optimizer = mapping.rename(self.store.tensors(folder, "optimizer/"))
         self.cadence.load_state_dict(
             {name.removeprefix("optimizer/"): tensor for name, tensor in optimizer.items()},
             plain["cadence"],
+            self._elsewhere,
         )
         self.clock.load_state_dict(plain["clock"])
         self.loader.load_state_dict(plain["loader"])
@@ -348,35 +326,18 @@ class Trainer:
         if plain["evaluation"]:
             self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:
-            self._load_stream_rows(folder)
+            rows = self._own_rows()
+            saved = [self.store.tensors(folder, f"stream/{row}/") for row in rows]
+            self.carried = self.engine.take_up_rows(saved, rows)
         self.level_changes = mapping.changes
+
+    @property
+    def _elsewhere(self) -> set[str]:
+        """Names of the model's parameters of which this rank has nothing."""
+        return parameter_names(self.config.model) - self.engine.parameters.keys()
 
     def _own_rows(self) -> range:
         """The global batch rows that this rank holds."""
-        rows, ranks = self.config.batch_rows, self.ranks
-        return range(ranks.rank * rows // ranks.size, (ranks.rank + 1) * rows // ranks.size)
-
-    def _stream_rows(self) -> dict[str, Tensor]:
-        """Carried state by global row, so that any number of ranks can take it up again."""
-        if self.state is None:
-            return {}
-        return {
-            f"stream/{row}/{name}": tensor.select(row_axis(name), local).contiguous()
-            for name, tensor in self.state.named_tensors().items()
-            for local, row in enumerate(self._own_rows())
-            if tensor.numel() > 0
-        }
-
-    def _load_stream_rows(self, folder: Any) -> None:
-        saved = [self.store.tensors(folder, f"stream/{row}/") for row in self._own_rows()]
-
-        def take(name: str, empty: Tensor) -> Tensor:
-            if empty.numel() == 0:
-                return empty
-            parts = [
-                tensors[f"stream/{row}/{name}"]
-                for row, tensors in zip(self._own_rows(), saved, strict=True)
-            ]
-            return torch.stack(parts, dim=row_axis(name))
-
-        self.state = self.model.initial_state(len(saved)).detach().map(take)
+        return range(
+            *rows_of_rank(self.config.batch_rows, self.mesh.data.rank, self.mesh.data.size)
+        )

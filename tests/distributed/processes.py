@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor"])
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "train.engines"])
 
 
 def run(world_size: int, function: Callable[..., Any], *arguments: Any, seconds: int = 120) -> list:

@@ -60,6 +60,11 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    torch.compiler.reset()
+
+
 def run_layer(layer: Any, parameters: HopeLayer, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     x = x.clone().requires_grad_()
     y, _ = layer(x)

@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hope import HopeModel
-from tools.compare import make_variants, num_parameters
+from hope.model import num_parameters
+from tools.compare import make_variants
 from tools.figures import table
 from train.config import load_config
 

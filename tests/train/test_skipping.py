@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 import yaml
 
 from data_pipeline import Loader
-from hope import HopeModel
 from tests.distributed.processes import run
 from tests.train.test_trainer import STREAM, final_tensors, store_of
 from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.callbacks.metrics import read_metrics
 from train.config import validate_config
+from train.engines import open_engine
+from train.engines.native import NativeEngine
 from train.parallel.data_parallel import DataParallel
 from train.signals import StopSignals
 from train.trainer import Trainer
@@ -26,22 +28,22 @@ POISONS = ("gradient", "loss")
 
 def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 0) -> None:
     """Spoil what comes of the given batches (counted from 0 by the loader) on one rank."""
-    honest = Trainer._forward_backward
+    honest = NativeEngine.forward_backward
+    seen = count()
 
-    def spoiled(self: Trainer, batch: Any) -> Any:
-        total, state = honest(self, batch)
-        number = self.loader.position // self.config.batch_rows - 1
-        if number in batches and self.ranks.rank == rank:
+    def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
+        total, state = honest(self, batch, carried)
+        if next(seen) in batches and self.mesh.world.rank == rank:
             if what == "gradient":
-                broken = [p for n, p in self.model.named_parameters() if "cms.levels.2." in n]
+                broken = [p for n, p in self.parameters.items() if "cms.levels.2." in n]
                 broken[0].grad.view(-1)[0] = float("inf")
             elif what == "state":
-                state.layers[0].memory.w1.view(-1)[0] = float("nan")
+                state["layers.0.memory.w1"].view(-1)[0] = float("nan")
             else:
                 total = float("nan")
         return total, state
 
-    patch.setattr(Trainer, "_forward_backward", spoiled)
+    patch.setattr(NativeEngine, "forward_backward", spoiled)
 
 
 def leave_out(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
@@ -151,10 +153,10 @@ def train_with_a_poisoned_rank(rank: int, raw: dict[str, Any], batches: set[int]
     config = with_vocabulary(config, corpora)
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, batches, "gradient", rank=1)
-        model = HopeModel(config.model, seed=config.seed)
-        trainer = Trainer(config, corpora, DataParallel(), StopSignals(), model)
+        engine = open_engine(config, DataParallel())
+        trainer = Trainer(config, corpora, StopSignals(), engine)
         assert trainer.fit() is None
-    sums = {name: float(p.detach().double().sum()) for name, p in model.named_parameters()}
+    sums = {name: float(p.detach().double().sum()) for name, p in engine.parameters.items()}
     trainer.loader.close()
     return [trainer.clock.state_dict(), sums]
 

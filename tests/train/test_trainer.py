@@ -79,7 +79,7 @@ def test_a_stopped_run_resumes_to_the_bit(make_config, tmp_path: Path, changes: 
 
 def test_micro_batches_change_only_round_off(make_config, tmp_path: Path) -> None:
     whole, split = make_config(), make_config(**{"run_dir": str(tmp_path / "split")})
-    split = make_config(**{"training.micro_batch_rows": 3})
+    split = make_config(**{"parallel.micro_batches": 3})
     train(whole, resume=False)
     train(split, resume=False)
     for (kind, tokens, a), (_, _, b) in zip(losses(whole), losses(split), strict=True):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hope.model import num_parameters
 from train.callbacks.base import Callback
 from train.callbacks.metrics import LOSS_CURVE
 from train.config import ConfigError, MLflowConfig, flatten
@@ -56,7 +57,7 @@ class MLflow(Callback):
             id_file.write_text(run.info.run_id)
             flat = flatten(trainer.config.model_dump(mode="json"))
             mlflow.log_params({key: str(value)[:500] for key, value in flat.items()})
-            mlflow.log_param("num_parameters", sum(p.numel() for p in trainer.model.parameters()))
+            mlflow.log_param("num_parameters", num_parameters(trainer.config.model))
             mlflow.log_artifact(str(self.run_dir / CONFIG))
 
     @contextmanager

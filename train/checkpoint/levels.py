@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hope import HopeConfig, HopeModel
 from hope.config import CMSConfig, LevelConfig
+from hope.init import initial_value
 
 _LEVEL = re.compile(r"\bcms\.levels\.(\d+)\.")
 
@@ -41,15 +43,16 @@ class LevelMapping:
 
         return {_LEVEL.sub(moved, name): tensor for name, tensor in tensors.items()}
 
-    @torch.no_grad()
-    def start_added(self, model: nn.Module) -> dict[str, Tensor]:
-        """`model/NAME` tensors of added levels: as the model drew them, down projection zero."""
+    def start_added(self, config: HopeConfig, seed: int) -> dict[str, Tensor]:
+        """`model/NAME` tensors of added levels: as a fresh model has them, down projection zero."""
+        with torch.device("meta"):
+            model = HopeModel(config, seed=None)
         found = {}
         for name, parameter in model.named_parameters():
             match = _LEVEL.search(name)
             if match is None or int(match[1]) in self.positions:
                 continue
-            found[f"model/{name}"] = parameter.detach().clone()
+            found[f"model/{name}"] = initial_value(model, name, parameter.shape, seed)
             if name.endswith("down.weight"):
                 found[f"model/{name}"].zero_()
         return found

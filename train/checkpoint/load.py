@@ -24,14 +24,14 @@ def load_run(path: Path) -> tuple[RunConfig, HopeModel]:
     """
     config, tensors, _ = _open_run(path)
     model = HopeModel(config.model, seed=None)
-    load_parameters(model, tensors)
+    load_parameters(dict(model.named_parameters()), tensors)
     return config, model
 
 
 def initial_parameters(
     init_from: InitFromConfig, model: HopeConfig, seed: int, tokenizer: str
 ) -> dict[str, Tensor]:
-    """`model/NAME` tensors for `model`: another run's weights, its MLPs as CMS levels.
+    """Parameters of `model` by name: another run's weights, its MLPs as CMS levels.
 
     The mathematics is `hope.stacking`. tokenizer: SHA-256 of the tokenizer of this run's data.
     Raises CheckpointError when there is no such run, ConfigError where the two do not fit.
@@ -44,10 +44,9 @@ def initial_parameters(
         )
     pretrained = {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
     try:
-        stacked = stack_levels(pretrained, source.model, model, init_from.levels, seed)
+        return stack_levels(pretrained, source.model, model, init_from.levels, seed)
     except ValueError as error:
         raise ConfigError(f"init_from.path={init_from.path}: {error}") from None
-    return {f"model/{name}": tensor for name, tensor in stacked.items()}
 
 
 def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -21,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from train.checkpoint.manifest import MARKER, damage, write_manifest, write_marker
 from train.parallel.data_parallel import DataParallel
+from train.parallel.placement import fill
 
 PLAIN = "trainer.json"
 
@@ -122,15 +124,20 @@ class CheckpointStore:
 
 
 @torch.no_grad()
-def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy `model/NAME` tensors into the parameters; ValueError unless the names match exactly."""
-    named = {f"model/{name}": parameter for name, parameter in model.named_parameters()}
-    if named.keys() != tensors.keys():
-        raise ValueError(
-            f"checkpoint and model differ in {sorted(named.keys() ^ tensors.keys())[:4]}"
-        )
-    for name, parameter in named.items():
-        parameter.copy_(tensors[name])
+def load_parameters(
+    parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], elsewhere: Container[str] = ()
+) -> None:
+    """Copy whole `model/NAME` tensors into parameters, or this rank's parts of them, by name.
+
+    elsewhere: names of parameters that other ranks have. ValueError unless the names match.
+    """
+    saved = {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
+    wrong = sorted(parameters.keys() - saved.keys())
+    wrong += sorted(n for n in saved if n not in parameters and n not in elsewhere)
+    if wrong:
+        raise ValueError(f"checkpoint and model differ in {wrong[:4]}")
+    for name, parameter in parameters.items():
+        fill(parameter, saved[name])
 
 
 def _delete(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data_pipeline import IGNORE, Batch
-from hope import HopeModel
 from train.parallel.data_parallel import DataParallel
 
 
@@ -46,20 +46,25 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-@torch.inference_mode()
+class LossOfABatch(Protocol):
+    """What an evaluation needs of an engine: see `train.engines.native.Engine`."""
+
+    def held_out(self, batch: Batch) -> float: ...
+
+    def spoken_for(self, labels: Tensor) -> Tensor: ...
+
+
 def evaluate(
-    model: HopeModel,
+    engine: LossOfABatch,
     batches: Iterable[Batch],
     token_bytes: np.ndarray,
     ranks: DataParallel,
     *,
-    tells_documents: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> HeldOut:
-    """Mean loss of `model` over `batches`, each row from a fresh state, over all ranks.
+    """Mean loss over `batches`, each row from a fresh state, over all ranks.
 
-    token_bytes: UTF-8 bytes of each token id; tells_documents: whether the model is told where
-    documents start inside a row. Changes neither the model nor any state. Raises
+    token_bytes: UTF-8 bytes of each token id. Changes neither the model nor any state. Raises
     EvaluationInterruptedError between batches when should_stop() answers True.
     """
     bytes_of = torch.from_numpy(token_bytes.astype(np.int64))
@@ -67,10 +72,8 @@ def evaluate(
     for batch in batches:
         if should_stop():
             raise EvaluationInterruptedError
-        starts = batch.document_starts if tells_documents else None
-        logits, _ = model(batch.tokens, None, starts)
-        counted = batch.labels[batch.labels != IGNORE]
-        nats += float(summed_loss(logits, batch.labels))
+        nats += engine.held_out(batch)
+        counted = engine.spoken_for(batch.labels)
         count += counted.numel()
         size += int(bytes_of[counted].sum())
     nats, total, size_total = ranks.sum([nats, count, size])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -14,7 +15,9 @@ from train.optim.level import START, Level
 from train.optim.levels import group_by_level
 from train.optim.m3 import M3
 from train.optim.muon import Muon
+from train.optim.norms import Norms
 from train.parallel.data_parallel import DataParallel
+from train.parallel.mesh import Mesh
 from train.parallel.reduction import GradientReduction
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -37,17 +40,20 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_cadence(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, nn.Parameter],
     model_config: HopeConfig,
     config: OptimizerConfig,
-    ranks: DataParallel | None = None,
+    ranks: DataParallel | Mesh | None = None,
 ) -> Cadence:
     """An optimizer for every level of `model`, composed into one Cadence over `ranks` (None: one).
+
+    model: or its parameters by name, where this rank has only some of them. ranks: those that all
+    hold the whole model; or the mesh whose ranks hold parts of it.
 
     In a nested CMS every level but the slowest gets a start theta0, a copy of its weights as they
     are now, with an optimizer of its own.
     """
-    named = dict(model.named_parameters())
+    named = dict(model.named_parameters() if isinstance(model, nn.Module) else model)
     names_by_level = group_by_level(named, model_config)
     reset_by: dict[str, str] = {}
     if model_config.cms.mode == "nested":
@@ -64,8 +70,19 @@ def build_cadence(
             level.start = _level(level_name + START, copies, settings, config)
             level.reset_by = reset_by[level_name]
         levels.append(level)
-    reduction = GradientReduction(ranks or DataParallel.alone())
-    return Cadence(levels, named.values(), config.clip_norm, reduction)
+    if not isinstance(ranks, Mesh):
+        reduction = GradientReduction(ranks or DataParallel.alone())
+        return Cadence(levels, named.values(), config.clip_norm, reduction)
+    layout = ranks.layout
+    twice = layout.pp > 1 and model_config.tie_embeddings and ranks.pp.rank == layout.pp - 1
+    elsewhere = [named["embedding.weight"]] if twice and "embedding.weight" in named else []
+    return Cadence(
+        levels,
+        named.values(),
+        config.clip_norm,
+        GradientReduction(ranks.reduce, ranks.world),
+        Norms(ranks, elsewhere),
+    )
 
 
 def _level(

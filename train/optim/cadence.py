@@ -26,16 +26,16 @@ period is its context. The paper leaves the rest open; decided here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.optim.level import START, Level
-from train.optim.norms import all_finite, gradient_norms, total_norm
+from train.optim.norms import Norms, all_finite
+from train.parallel.placement import placed
 from train.parallel.reduction import GradientReduction
 
 ACCUMULATOR = "accumulated_grad"
@@ -86,9 +86,11 @@ class Cadence:
         parameters: Iterable[nn.Parameter],
         clip_norm: float,
         reduction: GradientReduction,
+        norms: Norms | None = None,
     ) -> None:
         """levels: every parameter in exactly one; parameters: all of them, in the model's order,
         which is the order that norms are added up in."""
+        self.norms = norms or Norms()
         self.levels = levels
         self.clip_norm = clip_norm
         self.reduction = reduction
@@ -107,15 +109,19 @@ class Cadence:
         Returns `numbers` added over the ranks, and where something is not finite: a number, or a
         gradient. One small all-reduce. The gradients stay as they are, for `step` or `drop`.
         """
-        ranks = self.reduction.ranks
+        ranks, world = self.reduction.ranks, self.reduction.world
         present = [float(parameter.grad is not None) for parameter in self._live]
         bad_levels = [float(not all_finite(level.parameters.values())) for level in self.levels]
         bad = any(bad_levels) or not torch.tensor(list(numbers)).isfinite().all()
-        bad_ranks = [float(bad and rank == ranks.rank) for rank in range(ranks.size)]
-        sums = iter(ranks.sum([*present, *bad_levels, *bad_ranks, *numbers]))
+        bad_ranks = [float(bad and rank == world.rank) for rank in range(world.size)]
+        told = [*bad_levels, *bad_ranks, *numbers]
+        if ranks.size == world.size:
+            sums = iter(world.sum([*present, *told]))
+        else:  # stages of a pipeline have different parameters
+            sums = iter([*ranks.sum(present), *world.sum(told)])
         self._with_gradient = {p for p in self._live if next(sums) > 0}
         levels = [level.name for level in self.levels if next(sums) > 0]
-        where = [rank for rank in range(ranks.size) if next(sums) > 0]
+        where = [rank for rank in range(world.size) if next(sums) > 0]
         return list(sums), NonFinite(where, levels) if where else None
 
     @torch.no_grad()
@@ -262,16 +268,16 @@ class Cadence:
 
         Returns the one norm, and each level's before any clipping.
         """
-        norms = gradient_norms(p for level in moving for p in level.parameters.values())
+        norms = self.norms.of(p for level in moving for p in level.parameters.values())
         level_norms = {}
         for level in moving:
-            grads = [p for p in level.parameters.values() if p in norms]
-            level_norms[level.name] = norm = total_norm([norms[p] for p in grads])
+            own = {p: norms[p] for p in level.parameters.values() if p in norms}
+            level_norms[level.name] = norm = self.norms.total(own)
             if level.clip_norm is not None and norm > level.clip_norm:
-                nn.utils.clip_grads_with_norm_(grads, level.clip_norm, torch.tensor(norm))
-                norms |= gradient_norms(grads)
+                nn.utils.clip_grads_with_norm_(own, level.clip_norm, torch.tensor(norm))
+                norms |= self.norms.of(own)
         parameters = [parameter for parameter in self._ordered if parameter in norms]
-        norm = total_norm([norms[parameter] for parameter in parameters])
+        norm = self.norms.total({parameter: norms[parameter] for parameter in parameters})
         if not torch.tensor(norm).isfinite():
             raise FloatingPointError(f"a sum of gradients overflowed: norms by level {level_norms}")
         if norm > self.clip_norm:
@@ -307,11 +313,14 @@ class Cadence:
         return tensors, {"tokens": {key: level.tokens for key, level in self._parts()}}
 
     @torch.no_grad()
-    def load_state_dict(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+    def load_state_dict(
+        self, tensors: dict[str, Tensor], plain: dict[str, Any], elsewhere: Container[str] = ()
+    ) -> None:
         """Take back what `state_dict` gave, whole, on any number of ranks and with any `reduce`.
 
-        A level that the state does not know begins with nothing. Raises ValueError for state of
-        unknown parameters and for a start that is missing.
+        elsewhere: names of parameters of the model that other ranks have. A level that the state
+        does not know begins with nothing. Raises ValueError for state of unknown parameters and for
+        a start that is missing.
         """
         self.state.clear()
         remaining: dict[str, dict[str, Tensor]] = {}
@@ -327,15 +336,16 @@ class Cadence:
                 if key.endswith(START):
                     if VALUE not in held:
                         raise ValueError(f"checkpoint holds no {name}: it is not of a nested CMS")
-                    parameter.copy_(_placed(held.pop(VALUE), parameter))
+                    parameter.copy_(placed(held.pop(VALUE), parameter))
                 pending = {k: held.pop(k) for k in list(held) if k.startswith(ACCUMULATOR)}
                 if pending:
                     self._take_up(level, parameter, pending)
                 if held:
-                    state = {k: _placed(value, parameter) for k, value in held.items()}
+                    state = {k: placed(value, parameter) for k, value in held.items()}
                     level.set_optimizer_state(parameter, state)
-        if remaining:
-            raise ValueError(f"checkpoint holds state of unknown parameters: {sorted(remaining)}")
+        unknown = sorted(n for n in remaining if n.removesuffix(START) not in elsewhere)
+        if unknown:
+            raise ValueError(f"checkpoint holds state of unknown parameters: {unknown}")
 
     def _take_up(self, level: Level, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
         """Make this rank's accumulator of what one or several ranks had in theirs."""
@@ -347,7 +357,7 @@ class Cadence:
             else:
                 own = _sum(saved) if ranks.rank == 0 else torch.zeros_like(_sum(saved))
         else:
-            own = self.reduction.share(_placed(_sum(saved), parameter))
+            own = self.reduction.share(placed(_sum(saved), parameter))
         device = "cpu" if level.accumulator_device == "cpu" else parameter.device
         self.state[parameter] = {ACCUMULATOR: own.to(device)}
 
@@ -367,12 +377,3 @@ def _sum(saved: dict[str, Tensor]) -> Tensor:
     for other in others:
         total.add_(other)
     return total
-
-
-def _placed(value: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A whole tensor on the parameter's device, sharded as the parameter is if it has its shape."""
-    value = value.to(parameter.device)
-    if isinstance(parameter, DTensor) and value.shape == parameter.shape:
-        mesh, placements = parameter.device_mesh, parameter.placements
-        return distribute_tensor(value, mesh, placements, src_data_rank=None)
-    return value

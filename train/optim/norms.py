@@ -1,4 +1,4 @@
-"""Norms of gradients, plain or sharded, formed as `torch.nn.utils` forms them."""
+"""Norms of gradients: of one process formed as `torch.nn.utils` forms them; over many, of parts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from train.parallel.mesh import Mesh
 
 
 def all_finite(parameters: Iterable[nn.Parameter]) -> bool:
@@ -33,3 +35,46 @@ def total_norm(norms: list[Tensor]) -> float:
         return 0.0
     total = torch.linalg.vector_norm(torch.stack(norms))
     return float(total.full_tensor() if isinstance(total, DTensor) else total)
+
+
+class Norms:
+    """Norms over whatever the ranks of `mesh` hold together; None: what this process holds.
+
+    shared_elsewhere: parameters that another rank speaks for, such as the last stage's copy of tied
+    token vectors.
+    """
+
+    def __init__(
+        self, mesh: Mesh | None = None, shared_elsewhere: Iterable[nn.Parameter] = ()
+    ) -> None:
+        self._mesh = None if mesh is None or mesh.layout.plain else mesh
+        self._elsewhere = set(shared_elsewhere)
+
+    def of(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """The norm of the gradient, or of this rank's part of it, of each that has one."""
+        if self._mesh is None:
+            return gradient_norms(parameters)
+        grads = {p: p.grad for p in parameters if p.grad is not None}
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads.values()]
+        if not local:
+            return {}
+        return dict(zip(grads, torch._foreach_norm(local), strict=True))
+
+    def total(self, norms: dict[nn.Parameter, Tensor]) -> float:
+        """The norm of everything, the same on all ranks; a collective call of all of them."""
+        if self._mesh is None:
+            return total_norm(list(norms.values()))
+        owned = [norm for parameter, norm in norms.items() if self._owns(parameter)]
+        squares = float(torch.stack(owned).double().square().sum()) if owned else 0.0
+        return float(self._mesh.world.sum([squares])[0] ** 0.5)
+
+    def _owns(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank speaks for its part: of those that hold the same one does."""
+        assert self._mesh is not None
+        if parameter in self._elsewhere:
+            return False
+        if not isinstance(parameter, DTensor):
+            return self._mesh.owns_plain
+        mesh = parameter.device_mesh
+        alike = [number for number, one in enumerate(parameter.placements) if one.is_replicate()]
+        return all(mesh.get_local_rank(number) == 0 for number in alike)

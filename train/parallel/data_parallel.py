@@ -1,8 +1,4 @@
-"""Plain data parallelism: every rank holds the whole model and its rows of the global batch.
-
-Gradients are sums over tokens, so ranks only add (`train.parallel.reduction`): the result does not
-depend on how many rows each rank had.
-"""
+"""A group of ranks that talk: all of the job, or those along some of its axes."""
 
 from __future__ import annotations
 
@@ -15,15 +11,18 @@ import torch.distributed as dist
 
 
 class DataParallel:
-    """This process's place among the data-parallel ranks, as torchrun's environment tells it.
+    """This process's place among a group of ranks; by default all, as torchrun's environment tells.
 
     A context manager: the process group is made on entry and destroyed on exit. One process needs
     no group, and every collective is then the identity.
+
+    group: a part of the job (`DataParallel.of`); None for all of it.
     """
 
     def __init__(self) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
+        self.group: dist.ProcessGroup | None = None
 
     @classmethod
     def alone(cls) -> DataParallel:
@@ -32,9 +31,24 @@ class DataParallel:
         ranks.size, ranks.rank = 1, 0
         return ranks
 
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> DataParallel:
+        """The ranks of a process group that this process is in."""
+        ranks = cls()
+        ranks.group, ranks.size, ranks.rank = (
+            group,
+            dist.get_world_size(group),
+            dist.get_rank(group),
+        )
+        return ranks
+
     def __enter__(self) -> DataParallel:
         if self.size > 1:
-            dist.init_process_group("gloo")
+            backend = "gloo"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                backend = "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend)
         return self
 
     def __exit__(
@@ -51,12 +65,16 @@ class DataParallel:
         """Whether this rank writes the files and the logs."""
         return self.rank == 0
 
+    def global_rank(self, rank: int) -> int:
+        """The rank in the whole job of a rank of this group."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
     def sum(self, values: list[float]) -> list[float]:
         """Add numbers over the ranks, in float64."""
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return [float(value) for value in total]
 
     def broadcast(self, value: Any) -> Any:
@@ -64,10 +82,10 @@ class DataParallel:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=self.global_rank(0), group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)

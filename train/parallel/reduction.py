@@ -33,8 +33,9 @@ class GradientReduction:
     formed in float32 (float64 for float64), in buckets of at most 8 Mi elements or one tensor.
     """
 
-    def __init__(self, ranks: DataParallel) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: DataParallel, world: DataParallel | None = None) -> None:
+        """ranks: those that hold the same parameters; world: all of the job (default: the same)."""
+        self.ranks, self.world = ranks, world or ranks
         self._mesh: DeviceMesh | None = None
 
     def is_shared(self, tensor: Tensor) -> bool:
@@ -46,7 +47,7 @@ class GradientReduction:
         shared = [tensor for tensor in tensors if self.is_shared(tensor)]
         for bucket in _buckets(shared, [tensor.numel() for tensor in shared]):
             flat = torch.cat([tensor.reshape(-1).to(_precise(tensor)) for tensor in shared[bucket]])
-            dist.all_reduce(flat)
+            dist.all_reduce(flat, group=self.ranks.group)
             sizes = [tensor.numel() for tensor in shared[bucket]]
             for tensor, part in zip(shared[bucket], flat.split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -79,7 +80,7 @@ class GradientReduction:
         if not self.is_shared(share):
             return share
         if self._mesh is None:
-            self._mesh = init_device_mesh(share.device.type, (self.ranks.size,))
+            self._mesh = _mesh_of(self.ranks, share.device.type)
         stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
         return DTensor.from_local(share, self._mesh, [Shard(0)], shape=shape, stride=stride)
 
@@ -101,7 +102,7 @@ class GradientReduction:
                 flat = tensor[first : first + rows].reshape(-1)
                 part[rank, : flat.numel()].copy_(flat)
         own = torch.empty(sum(lengths), dtype=dtype, device=device)
-        _reduce_scatter(own, everything.view(-1))
+        _reduce_scatter(own, everything.view(-1), group=self.ranks.group)
         shares = []
         for tensor, part in zip(bucket, own.split(lengths), strict=True):
             rows, _ = self._rows(tensor.shape)
@@ -116,7 +117,7 @@ class GradientReduction:
         for share, part in zip(shares, own.split(lengths), strict=True):
             part[: share.numel()].copy_(share.reshape(-1))
         everything = own.new_empty(size * own.numel())
-        _all_gather(everything, own)
+        _all_gather(everything, own, group=self.ranks.group)
         whole = []
         for shape, part in zip(
             shapes, everything.view(size, -1).split(lengths, dim=1), strict=True
@@ -124,6 +125,12 @@ class GradientReduction:
             padded = part.reshape(size * _share_rows(shape, size), *shape[1:])
             whole.append(padded[: shape[0]].contiguous())
         return whole
+
+
+def _mesh_of(ranks: DataParallel, kind: str) -> DeviceMesh:
+    if ranks.group is None:
+        return init_device_mesh(kind, (ranks.size,))
+    return DeviceMesh.from_group(ranks.group, kind)
 
 
 def _share_rows(shape: torch.Size, size: int) -> int:

@@ -1,0 +1,152 @@
+"""Training a few steps under any layout, to be compared with one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data_pipeline import IGNORE, Batch
+from data_pipeline.loader import rows_of_rank
+from train.clock import TokenClock
+from train.config import RunConfig, validate_config
+from train.engines import open_engine
+from train.optim.build import build_cadence
+from train.optim.levels import periods
+from train.parallel.data_parallel import DataParallel
+
+ROWS, LENGTH, VOCABULARY = 8, 32, 48
+STEP = ROWS * LENGTH
+STEPS = 8
+
+MODELS: dict[str, dict[str, Any]] = {
+    "hope": {},
+    "hope-attention": {"pattern": ["titans", "attention"], "attention": {"conv_width": 4}},
+    "transformer": {"mixer": "attention"},
+}
+
+
+@dataclass
+class Trace:
+    """What a run did: per step the loss and every norm; at the end every parameter, whole."""
+
+    losses: list[float]
+    norms: list[dict[str, float]]
+    parameters: dict[str, Tensor]
+    held_out: float
+
+
+def make_config(model: str, parallel: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    """A tiny model of four layers whose levels fire every 1, 3 and 5 steps."""
+    levels = [
+        {"name": "a", "hidden_size": 16},
+        {"name": "b", "hidden_size": 8, "update_every_tokens": 3 * STEP},
+        {"name": "c", "hidden_size": 8, "update_every_tokens": 5 * STEP},
+    ]
+    raw: dict[str, Any] = {
+        "run_dir": "nowhere",
+        "model": {
+            "vocab_size": VOCABULARY,
+            "dim": 32,
+            "num_layers": 4,
+            "num_heads": 4,
+            "titans": {
+                "initial_eta": 0.1,
+                "scan": {"memory_chunk": 4, "projection_chunk": 8},
+            },
+            "cms": {"levels": levels},
+            **MODELS[model],
+        },
+        "data": {
+            "train": [{"path": "nowhere"}],
+            "validation": "nowhere",
+            "seq_len": LENGTH,
+            "order": "stream",
+        },
+        "training": {
+            "total_tokens": 100 * STEP,
+            "batch_tokens": STEP,
+            "state_carry": "stream",
+        },
+        "optimizer": {"lr": 0.005, "clip_norm": 0.5},
+        "parallel": parallel or {},
+    }
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = raw
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return validate_config(raw, "test")
+
+
+def make_batch(step: int, first: int, last: int) -> Batch:
+    """Rows first to last of the step's batch; documents begin and padding lies here and there."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = IGNORE
+    starts = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
+    starts[:, ::8] = torch.rand(ROWS, LENGTH // 8, generator=generator) < 0.2
+    rows = slice(first, last)
+    return Batch(ids[rows, :-1], labels[rows], starts[rows])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(rank: int, config: RunConfig | dict[str, Any], steps: int = STEPS) -> Trace:
+    """Train `steps` steps as one of the ranks that the environment tells of."""
+    if isinstance(config, dict):
+        config = validate_config(config, "test")
+    ranks = DataParallel()
+    engine = open_engine(config, ranks)
+    cadence = build_cadence(engine.parameters, config.model, config.optimizer, engine.mesh)
+    clock = TokenClock(periods(config.model))
+    data = engine.mesh.data
+    first, last = rows_of_rank(ROWS, data.rank, data.size)
+    carried, losses, norms = None, [], []
+    for step in range(steps):
+        batch = make_batch(step, first, last)
+        loss, carried = engine.forward_backward(batch, carried)
+        counted = engine.spoken_for(batch.labels).numel()
+        (total, valid), problem = cadence.agree([loss, counted])
+        assert problem is None
+        report = cadence.step(clock.advance(STEP), int(valid), lambda _: 0.005, clock.tokens)
+        losses.append(total / valid)
+        norms.append({**report.level_norms, "all": report.grad_norm})
+    batch = make_batch(999, first, last)
+    counts = [engine.held_out(batch), engine.spoken_for(batch.labels).numel()]
+    total, valid = ranks.sum(counts)
+    parameters = {name: whole(p.detach()).clone() for name, p in engine.parameters.items()}
+    return Trace(losses, norms, parameters, total / valid)
+
+
+def relative(one: float, other: float) -> float:
+    return abs(one - other) / max(abs(other), 1e-12)
+
+
+def worst_error(found: list[Trace], expected: Trace) -> float:
+    """The largest relative difference over losses, norms and parameters of every rank.
+
+    A parameter's is that of its norm: |difference| / |expected|.
+    """
+    errors = []
+    names = set()
+    for trace in found:
+        errors += [relative(a, b) for a, b in zip(trace.losses, expected.losses, strict=True)]
+        for mine, theirs in zip(trace.norms, expected.norms, strict=True):
+            assert mine.keys() == theirs.keys()
+            errors += [relative(mine[key], theirs[key]) for key in theirs]
+        errors.append(relative(trace.held_out, expected.held_out))
+        for name, tensor in trace.parameters.items():
+            wanted = expected.parameters[name]
+            assert tensor.shape == wanted.shape
+            errors.append(float((tensor - wanted).norm() / wanted.norm()))
+        names |= trace.parameters.keys()
+    assert names == expected.parameters.keys()
+    return max(errors)

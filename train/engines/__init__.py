@@ -1,0 +1,29 @@
+"""What computes a step's gradients; the trainer asks and does not know which it is."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from train.config import RunConfig
+from train.engines.native import Engine, NativeEngine
+from train.parallel.data_parallel import DataParallel
+from train.parallel.layout import Job, Layout, resolve
+from train.parallel.mesh import make_mesh
+
+
+def layout_of(config: RunConfig, world_size: int) -> Layout:
+    """How so many ranks run `config`; ConfigError, with every reason, where they can't."""
+    names = ["fast", *(level.name for level in config.model.cms.levels)]
+    late = [name for name in names if config.optimizer.level(name).reduce == "at_update"]
+    job = Job(config.model, config.batch_rows, config.data.seq_len, tuple(late))
+    return resolve(config.parallel, world_size, job)
+
+
+def open_engine(
+    config: RunConfig, ranks: DataParallel, initial: dict[str, Tensor] | None = None
+) -> Engine:
+    """The engine that `config` names, over all ranks of the job; a collective call of them.
+
+    initial: whole parameters by name to start from; None draws them from config.seed.
+    """
+    return NativeEngine(config, make_mesh(layout_of(config, ranks.size), ranks), initial)

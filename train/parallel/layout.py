@@ -1,0 +1,223 @@
+"""Which layouts are possible: checked before anything is allocated, with every reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
+
+from hope.config import HopeConfig
+from hope.sharding import tensor_parallel_sizes
+from train.parallel.config import ParallelConfig, Schedule
+from train.section import ConfigError
+
+STAGES_PER_RANK: dict[Schedule, int] = {
+    "gpipe": 1,
+    "1f1b": 1,
+    "interleaved": 2,
+    "zero-bubble": 2,
+    "zbv": 2,
+}
+_SUGGESTED = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How many ranks there are along each axis, slowest-varying first; their product is `world`."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    stages_per_rank: int = 1
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def dp(self) -> int:
+        """Ranks that read different rows."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 holds the parameters and adds up the gradients.
+
+        It does where they are divided over data-parallel ranks; and where tensor-parallel ranks
+        have them and there is anything left to add.
+        """
+        return self.dp_shard > 1 or (self.tp > 1 and self.dp * self.cp > 1)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every rank holds every parameter whole."""
+        return self.tp == self.pp == 1 and not self.sharded
+
+    def __str__(self) -> str:
+        names = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+        found = [f"{name}={getattr(self, name)}" for name in names if getattr(self, name) > 1]
+        return " ".join(found) or "one process"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What has to be spread: a model, and the rows [rows, seq_len] of one step."""
+
+    model: HopeConfig
+    rows: int
+    seq_len: int
+    at_update: tuple[str, ...] = ()  # levels with reduce: at_update
+
+
+def resolve(parallel: ParallelConfig, world: int, job: Job) -> Layout:
+    """The layout of `world` ranks. ConfigError, with every reason why it can't be and the nearest
+    layouts that can."""
+    asked = Layout(
+        pp=parallel.pp,
+        dp_replicate=parallel.dp_replicate,
+        dp_shard=parallel.dp_shard,
+        cp=parallel.cp,
+        tp=parallel.tp,
+        stages_per_rank=parallel.stages_per_rank or STAGES_PER_RANK[parallel.schedule],
+    )
+    layout = _fill_in(asked, world)
+    reasons = [] if layout is None else problems(parallel, layout, job)
+    if layout is None:
+        axes = (asked.pp, asked.dp_replicate, asked.dp_shard, asked.cp, asked.tp)
+        fixed = prod(size for size in axes if size > 0)
+        reasons = [f"its axes multiply to {fixed}, and there are {world} ranks"]
+        if asked.dp_replicate == asked.dp_shard == -1:
+            reasons = ["only one of dp_replicate and dp_shard may be -1"]
+        elif asked.dp_replicate == 0 or asked.dp_shard == 0:
+            reasons = ["dp_replicate and dp_shard are at least 1, or -1"]
+    if not reasons and layout is not None:
+        return layout
+    near = ", or ".join(f"({one})" for one in nearest(parallel, asked, world, job))
+    hint = f"; possible: {near}" if near else ""
+    raise ConfigError(f"parallel: can't be laid out: {'; '.join(reasons)}{hint}")
+
+
+def problems(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
+    """Every reason why `job` can't run so; empty when it can."""
+    model, found = job.model, []
+    sizes = tensor_parallel_sizes(model)
+    if layout.tp not in sizes:
+        found.append(
+            f"tp={layout.tp} must divide the heads, the vocabulary and every level's hidden_size "
+            f"(possible: {', '.join(map(str, sizes))})"
+        )
+    if parallel.sequence_parallel and job.seq_len // layout.cp % layout.tp:
+        found.append(f"sequence_parallel: tp={layout.tp} must divide data.seq_len={job.seq_len}")
+    stages = layout.pp * layout.stages_per_rank
+    if layout.pp > 1 and model.num_layers < stages:
+        found.append(
+            f"{stages} pipeline stages need as many layers, and there are {model.num_layers}"
+        )
+    single = parallel.schedule in ("1f1b", "gpipe")
+    if single and layout.stages_per_rank != 1:
+        found.append(f"schedule={parallel.schedule} has one stage a rank")
+    if parallel.schedule == "zbv" and layout.stages_per_rank != 2:
+        found.append("schedule=zbv has two stages a rank")
+    rounds = max(1, parallel.micro_batches // layout.pp)
+    if layout.pp > 1 and not single and parallel.micro_batches % rounds:
+        found.append(
+            f"schedule={parallel.schedule}: micro_batches must be a multiple of pp={layout.pp}"
+        )
+    found += _problems_of_rows(parallel, layout, job)
+    if layout.cp > 1:
+        found += _problems_of_pieces(parallel, layout, job)
+    if job.at_update and not layout.plain:
+        found.append(
+            f"reduce=at_update of level {', '.join(job.at_update)} is for ranks that each hold the "
+            "whole model; here gradients are added every step"
+        )
+    if parallel.schedule == "zbv" and layout.pp > 1 and layout.sharded and model.tie_embeddings:
+        found.append(
+            "schedule=zbv has first and last stage on one rank, where FSDP2 can't share tied "
+            "embeddings: model.tie_embeddings=false, or another schedule"
+        )
+    if parallel.cpu_offload and not layout.sharded:
+        found.append("cpu_offload needs dp_shard above 1")
+    if parallel.tensor_backend == "megatron" and layout.tp == 1:
+        found.append("tensor_backend=megatron needs tp above 1")
+    return found
+
+
+def _problems_of_rows(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
+    found = []
+    if job.rows < layout.dp:
+        found.append(
+            f"training.batch_tokens gives {job.rows} rows of data.seq_len tokens, fewer than the "
+            f"{layout.dp} data-parallel ranks"
+        )
+        return found
+    fewest = job.rows // layout.dp
+    if parallel.micro_batches > fewest:
+        found.append(f"micro_batches={parallel.micro_batches} of only {fewest} rows a rank")
+    if layout.pp > 1:
+        if job.rows % layout.dp or fewest % parallel.micro_batches:
+            found.append(
+                f"a pipeline needs equal micro-batches: {job.rows} rows over {layout.dp} "
+                f"data-parallel ranks and {parallel.micro_batches} micro_batches"
+            )
+        if parallel.schedule != "gpipe" and parallel.micro_batches < layout.pp:
+            found.append(
+                f"schedule={parallel.schedule} needs micro_batches of at least pp={layout.pp}"
+            )
+    return found
+
+
+def _problems_of_pieces(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
+    found, model = [], job.model
+    if job.seq_len % layout.cp:
+        return [f"cp={layout.cp} must divide data.seq_len={job.seq_len}"]
+    piece = job.seq_len // layout.cp
+    chunk = model.titans.scan.projection_chunk
+    if "titans" in model.mixers and model.titans.writes and piece % chunk:
+        found.append(
+            f"cp={layout.cp} cuts sequences into pieces of {piece} tokens, which must be a "
+            f"multiple of projection_chunk={chunk}"
+        )
+    if "attention" in model.mixers and model.num_heads // layout.tp % layout.cp:
+        found.append(
+            f"cp={layout.cp} must divide the {model.num_heads // layout.tp} heads of a rank"
+        )
+    if parallel.activation_checkpointing != "none":
+        found.append("with cp above 1 activation_checkpointing would send everything twice: none")
+    if parallel.compile:
+        found.append("with cp above 1 layers wait for each other and can't be compiled")
+    if layout.pp > 1 and parallel.schedule in ("zero-bubble", "zbv"):
+        found.append(f"schedule={parallel.schedule} with cp above 1: use 1f1b or interleaved")
+    return found
+
+
+def _fill_in(asked: Layout, world: int) -> Layout | None:
+    """`asked` with -1 replaced by what is left; None where the ranks don't come out even."""
+    open_axes = [name for name in ("dp_replicate", "dp_shard") if getattr(asked, name) == -1]
+    if len(open_axes) > 1 or min(asked.dp_replicate, asked.dp_shard) == 0:
+        return None
+    if open_axes:
+        rest = world // abs(asked.world)
+        asked = replace(asked, **{open_axes[0]: rest})
+    return asked if asked.world == world else None
+
+
+def nearest(parallel: ParallelConfig, asked: Layout, world: int, job: Job) -> list[Layout]:
+    """Up to three possible layouts of `world` ranks, those with the fewest changed axes first."""
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    found = []
+    for pp, shard, cp, tp in product(divisors, repeat=4):
+        if world % (pp * shard * cp * tp):
+            continue
+        one = replace(
+            asked, pp=pp, dp_shard=shard, cp=cp, tp=tp, dp_replicate=world // (pp * shard * cp * tp)
+        )
+        if not problems(parallel, one, job):
+            axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+            changed = sum(getattr(one, axis) != getattr(asked, axis) for axis in axes)
+            far = sum(abs(getattr(one, axis) - getattr(asked, axis)) for axis in axes)
+            found.append((changed, far, str(one), one))
+    return [one for *_, one in sorted(found, key=lambda item: item[:3])[:_SUGGESTED]]

@@ -1,0 +1,67 @@
+"""Where a rank's part of a parameter lies in the whole, and how to cut it out.
+
+Tensor parallelism cuts first, by the shard plan; FSDP2 then cuts what a rank has left by rows. So a
+rank's part is one block, whichever of the two cut which axis.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+TENSOR_AXIS = "tp"
+
+
+def _cuts(like: DTensor) -> list[tuple[int, int, int]]:
+    """(axis, number of parts, this rank's) of each cut, in their order."""
+    mesh = like.device_mesh
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    found = []
+    for number, (name, placement) in enumerate(zip(names, like.placements, strict=True)):
+        axis = getattr(placement, "dim", None)  # Shard, and FSDP2's own kind of it
+        if axis is not None and not placement.is_partial():
+            where = mesh.get_local_rank(number)
+            found.append((name != TENSOR_AXIS, axis, mesh.size(number), where))
+    return [(axis, size, where) for _, axis, size, where in sorted(found)]
+
+
+def block(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(offsets, sizes) of this rank's part of `like` in the whole."""
+    offsets, sizes = [0] * like.ndim, list(like.shape)
+    if isinstance(like, DTensor):
+        for axis, parts, rank in _cuts(like):
+            most = -(-sizes[axis] // parts)
+            begin = min(rank * most, sizes[axis])
+            offsets[axis] += begin
+            sizes[axis] = min(most, sizes[axis] - begin)
+    return tuple(offsets), tuple(sizes)
+
+
+def cut(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part, a view, of a whole tensor that is to lie as `like` does."""
+    for axis, (begin, size) in enumerate(zip(*block(like), strict=True)):
+        whole = whole.narrow(axis, begin, size)
+    return whole
+
+
+def placed(whole: Tensor, like: Tensor) -> Tensor:
+    """`whole` on the device of `like`, divided over the ranks as it is, if it has its shape."""
+    if not isinstance(like, DTensor) or whole.shape != like.shape:
+        return whole.to(like.device)
+    part = cut(whole, like).to(like.device).contiguous()
+    return DTensor.from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+@torch.no_grad()
+def fill(like: Tensor, whole: Tensor) -> None:
+    """Copy this rank's part of `whole` into `like`."""
+    own = like.to_local() if isinstance(like, DTensor) else like
+    own.copy_(cut(whole, like))
