@@ -71,7 +71,8 @@ def make_config(model: str, parallel: dict[str, Any] | None = None, **changes: A
             "batch_tokens": STEP,
             "state_carry": "stream",
         },
-        "optimizer": {"lr": 0.005, "clip_norm": 0.5},
+        # eps above what rounding leaves of a gradient: Adam would turn its sign into a whole step.
+        "optimizer": {"lr": 0.005, "clip_norm": 0.5, "eps": 1e-5},
         "parallel": parallel or {},
     }
     for key, value in changes.items():
