@@ -19,7 +19,7 @@ import sys
 import uuid
 from typing import Any
 
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -52,10 +52,11 @@ def hide_what_we_say(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(("Sending process", "failed (exitcode"))
 
 
-def launch(args: argparse.Namespace, this_node: int | None, stores: list[Store]) -> int:
+def launch(args: argparse.Namespace, job: str, this_node: int | None, stores: list[Store]) -> int:
     """Start the ranks of this node, once the others are there; returns the exit status.
 
-    this_node: its number, where known; stores: keeps what this process hosts alive for the others.
+    job: the rendezvous of the training itself; this_node: its number, where known; stores: keeps
+    what this process hosts alive for the other nodes.
     """
     config, command, command_args = config_from_args(args)
     seconds = int(config.rdzv_configs.get("join_timeout", 600))
@@ -71,13 +72,20 @@ def launch(args: argparse.Namespace, this_node: int | None, stores: list[Store])
     )
     try:
         backend, store = create_backend(parameters)
-    except RendezvousError:
+    except (RendezvousError, DistError):
         return _complain(
             f"{host} can't reach the rendezvous at {config.rdzv_endpoint}: is node 0 up and the "
             "address right?",
             BAD,
         )
     stores.append(store)
+    running = f"running/{job}"
+    if config.run_id != job:  # the checks
+        if store.check([running]):
+            print(f"{host} joins a job that is running already, without the checks", flush=True)
+            return 0
+    else:
+        store.set(running, "")
     _sign_in(store, config.run_id, this_node, host)
     spec = WorkerSpec(
         role=config.role,
@@ -107,7 +115,7 @@ def launch(args: argparse.Namespace, this_node: int | None, stores: list[Store])
             f"{seconds} s: {_attendance(store, config)}",
             BAD,
         )
-    except RendezvousError as error:
+    except (RendezvousError, DistError) as error:
         ended = _complain(f"{host} lost the other nodes: {str(error).splitlines()[0]}", FAILED)
     spec.rdzv_handler.shutdown()
     return ended
@@ -176,13 +184,16 @@ def main(arguments: list[str] | None = None) -> int:
     if args.rdzv_backend != "c10d" or not args.module:
         own.error("--rdzv-backend must be c10d (or use --standalone), and -m is needed")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # With the shared store (seen in torch 2.13) the survivors of a lost node never tell its
+    # replacement where rank 0 is, and both wait until they time out.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger(PROCESS_LOG).addFilter(hide_what_we_say)
     stores: list[Store] = []
     if not options.no_preflight:
         checks = for_preflight(args, shlex.split(options.preflight_args))
-        if status := launch(checks, options.this_node, stores):
+        if status := launch(checks, args.rdzv_id, options.this_node, stores):
             return status
-    return launch(args, options.this_node, stores)
+    return launch(args, args.rdzv_id, options.this_node, stores)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ class Preflight:
         finally:
             if place.rank == 0 and isinstance(self.config, RunConfig):
                 checks.nonce_file(self.config.run_dir, opening["nonce"]).unlink(missing_ok=True)
-        problems, table = [], ""
+        problems: list[str] = []
+        table = ""
         if place.rank == 0:
             problems, table = self._verdict(Nodes(reports, self.hosts))
         problems = meeting.share("verdict", problems)
