@@ -1,0 +1,90 @@
+"""torchrun's agent with our exit statuses, restarts and messages; ranks are small scripts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def agent(folder: Path, body: str, *options: str, ranks: int = 2) -> subprocess.Popen:
+    """Start `python -m launch.agent` over a module that appends a line to `log` and runs `body`."""
+    (folder / "rank_program.py").write_text(
+        "import os, signal, sys, time\n"
+        "rank, attempt = os.environ['RANK'], int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        f"with open({str(folder / 'log')!r}, 'a') as log:\n"
+        "    log.write(f'{rank} {attempt}\\n')\n"
+        f"while len(open({str(folder / 'log')!r}).readlines()) < {ranks} * (attempt + 1):\n"
+        "    time.sleep(0.02)\n" + textwrap.dedent(body)
+    )
+    where = () if "--rdzv-backend" in options else ("--standalone",)
+    command = [sys.executable, "-m", "launch.agent", "--no-preflight", *where, *options]
+    command += ["--nproc-per-node", str(ranks), "-m", "rank_program"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str, list[str]]:
+    _, errors = process.communicate(timeout=120)
+    log = folder / "log"
+    return process.returncode, errors, sorted(log.read_text().split("\n")[:-1])
+
+
+def test_a_bad_input_is_not_tried_again(tmp_path: Path) -> None:
+    body = "sys.exit(2) if rank == '1' else time.sleep(60)"
+    status, errors, log = finish(agent(tmp_path, body, "--max-restarts", "3"), tmp_path)
+    assert (status, log) == (2, ["0 0", "1 0"])
+    assert errors == ""
+
+
+def test_a_rank_that_is_killed_is_started_again_and_named(tmp_path: Path) -> None:
+    body = "rank == '0' and attempt == 0 and os.kill(os.getpid(), signal.SIGKILL)"
+    status, _, log = finish(agent(tmp_path, body, "--max-restarts", "1"), tmp_path)
+    assert (status, log) == (0, ["0 0", "0 1", "1 0", "1 1"])
+    (tmp_path / "log").unlink()
+    body = "rank == '0' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
+    status, errors, _ = finish(agent(tmp_path, body, "--max-restarts", "0"), tmp_path)
+    assert status == 137
+    assert errors.startswith("error: rank 0 on ")
+    assert errors.count("\n") == 1
+
+
+def test_a_signal_reaches_the_ranks_and_is_the_exit_status(tmp_path: Path) -> None:
+    body = f"""
+        def stop(number, frame):
+            open({str(tmp_path / "log")!r}, 'a').write(f'{{rank}} stopped\\n')
+            sys.exit(143)
+        signal.signal(signal.SIGTERM, stop)
+        open({str(tmp_path / "ready")!r} + rank, 'w').close()
+        time.sleep(60)
+    """
+    process = agent(tmp_path, body, "--max-restarts", "3")
+    deadline = time.monotonic() + 60
+    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    status, _, log = finish(process, tmp_path)
+    assert (status, log) == (143, ["0 0", "0 stopped", "1 0", "1 stopped"])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_node_that_does_not_come_is_named(tmp_path: Path, known: bool) -> None:
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    options += ["--rdzv-conf", "is_host=1,join_timeout=2,read_timeout=5", "--rdzv-id", "test"]
+    options += ["--this-node", "0"] if known else []
+    process = agent(tmp_path, "", *options)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors.startswith("error: 2 nodes did not come together at 127.0.0.1:0 within 2 s: ")
+    assert ("node 1 is missing; node 0 (" in errors) == known
+    assert errors.endswith(" came\n")
+    assert not (tmp_path / "log").exists()
