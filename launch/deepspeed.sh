@@ -44,10 +44,10 @@ read -ra more <<<"${DEEPSPEED_ARGS:-}"
 read -ra more_checks <<<"${PREFLIGHT_ARGS:-}"
 
 # What ssh does not carry to the hosts, the launcher does from this file.
-DS_ENV_FILE=$(mktemp)
-export DS_ENV_FILE
-trap 'rm -f "$DS_ENV_FILE"' EXIT
-env | grep -E '^(OMP_NUM_THREADS|MKL_NUM_THREADS|(NCCL|GLOO|TORCH|CUDA|DS|UCX)_[A-Z0-9_]+)=' >"$DS_ENV_FILE"
+carried=$(mktemp)
+trap 'rm -f "$carried"' EXIT
+env | grep -E '^(OMP_NUM_THREADS|MKL_NUM_THREADS|(NCCL|GLOO|TORCH|CUDA|DS|UCX)_[A-Z0-9_]+)=' >"$carried"
+export DS_ENV_FILE=$carried
 
 child=''
 forward() { # with ssh the launcher itself stops the ranks; on one machine its child does

@@ -114,10 +114,10 @@ class Nodes:
         When node 0 dies the rendezvous dies with it, and all agents end; else the others wait.
         """
         whole = self.undisturbed(count)
-        run = self.folder / f"torchrun-{count}"
-        log = self.folder / f"torchrun-{count}.log"
-        port = free_port()
         network = loopback if self.why_loopback else namespaces
+        run = self.folder / f"torchrun-{count}-{network.__name__}"
+        log = run.with_suffix(".log")
+        port = free_port()
         started = time.monotonic()
         with network(count) as nodes:
 
@@ -149,7 +149,7 @@ class Nodes:
             ended = {number: agent.wait(PATIENCE) for number, agent in agents.items()}
         if any(ended.values()):
             raise RuntimeError(f"exit statuses by node: {ended}; see {log}\n{tail(log)}")
-        name = "loopback" if self.why_loopback else "namespaces"
+        name = network.__name__
         seconds = time.monotonic() - started
         return self._compare("torchrun", count, name, killed, killed != 0, at, run, whole, seconds)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
-import pytest
+import yaml
+
+from train.callbacks.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -76,15 +80,36 @@ def test_a_signal_reaches_the_ranks_and_is_the_exit_status(tmp_path: Path) -> No
     assert (status, log) == (143, ["0 0", "0 stopped", "1 0", "1 stopped"])
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_node_that_does_not_come_is_named(tmp_path: Path, known: bool) -> None:
+def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
     options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     options += ["--rdzv-conf", "is_host=1,join_timeout=2,read_timeout=5", "--rdzv-id", "test"]
-    options += ["--this-node", "0"] if known else []
-    process = agent(tmp_path, "", *options)
+    process = agent(tmp_path, "", *options, "--this-node", "0")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert errors.startswith("error: 2 nodes did not come together at 127.0.0.1:0 within 2 s: ")
-    assert ("node 1 is missing; node 0 (" in errors) == known
-    assert errors.endswith(" came\n")
+    assert errors == (
+        "error: 2 nodes did not come together at 127.0.0.1:0 within 2 s: node 1 is missing; "
+        f"node 0 ({socket.gethostname()}) came\n"
+    )
     assert not (tmp_path / "log").exists()
+
+
+def test_checks_come_first_then_the_training(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """launch/torchrun.sh with nothing replaced, two ranks."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw_config))
+
+    def start(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "launch/torchrun.sh"), "2", str(config), *overrides]
+        environment = {**os.environ, "PYTHON": sys.executable}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    refused = start("data.validation=/nowhere")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: node 0 (")
+    assert refused.stderr.count("\n") == 1
+    assert not list((tmp_path / "run").iterdir())
+    trained = start()
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.startswith("pre-flight, 1 node, 2 ranks: python")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert sum(row["kind"] == "step" for row in rows) == 12

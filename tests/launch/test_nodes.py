@@ -1,0 +1,86 @@
+"""Several nodes for real, one of them killed in the middle: `make nodes`, as tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.node_network import namespaces, why_no_namespaces
+from tools.nodes import STEPS, Nodes, Trial, wait_until
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Nodes:
+    return Nodes(tmp_path_factory.mktemp("nodes"))
+
+
+def assert_undisturbed(trial: Trial) -> None:
+    assert trial.step_killed < STEPS
+    assert trial.loss_difference == 0
+    assert trial.same_parameters
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_the_second_is_replaced_while_the_first_waits(trials: Nodes) -> None:
+    trial = trials.torchrun(2, killed=1)
+    assert_undisturbed(trial)
+    assert trial.survived
+    assert trial.network == ("loopback" if why_no_namespaces() else "namespaces")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_nodes_the_one_with_the_rendezvous_dies(trials: Nodes) -> None:
+    trial = trials.torchrun(4, killed=0)
+    assert_undisturbed(trial)
+    assert not trial.survived
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_nodes_on_loopback_where_there_are_no_namespaces(trials: Nodes, monkeypatch) -> None:
+    monkeypatch.setattr(trials, "why_loopback", "asked for by a test")
+    trial = trials.torchrun(2, killed=1)
+    assert_undisturbed(trial)
+    assert trial.network == "loopback"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()), reason="needs pdsh and sshd"
+)
+def test_deepspeed_over_ssh_the_second_host_dies(trials: Nodes) -> None:
+    assert_undisturbed(trials.deepspeed())
+
+
+class BrokenError(Exception):
+    """What goes wrong in a test."""
+
+
+@pytest.mark.skipif(why_no_namespaces() is not None, reason="no network namespaces here")
+def test_namespaces_reach_one_another_and_are_gone_afterwards(tmp_path: Path) -> None:
+    log, environment = tmp_path / "log", {"PATH": "/usr/bin:/bin"}
+    server = (
+        "import socket; listening = socket.create_server(('', 7777)); "
+        "print(socket.gethostname(), flush=True); print(listening.accept()[1][0])"
+    )
+    with contextlib.suppress(BrokenError), namespaces(2) as nodes:
+        served = nodes[1].start(["python3", "-c", server], environment, log)
+        wait_until(lambda: log.exists() and "worker-1" in log.read_text(), "a server", log)
+        call = ["bash", "-c", f"exec 3<>/dev/tcp/{nodes[1].address}/7777"]
+        assert nodes[0].start(call, environment, log).wait(30) == 0
+        assert served.wait(30) == 0
+        assert log.read_text() == "worker-1\n10.77.0.1\n"
+        left = nodes[0].start(["sleep", "600"], environment, log)
+        raise BrokenError
+    assert left.wait(10) == -signal.SIGKILL
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    assert f"hope{os.getpid()}" not in listed.stdout
