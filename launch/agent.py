@@ -98,7 +98,7 @@ def launch(args: argparse.Namespace, job: str, this_node: int | None, stores: li
         local_addr=config.local_addr,
     )
     assert config.logs_specs is not None
-    # How long ranks have between SIGTERM and SIGKILL: torch before 2.13 knows 30 s only.
+    # How long ranks have between SIGTERM and SIGKILL; older torch knows 30 s only.
     grace = getattr(config, "shutdown_timeout", None)
     more = {} if grace is None else {"shutdown_timeout": grace}
     agent = Agent(spec, config.logs_specs, start_method=config.start_method, **more)

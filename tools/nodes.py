@@ -47,6 +47,7 @@ from train.run_folder import CHECKPOINTS, METRICS
 
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS, SAVE_EVERY, KILL_AFTER = 512, 60, 15, 22
+MARKER = ".made-by-nodes"
 PATIENCE = 300.0  # seconds, for anything that has to happen
 
 
@@ -85,12 +86,21 @@ HEADER += ["loss difference", "parameters", "seconds"]
 
 
 class Nodes:
-    """Trials in one folder, which holds the corpus, the configuration and the runs."""
+    """Trials in one folder, which holds the corpus, the configuration and the runs.
+
+    What an earlier trial left in it is removed; ValueError when it holds anything else.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.exists():
+            if any(self.folder.iterdir()) and not (self.folder / MARKER).exists():
+                raise ValueError(
+                    f"{folder} is not empty and not from here; choose another --folder"
+                )
+            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
+        (self.folder / MARKER).touch()
         self.config = self.folder / "config.yaml"
         self.config.write_text(yaml.safe_dump(tiny_config(self.folder)))
         self.why_loopback = why_no_namespaces()
@@ -310,7 +320,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-deepspeed", action="store_true", help="torchrun only")
     parser.add_argument("--folder", type=Path, default=Path("runs/nodes"))
     options = parser.parse_args(arguments)
-    trials = Nodes(options.folder)
+    try:
+        trials = Nodes(options.folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if trials.why_loopback:
         print(f"loopback agents stand in for nodes: no namespaces ({trials.why_loopback})")
     made = []

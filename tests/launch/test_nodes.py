@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.node_network import namespaces, why_no_namespaces
-from tools.nodes import STEPS, Nodes, Trial, wait_until
+from tools.nodes import STEPS, Nodes, Trial, main, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,15 @@ def test_two_nodes_on_loopback_where_there_are_no_namespaces(trials: Nodes, monk
 )
 def test_deepspeed_over_ssh_the_second_host_dies(trials: Nodes) -> None:
     assert_undisturbed(trials.deepspeed())
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    assert main(["--folder", str(tmp_path)]) == 2
+    assert "is not empty and not from here" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").exists()
 
 
 class BrokenError(Exception):
