@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.node_network import namespaces, why_no_namespaces
-from tools.nodes import STEPS, Nodes, Trial, main, wait_until
+from tools.nodes import PATIENCE, ROOT, STEPS, Nodes, Trial, main, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,35 @@ def test_two_nodes_on_loopback_where_there_are_no_namespaces(trials: Nodes, monk
 )
 def test_deepspeed_over_ssh_the_second_host_dies(trials: Nodes) -> None:
     assert_undisturbed(trials.deepspeed())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(why_no_namespaces() is not None, reason="no network namespaces here")
+def test_a_node_set_up_differently_is_named_and_nothing_starts(trials: Nodes) -> None:
+    """worker-1 has another configuration, and no interface that the others could reach."""
+    log, run = trials.folder / "unfit.log", trials.folder / "unfit"
+    with namespaces(2) as nodes:
+        agents = []
+        for node in nodes:
+            environment = {
+                **trials.environment,
+                "NNODES": "2",
+                "NODE_RANK": str(node.number),
+                "MASTER_ADDR": nodes[0].address,
+                "NODE_ADDR": node.address,
+                "PREFLIGHT_ARGS": "--timeout 30",
+                **({"GLOO_SOCKET_IFNAME": "eth0"} if node.number == 0 else {}),
+            }
+            command = [str(ROOT / "launch/torchrun.sh"), "1", str(trials.config)]
+            command += [f"run_dir={run}", f"seed={node.number}"]
+            agents.append(node.start(command, environment, log))
+        assert [agent.wait(PATIENCE) for agent in agents] == [2, 2]
+    errors = [line for line in log.read_text().splitlines() if line.startswith("error: node")]
+    assert any(
+        "(worker-1), rank" in line and "set GLOO_SOCKET_IFNAME=eth0" in line for line in errors
+    )
+    assert any(": config: config " in line for line in errors)
+    assert not list(run.iterdir())
 
 
 def test_a_folder_of_something_else_is_left_alone(
