@@ -33,6 +33,7 @@ from torch.distributed.run import parse_args as parse_torchrun
 
 BAD, FAILED = 2, 1
 PROCESS_LOG = "torch.distributed.elastic.multiprocessing.api"
+PASSED_ON = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 # Exit statuses of a rank that another attempt would not change: bad input, SIGINT, SIGTERM.
 FINAL = (BAD, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
@@ -45,6 +46,12 @@ class Agent(LocalElasticAgent):
         if any(failure.exitcode in FINAL for failure in result.failures.values()):
             self._remaining_restarts = 0
         return result
+
+    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        # Slurm signals every process of a step, ranks too, and a rank dies of a second signal of
+        # the same kind: a request to stop is passed on as the other one.
+        other = PASSED_ON.get(death_sig, death_sig) if death_sig is not None else signal.SIGTERM
+        super()._shutdown(other, timeout)
 
 
 def hide_what_we_say(record: logging.LogRecord) -> bool:

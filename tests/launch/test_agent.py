@@ -9,9 +9,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from train.callbacks.metrics import read_metrics
@@ -42,6 +44,13 @@ def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str, list[str]
     return process.returncode, errors, sorted(log.read_text().split("\n")[:-1])
 
 
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_a_bad_input_is_not_tried_again(tmp_path: Path) -> None:
     body = "sys.exit(2) if rank == '1' else time.sleep(60)"
     status, errors, log = finish(agent(tmp_path, body, "--max-restarts", "3"), tmp_path)
@@ -61,23 +70,32 @@ def test_a_rank_that_is_killed_is_started_again_and_named(tmp_path: Path) -> Non
     assert errors.count("\n") == 1
 
 
-def test_a_signal_reaches_the_ranks_and_is_the_exit_status(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_at_once_leaves_ranks_time_to_save(
+    tmp_path: Path, number: int
+) -> None:
+    """As Slurm signals a step: ranks are signalled, and once more by their agent."""
+    log = str(tmp_path / "log")
     body = f"""
-        def stop(number, frame):
-            open({str(tmp_path / "log")!r}, 'a').write(f'{{rank}} stopped\\n')
-            sys.exit(143)
-        signal.signal(signal.SIGTERM, stop)
-        open({str(tmp_path / "ready")!r} + rank, 'w').close()
-        time.sleep(60)
+        from train.signals import stop_signals
+        with stop_signals() as signals:
+            open({str(tmp_path / "pid")!r} + rank, 'w').write(str(os.getpid()))
+            while signals.received is None:
+                time.sleep(0.02)
+            open({str(tmp_path / "asked")!r} + rank, 'w').close()
+            time.sleep(3)
+            open({log!r}, 'a').write(f'{{rank}} saved\\n')
+        sys.exit(143)
     """
     process = agent(tmp_path, body, "--max-restarts", "3")
-    deadline = time.monotonic() + 60
-    while not all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    status, _, log = finish(process, tmp_path)
-    assert (status, log) == (143, ["0 0", "0 stopped", "1 0", "1 stopped"])
+    pids = [tmp_path / f"pid{rank}" for rank in (0, 1)]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in pids))
+    for path in pids:
+        os.kill(int(path.read_text()), number)
+    wait_for(lambda: all((tmp_path / f"asked{rank}").exists() for rank in (0, 1)))
+    process.send_signal(number)
+    status, _, lines = finish(process, tmp_path)
+    assert (status, lines) == (128 + number, ["0 0", "0 saved", "1 0", "1 saved"])
 
 
 def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
