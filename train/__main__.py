@@ -1,4 +1,4 @@
-"""python -m train CONFIG [key=value ...] [--resume]: train, or continue, one run."""
+"""python -m train CONFIG [key=value ...] [--resume | --resume-or-start]: one run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 import os
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -17,11 +18,19 @@ from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import initial_parameters
+from train.checkpoint.manifest import MARKER
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
 from train.engines import layout_of, open_engine
 from train.parallel.data_parallel import DataParallel
-from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
+from train.run_folder import (
+    CHECKPOINTS,
+    RunFolderError,
+    check_fresh,
+    check_same_run,
+    run_lock,
+    save_config,
+)
 from train.signals import stop_signals
 from train.trainer import Corpora, NonFiniteError, Trainer
 
@@ -38,13 +47,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4 run_dir=runs/a"
     )
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--resume", action="store_true", help="continue the run in run_dir from its last checkpoint"
     )
+    how.add_argument(
+        "--resume-or-start",
+        action="store_true",
+        help="for launchers that restart: continue where run_dir has a checkpoint, else start",
+    )
+    # The deepspeed launcher passes it; LOCAL_RANK in the environment is what counts.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
+    # torchrun has restarted this process: the run that it began goes on.
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
         config = load_config(options.config, options.overrides)
-        return train(config, options.resume)
+        either = options.resume_or_start or (restarted and not options.resume)
+        return train(config, None if either else options.resume)
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -54,8 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def train(config: RunConfig, resume: bool) -> int:
-    """Run `config` to its end or to a signal; returns the exit status."""
+def train(config: RunConfig, resume: bool | None) -> int:
+    """Run `config` to its end or to a signal; returns the exit status.
+
+    resume: continue the run in run_dir, or not; None: where there is a checkpoint to continue from.
+    """
     prepare_torch(config.num_threads)
     corpora = open_corpora(config)
     config = with_total_tokens(with_vocabulary(config, corpora), corpora)
@@ -63,15 +86,13 @@ def train(config: RunConfig, resume: bool) -> int:
         signals = stack.enter_context(stop_signals())
         ranks = stack.enter_context(DataParallel())
         layout_of(config, ranks.size)
+        if resume is None:
+            resume = bool(ranks.broadcast(has_checkpoint(config.run_dir)))
         initial = None
         if config.init_from is not None and not resume:
             tokenizer = corpora.validation.tokenizer_sha256
             initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
-        stack.enter_context(run_lock(config.run_dir) if ranks.is_first else nullcontext())
-        if resume:
-            check_same_run(config)
-        elif ranks.is_first:
-            check_fresh(config.run_dir)
+        take_folder(config, resume, ranks, stack)
         engine = open_engine(config, ranks, initial)
         callbacks: list[Callback] = []
         if ranks.is_first:
@@ -86,6 +107,27 @@ def train(config: RunConfig, resume: bool) -> int:
             save_config(config)
         stopped_by = trainer.fit()
     return 0 if stopped_by is None else 128 + stopped_by
+
+
+def take_folder(config: RunConfig, resume: bool, ranks: DataParallel, stack: ExitStack) -> None:
+    """The first rank locks and checks the run folder; RunFolderError on every rank if it can't."""
+    problem = None
+    if ranks.is_first:
+        try:
+            stack.enter_context(run_lock(config.run_dir))
+            if resume:
+                check_same_run(config)
+            else:
+                check_fresh(config.run_dir)
+        except RunFolderError as error:
+            problem = str(error)
+    if problem := ranks.broadcast(problem):
+        raise RunFolderError(problem)
+
+
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a checkpoint was ever completed there, damaged since or not."""
+    return any((run_dir / CHECKPOINTS).glob(f"*/{MARKER}"))
 
 
 def prepare_torch(num_threads: int | None) -> None:
