@@ -44,8 +44,7 @@ class TrainingConfig(Section):
     """Length and shape of training.
 
     total_tokens: of the whole run; mode continual finds it from the domains when it is left out.
-    batch_tokens: tokens of one step over all ranks; micro_batch_rows: rows a forward pass takes
-    at once on a rank (None: all of them), with no effect on the result beyond round-off.
+    batch_tokens: tokens of one step over all ranks.
     stop_at_tokens: stop early, with a checkpoint, without changing any schedule.
     flush: at the end, levels in the middle of a period take a last step on what they have.
     max_skipped_in_a_row: a step whose loss or gradient is not finite on any rank is skipped on
