@@ -16,7 +16,7 @@ from train.callbacks.base import Callback
 from train.callbacks.metrics import Metrics
 from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
-from train.checkpoint import CheckpointError, load_parameters
+from train.checkpoint import CheckpointError, SaveError, load_parameters
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
@@ -41,10 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in run_dir from its last checkpoint"
     )
+    parser.add_argument(
+        "--resume-from",
+        metavar="NAME",
+        help="continue from this checkpoint, e.g. tokens-000000001048576; later ones are set aside",
+    )
     options = parser.parse_intermixed_args(arguments)
     try:
         config = load_config(options.config, options.overrides)
-        return train(config, options.resume)
+        named = options.resume_from
+        return train(config, options.resume or named is not None, named)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -54,8 +63,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def train(config: RunConfig, resume: bool) -> int:
-    """Run `config` to its end or to a signal; returns the exit status."""
+def train(config: RunConfig, resume: bool, resume_from: str | None = None) -> int:
+    """Run `config` to its end or to a signal; returns the exit status.
+
+    resume_from: the name of the checkpoint to resume from; None: the newest that verifies.
+    """
     prepare_torch(config.num_threads)
     corpora = open_corpora(config)
     config = with_total_tokens(with_vocabulary(config, corpora), corpora)
@@ -69,9 +81,11 @@ def train(config: RunConfig, resume: bool) -> int:
             initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
         stack.enter_context(run_lock(config.run_dir) if ranks.is_first else nullcontext())
         if resume:
-            check_same_run(config)
+            accepted = check_same_run(config)
+            if accepted and ranks.is_first:
+                print(f"resuming with other settings: {', '.join(accepted)}", file=sys.stderr)
         elif ranks.is_first:
-            check_fresh(config.run_dir)
+            check_fresh(config.run_dir, config.checkpoint.url)
         model = HopeModel(config.model, seed=config.seed)
         if initial is not None:
             load_parameters(model, initial)
@@ -82,8 +96,9 @@ def train(config: RunConfig, resume: bool) -> int:
                 callbacks.append(MLflow(config.mlflow, config.run_dir))
         trainer = Trainer(config, corpora, ranks, signals, model, callbacks)
         stack.callback(trainer.loader.close)
+        stack.callback(trainer.store.close)
         if resume:
-            trainer.resume()
+            trainer.resume(resume_from)
         if ranks.is_first:
             save_config(config)
         stopped_by = trainer.fit()

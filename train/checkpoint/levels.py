@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hope.config import CMSConfig, LevelConfig
 
-_LEVEL = re.compile(r"\bcms\.levels\.(\d+)\.")
+LEVEL = re.compile(r"\bcms\.levels\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class LevelMapping:
         def moved(match: re.Match[str]) -> str:
             return f"cms.levels.{self.positions[int(match[1])]}."
 
-        return {_LEVEL.sub(moved, name): tensor for name, tensor in tensors.items()}
+        return {LEVEL.sub(moved, name): tensor for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def start_added(self, model: nn.Module) -> dict[str, Tensor]:
         """`model/NAME` tensors of added levels: as the model drew them, down projection zero."""
         found = {}
         for name, parameter in model.named_parameters():
-            match = _LEVEL.search(name)
+            match = LEVEL.search(name)
             if match is None or int(match[1]) in self.positions:
                 continue
             found[f"model/{name}"] = parameter.detach().clone()
