@@ -62,8 +62,10 @@ class URLPath:
 Place = Path | URLPath
 
 
-def as_place(text: str | Path) -> Place:
+def as_place(text: str | Place) -> Place:
     """A path, or what stands behind a URL (anything with ://)."""
+    if isinstance(text, URLPath):
+        return text
     return URLPath(text) if isinstance(text, str) and "://" in text else Path(text)
 
 
@@ -148,9 +150,11 @@ def link(old: Place, new: Place) -> bool:
 
 
 def make_folder(folder: Place) -> None:
-    """Make a folder and those above it; behind a URL folders come with their files."""
+    """Make a folder and those above it, where there are such things as folders."""
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder.files.makedirs(folder.url, exist_ok=True)
 
 
 def flush_folder(folder: Place) -> None:

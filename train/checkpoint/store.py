@@ -49,7 +49,7 @@ class CheckpointStore:
 
     def __init__(
         self,
-        folder: Path | str,
+        folder: Place | str,
         ranks: DataParallel,
         keep_last: int = 2,
         *,
@@ -115,8 +115,10 @@ class CheckpointStore:
             return None
         started = time.perf_counter()
         parts = _gather(self.ranks, self._writer.part())
-        errors = [f"rank {rank}: {a['error']}" for rank, a in enumerate(parts) if "error" in a]
-        error = errors[0] if errors else None
+        error = None
+        for rank, answer in enumerate(parts):
+            if error is None and "error" in answer:
+                error = answer["error"] if len(parts) == 1 else f"rank {rank}: {answer['error']}"
         if error is None:
             answer = self.ranks.broadcast(self._writer.outcome() if self.ranks.is_first else None)
             error = answer.get("error")
