@@ -21,9 +21,8 @@ from train.checkpoint.manifest import (
     ManifestError,
     damage,
     parse_manifest,
-    seal,
-    write_marker,
 )
+from train.checkpoint.places import checksum, checksum_of
 
 
 @pytest.fixture
@@ -153,7 +152,7 @@ def test_a_manifest_that_lies_with_right_checksums(
     with pytest.raises(ManifestError) as caught:
         parse_manifest(content)
     assert reason in str(caught.value)
-    reseal(folder, raw)
+    reseal(folder, content)
     found = damage(folder)
     assert found is not None
     assert reason in found
@@ -161,18 +160,10 @@ def test_a_manifest_that_lies_with_right_checksums(
         store_in(folder.parent).tensors(folder)
 
 
-def reseal(folder: Path, raw: dict[str, Any]) -> None:
+def reseal(folder: Path, manifest: bytes) -> None:
     """As someone would who can write checksums too."""
-    digest = seal(folder, raw["files"], raw["tensors"]) if raw.keys() == ORDINARY else ""
-    if raw.get("format") != 2 or not digest:
-        (folder / MANIFEST).write_text(json.dumps(raw))
-        from train.checkpoint.places import checksum
-
-        digest = checksum(folder / MANIFEST)
-    write_marker(folder, digest)
-
-
-ORDINARY = {"format", "files", "tensors"}
+    (folder / MANIFEST).write_bytes(manifest)
+    (folder / MARKER).write_text(checksum_of([manifest]) + "\n")
 
 
 def mutations(content: bytes, rng: random.Random, count: int) -> Iterator[bytes]:
@@ -240,7 +231,7 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
             outcomes["accepted"] += 1
             assert all(isinstance(tensor, Tensor) for tensor in found.values())
         if not sealed and reason is None and found is not None:
-            assert_equal(found, expected) if path.name != FILE else None
+            assert_equal(found, expected)
         for one in folder.iterdir():
             if one not in before:
                 one.unlink()
@@ -252,18 +243,17 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
 
 def _make_right(folder: Path, path: Path) -> None:
     """Checksums and sizes as an attacker would leave them."""
-    from train.checkpoint.places import checksum
-
+    manifest = (folder / MANIFEST).read_bytes()
     if path.name != MANIFEST:
-        raw = json.loads((folder / MANIFEST).read_text())
+        raw = json.loads(manifest)
         raw["files"][path.name] = {"bytes": path.stat().st_size, "xxh3_128": checksum(path)}
-        (folder / MANIFEST).write_text(json.dumps(raw))
-    write_marker(folder, checksum(folder / MANIFEST))
+        manifest = json.dumps(raw).encode()
+    reseal(folder, manifest)
 
 
 def test_mutations_are_errors_of_ours_or_change_nothing(folder: Path) -> None:
-    outcomes = fuzz(folder, 600, seed=0)
-    assert outcomes["refused"] > 300
+    outcomes = fuzz(folder, 200, seed=0)
+    assert outcomes["refused"] > 100
     assert outcomes["accepted"] > 0
 
 
@@ -295,11 +285,6 @@ def test_nothing_runs_when_a_checkpoint_is_read(folder: Path, tmp_path: Path) ->
             pass
         path.write_bytes(content)
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(FileExistsError):  # the trap works
-        os.mkdir(tmp_path / "ran")
-        torch.load(_saved(Trap(), tmp_path), weights_only=False)
-
-
-def _saved(trap: Any, tmp_path: Path) -> Path:
-    torch.save(trap, tmp_path / "trap")
-    return tmp_path / "trap"
+    torch.save(Trap(), tmp_path / "trap")
+    torch.load(tmp_path / "trap", weights_only=False)
+    assert (tmp_path / "ran").exists()  # the trap works
