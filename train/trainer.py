@@ -348,8 +348,11 @@ class Trainer:
         except (LookupError, TypeError, AttributeError) as error:
             reason = f"it does not hold what a run needs ({type(error).__name__}: {error})"
             raise CheckpointError(f"{folder} can't be resumed: {reason}") from error
-        for one in self.store.rewind_to(folder):
-            warnings.warn(f"{one} is after {folder.name}: set aside", stacklevel=2)
+        later = self.store.rewind_to(folder)
+        if later and self.ranks.is_first:
+            warnings.warn(
+                f"set aside what is after {folder.name}: {', '.join(later)}", stacklevel=2
+            )
         code = plain.get("code")
         if code != code_version() and self.ranks.is_first:
             warnings.warn(f"the checkpoint was written by other code: {code}", stacklevel=2)
