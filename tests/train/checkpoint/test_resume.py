@@ -13,13 +13,14 @@ import yaml
 
 from data_pipeline import DataError
 from hope import HopeModel
+from tests.conftest import tiny_config
 from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
 from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.checkpoint import CheckpointError, CheckpointStore, open_store
 from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
-from train.config import RunConfig, dump_config
+from train.config import RunConfig, dump_config, validate_config
 from train.parallel.data_parallel import DataParallel
 from train.signals import StopSignals
 from train.trainer import Trainer
@@ -33,16 +34,13 @@ def store_of(config: RunConfig) -> CheckpointStore:
     return open_store(config, DataParallel.alone())
 
 
-@pytest.fixture
-def straight(make_config, tmp_path: Path) -> RunConfig:
+@pytest.fixture(scope="module")
+def straight(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A run that was never stopped, with checkpoints every two steps, all kept."""
-    config = make_config(
-        **{
-            "run_dir": str(tmp_path / "straight"),
-            "training.total_tokens": 8 * 256,
-            "checkpoint": {"every_tokens": 512, "keep_last": 9},
-        }
-    )
+    raw = tiny_config(corpora, tmp_path_factory.mktemp("straight") / "run")
+    raw["training"]["total_tokens"] = 8 * 256
+    raw["checkpoint"] = {"every_tokens": 512, "keep_last": 9}
+    config = validate_config(raw, "test")
     assert train(config, resume=False) == 0
     return config
 
