@@ -175,6 +175,7 @@ class Trainer:
         """
         self._notify("on_start")
         self.store.clean()
+        self.store.on_complete = self._saved
         if self.level_changes:
             self.save(replace=True)  # from here on the folder's configuration is the new one
         evaluated = self.domains_evaluated
@@ -325,9 +326,10 @@ class Trainer:
             "domains_evaluated": self.domains_evaluated,
             "streams": self.state is not None,
         }
-        folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
-        if folder is None:
-            return
+        self.store.save(self.clock.tokens_read, tensors, plain, replace)
+
+    def _saved(self, folder: Any) -> None:
+        """Tell of a checkpoint that is complete; of one written beside training, some steps on."""
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,7 @@ class CheckpointStore:
         self.asynchronous = asynchronous
         self.failure: str | None = None  # of the last save
         self.report: dict[str, Any] = {}  # bytes that the last save wrote and reused, first rank
+        self.on_complete: Callable[[Any], None] | None = None  # told of each folder that counts
         self._writer: Writer = BackgroundWriter() if asynchronous else DirectWriter()
         weakref.finalize(self, self._writer.close)  # at the latest when the program ends
         self._under_way: Target | None = None
@@ -80,6 +82,8 @@ class CheckpointStore:
         replace: bool = False,
     ) -> Any:
         """Save under a token count; returns the checkpoint's folder, or None where that failed.
+
+        Asynchronous, the folder is there and counts once `wait` returns it.
 
         tensors: each rank's own, under names that only it passes, or the same on all ranks that
         pass a name, or DTensors of which each rank has its part. A checkpoint that is there
@@ -133,6 +137,8 @@ class CheckpointStore:
             warnings.warn(
                 f"training waited {seconds:.1f} s for checkpoint {target.final.name}", stacklevel=2
             )
+        if self.on_complete is not None:
+            self.on_complete(target.final)
         return target.final
 
     def finish(self) -> None:
