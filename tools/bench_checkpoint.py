@@ -122,7 +122,10 @@ def measure_time(rounds: int, steps: int, hidden_size: int, folder: Path) -> dic
 
 
 def measure_bytes(interval: int, hidden_size: int, folder: Path) -> tuple[int, int]:
-    """(bytes written, bytes of the checkpoints) over 64 steps, a checkpoint every `interval`."""
+    """(bytes written, bytes of the checkpoints) over 64 steps, a checkpoint every `interval`.
+
+    The 64 steps before are for all optimizer state to be there.
+    """
     run = Run(hidden_size)
     store = CheckpointStore(folder / str(interval), DataParallel.alone())
     written = total = 0
@@ -130,9 +133,9 @@ def measure_bytes(interval: int, hidden_size: int, folder: Path) -> tuple[int, i
         for parameter in run.model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-3)
         run.update()
-        if step % interval == 0:
+        if step >= max(EVERY_STEPS) and step % interval == 0:
             store.save(step, run.tensors(), {})
-            if step > max(EVERY_STEPS):  # from here on all optimizer state is there
+            if step > max(EVERY_STEPS):
                 written += store.report["written"]
                 total += store.report["written"] + store.report["reused"]
     return written, total
