@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-data bench-forgetting bench-model bench-recall bench-stability nodes clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-recall bench-stability nodes clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,6 +30,9 @@ compare: install ## Hope against its controls and a Transformer++ of equal size,
 
 bench-cadence: install ## what levels of different periods cost in time, traffic and memory (three minutes)
 	$(BIN)/python -m tools.bench_cadence
+
+bench-checkpoint: install ## how long training waits for a checkpoint, and what reuse saves (three minutes)
+	$(BIN)/python -m tools.bench_checkpoint
 
 bench-data: install ## our token shards beside MDS, litdata and Megatron: speed, seek, memory, size (ten minutes)
 	$(BIN)/python -m tools.bench_data

@@ -16,7 +16,7 @@ from train.callbacks.base import Callback
 from train.callbacks.metrics import Metrics
 from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, SaveError
 from train.checkpoint.load import initial_parameters
 from train.checkpoint.manifest import MARKER
 from train.config import ConfigError, RunConfig, load_config
@@ -56,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="for launchers that restart: continue where run_dir has a checkpoint, else start",
     )
+    how.add_argument(
+        "--resume-from",
+        metavar="NAME",
+        help="continue from this checkpoint, e.g. tokens-000000001048576; later ones are set aside",
+    )
     # The deepspeed launcher passes it; LOCAL_RANK in the environment is what counts.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
@@ -63,8 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     try:
         config = load_config(options.config, options.overrides)
-        either = options.resume_or_start or (restarted and not options.resume)
-        return train(config, None if either else options.resume)
+        named = options.resume_from
+        resume = options.resume or named is not None
+        either = options.resume_or_start or (restarted and not resume)
+        return train(config, None if either else resume, named)
+    except SaveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -74,10 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def train(config: RunConfig, resume: bool | None) -> int:
+def train(config: RunConfig, resume: bool | None, resume_from: str | None = None) -> int:
     """Run `config` to its end or to a signal; returns the exit status.
 
     resume: continue the run in run_dir, or not; None: where there is a checkpoint to continue from.
+    resume_from: the name of the checkpoint to resume from; None: the newest that verifies.
     """
     prepare_torch(config.num_threads)
     corpora = open_corpora(config)
@@ -101,8 +112,9 @@ def train(config: RunConfig, resume: bool | None) -> int:
                 callbacks.append(MLflow(config.mlflow, config.run_dir))
         trainer = Trainer(config, corpora, signals, engine, callbacks)
         stack.callback(trainer.loader.close)
+        stack.callback(trainer.store.close)
         if resume:
-            trainer.resume()
+            trainer.resume(resume_from)
         if ranks.is_first:
             save_config(config)
         stopped_by = trainer.fit()
@@ -116,9 +128,10 @@ def take_folder(config: RunConfig, resume: bool, ranks: DataParallel, stack: Exi
         try:
             stack.enter_context(run_lock(config.run_dir))
             if resume:
-                check_same_run(config)
+                if accepted := check_same_run(config):
+                    print(f"resuming with other settings: {', '.join(accepted)}", file=sys.stderr)
             else:
-                check_fresh(config.run_dir)
+                check_fresh(config.run_dir, config.checkpoint.url)
         except RunFolderError as error:
             problem = str(error)
     if problem := ranks.broadcast(problem):

@@ -90,10 +90,21 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every so many tokens, at the end, and on SIGINT or SIGTERM."""
+    """A checkpoint every so many tokens, at the end, and on SIGINT or SIGTERM.
+
+    keep_last: the newest so many stay; keep_every_tokens: and the first at or after each multiple
+        of it; keep_best: and so many with the lowest held-out loss; and all that have a tag.
+    asynchronous: training waits for a copy in memory only, and a process beside it writes; false
+        saves that memory, as much as the checkpoint has on the rank.
+    url: an fsspec URL of the folder that takes them, in place of `checkpoints` in the run folder.
+    """
 
     every_tokens: int = Field(1_000_000, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every_tokens: int | None = Field(None, ge=1)
+    keep_best: int = Field(0, ge=0)
+    asynchronous: bool = True
+    url: str | None = Field(None, pattern=r"^\w[\w+.-]*://.")
 
 
 class MLflowConfig(Section):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
+from train.checkpoint.places import as_place
+from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 
 CONFIG = "config.yaml"
@@ -63,19 +65,22 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def check_fresh(folder: Path) -> None:
-    """Raises RunFolderError when the folder already holds a checkpoint; clears what is left of a
-    run that never reached one."""
+def check_fresh(folder: Path, url: str | None = None) -> None:
+    """Raises RunFolderError when the folder already holds a checkpoint, or `url`, where the run's
+    are to go; clears what is left of a run that never reached one."""
     if any((folder / CHECKPOINTS).glob(f"*/{MARKER}")):
         raise RunFolderError(
             f"{folder} already holds a run; add --resume to continue it, or choose another run_dir"
         )
+    if url is not None and complete(as_place(url)):
+        raise RunFolderError(f"{url} already holds checkpoints; choose another checkpoint.url")
     for leftover in (METRICS, MLFLOW_RUN_ID):
         (folder / leftover).unlink(missing_ok=True)
 
 
-def check_same_run(config: RunConfig) -> None:
-    """Raises RunFolderError when `config` would not continue the run in its folder.
+def check_same_run(config: RunConfig) -> list[str]:
+    """The settings in which `config` differs from the run in its folder, without changing what it
+    computes. Raises RunFolderError, with the list of keys, when it would not continue that run.
 
     Levels may be added and change their periods, as `train.checkpoint.levels` says; rows read in
     shuffled order may come in batches of another size.
@@ -95,16 +100,18 @@ def check_same_run(config: RunConfig) -> None:
     free = {f"optimizer.levels.{name}" for name in added}
     if config.data.order != "stream":
         free.add("training.batch_tokens")
-    changed = [
-        f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key, free)
-    ]
+    changed: list[str] = []
+    accepted: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            change = f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
+            (accepted if _is_free(key, free) else changed).append(change)
     if changed:
         raise RunFolderError(
             f"{config.run_dir} was trained with another configuration: {', '.join(changed)}; "
             "resume with the saved one or choose another run_dir"
         )
+    return accepted
 
 
 def _is_free(key: str, free: set[str]) -> bool:

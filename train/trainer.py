@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_pipeline import Corpus, Loader, evaluation_batches
+from data_pipeline import Corpus, DataError, Loader, evaluation_batches
 from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
+from train.checkpoint import CheckpointError, load_parameters, open_store
 from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock
+from train.code_version import code_version
 from train.config import RunConfig
 from train.continual import DomainStream, open_loader
 from train.engines.native import Engine
@@ -23,7 +25,6 @@ from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
-from train.run_folder import CHECKPOINTS
 from train.signals import StopSignals
 
 
@@ -88,9 +89,7 @@ class Trainer:
         self.cadence = build_cadence(
             self.engine.parameters, config.model, config.optimizer, self.mesh
         )
-        self.store = CheckpointStore(
-            config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
-        )
+        self.store = open_store(config, ranks)
         self.domains: DomainStream | None = None
         self.loader: Loader | DomainStream
         if config.mode == "continual":
@@ -151,9 +150,12 @@ class Trainer:
     def fit(self) -> int | None:
         """Train to the target; returns the signal that stopped it early, or None.
 
-        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped.
+        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped, and
+        SaveError when the last checkpoint could not be written.
         """
         self._notify("on_start")
+        self.store.clean()
+        self.store.on_complete = self._saved
         if self.level_changes:
             self.save(replace=True)  # from here on the folder's configuration is the new one
         evaluated = self.domains_evaluated
@@ -180,6 +182,7 @@ class Trainer:
             flushed = self.config.training.flush and self._flush()
             stopped = not (self._evaluate_domains(last=True) and self._evaluate(None))
         self.save(replace=flushed or self.domains_evaluated > evaluated)
+        self.store.finish()
         self._notify("on_end")
         return self.signals.received if stopped else None
 
@@ -196,6 +199,7 @@ class Trainer:
             return
         self.clock.skipped_in_a_row = 0  # a resume may try as often again
         self.save()
+        self.store.finish()
         self._notify("on_end")
         raise NonFiniteError(
             f"{in_a_row} steps in a row were skipped after {self.clock.tokens:,} tokens: "
@@ -285,6 +289,9 @@ class Trainer:
         tensors |= self.engine.carried_rows(self.carried, self._own_rows())
         evaluation = self.last_evaluation
         plain: dict[str, Any] = {
+            "config": self.config.model_dump(mode="json"),
+            "code": code_version(),
+            "data": self._fingerprints(),
             "clock": self.clock.state_dict(),
             "cadence": cadence_plain,
             "cms": describe_levels(self.config.model.cms),
@@ -295,21 +302,42 @@ class Trainer:
             "domains_evaluated": self.domains_evaluated,
             "streams": self.config.training.state_carry == "stream" and self.clock.steps > 0,
         }
-        folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
+        self.store.save(self.clock.tokens_read, tensors, plain, replace)
+
+    def _saved(self, folder: Any) -> None:
+        """Tell of a checkpoint that is complete; of one written beside training, some steps on."""
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint that verifies, to the bit.
+    def resume(self, name: str | None = None) -> None:
+        """Continue, to the bit, from the checkpoint of that name, or the newest that verifies.
 
-        Raises CheckpointError when its levels can't become this model's.
+        Later ones are set aside. Raises CheckpointError when there is none, when the one that was
+        named is damaged, and when its levels can't become this model's.
         """
-        folder = self.store.newest()
+        folder = self.store.newest() if name is None else self.store.find(name)
         plain = self.store.plain(folder)
         try:
-            mapping = map_levels(plain["cms"], self.config.model.cms)
+            self._take_up(folder, plain)
+        except (CheckpointError, DataError):
+            raise
         except ValueError as error:
             raise CheckpointError(f"{folder} can't be resumed: {error}") from None
+        except (LookupError, TypeError, AttributeError) as error:
+            reason = f"it does not hold what a run needs ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{folder} can't be resumed: {reason}") from error
+        later = self.store.rewind_to(folder)
+        if later and self.ranks.is_first:
+            warnings.warn(
+                f"set aside what is after {folder.name}: {', '.join(later)}", stacklevel=2
+            )
+        code = plain.get("code")
+        if code != code_version() and self.ranks.is_first:
+            warnings.warn(f"the checkpoint was written by other code: {code}", stacklevel=2)
+
+    def _take_up(self, folder: Any, plain: dict[str, Any]) -> None:
+        """Become what a checkpoint says."""
+        mapping = map_levels(plain["cms"], self.config.model.cms)
         parameters = mapping.rename(self.store.tensors(folder, "model/"))
         parameters |= mapping.start_added(self.config.model, self.config.seed)
         load_parameters(self.engine.parameters, parameters, self._elsewhere)
@@ -335,6 +363,15 @@ class Trainer:
     def _elsewhere(self) -> set[str]:
         """Names of the model's parameters of which this rank has nothing."""
         return parameter_names(self.config.model) - self.engine.parameters.keys()
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """What the corpora hold, whatever their folders are called."""
+        corpora = self.corpora
+        return {
+            "train": [corpus.fingerprint for corpus in corpora.train],
+            "validation": corpora.validation.fingerprint,
+            "domains": {name: corpus.fingerprint for name, corpus in corpora.domains.items()},
+        }
 
     def _own_rows(self) -> range:
         """The global batch rows that this rank holds."""

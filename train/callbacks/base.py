@@ -33,7 +33,7 @@ class Callback:
         """At the end of each domain of a continual run, for every domain."""
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        """After every save."""
+        """When a checkpoint is complete: of one written beside training, at the next save."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, evaluation and save."""
