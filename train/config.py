@@ -11,27 +11,33 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, model_validator
 
 from hope.config import HopeConfig
+from train.callbacks.faults import FaultConfig
 from train.data import DataConfig
 from train.optim.config import OptimizerConfig
 from train.section import ConfigError, Section
+from train.spikes import SpikesConfig
+from train.watchdog import WatchdogConfig
 
 __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "FaultConfig",
     "InitFromConfig",
     "MLflowConfig",
     "OptimizerConfig",
     "RunConfig",
+    "SpikesConfig",
     "TrainingConfig",
+    "WatchdogConfig",
     "dump_config",
     "flatten",
     "load_config",
@@ -51,6 +57,8 @@ class TrainingConfig(Section):
         all of them; after more than so many in a row the run stops with a checkpoint.
     state_carry: "stream" carries fast weights from step to step along each row (data.order:
     stream), detached at the step.
+    walltime_s: seconds that this process may take, or "slurm" for what Slurm says is left;
+        walltime_margin_s before that it stops as on a signal, with exit status 75.
     """
 
     total_tokens: int = Field(0, ge=0)
@@ -60,6 +68,8 @@ class TrainingConfig(Section):
     state_carry: Literal["none", "stream"] = "none"
     flush: bool = False
     max_skipped_in_a_row: int = Field(10, ge=0)
+    walltime_s: Annotated[float, Field(gt=0)] | Literal["slurm"] | None = None
+    walltime_margin_s: float = Field(120.0, ge=0)
 
 
 class InitFromConfig(Section):
@@ -91,19 +101,23 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every so many tokens, at the end, and on SIGINT or SIGTERM."""
+    """A checkpoint every so many tokens, at the end, and when the run is asked to stop."""
 
     every_tokens: int = Field(1_000_000, ge=1)
     keep_last: int = Field(2, ge=1)
 
 
 class MLflowConfig(Section):
-    """Experiment tracking. tracking_uri None: MLFLOW_TRACKING_URI, else SQLite beside the runs."""
+    """Experiment tracking. tracking_uri None: MLFLOW_TRACKING_URI, else SQLite beside the runs.
+
+    flush_s: how long the end of a run waits for MLflow to take what it has not yet.
+    """
 
     enabled: bool = True
     experiment: str = "hope"
     tracking_uri: str | None = None
     every_steps: int = Field(10, ge=1)
+    flush_s: float = Field(60.0, ge=0)
 
 
 class RunConfig(Section):
@@ -125,6 +139,9 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MLflowConfig = MLflowConfig()
+    spikes: SpikesConfig = SpikesConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    faults: tuple[FaultConfig, ...] = ()
 
     @property
     def batch_rows(self) -> int:

@@ -6,26 +6,36 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
+from train.parallel.data_parallel import DataParallel
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 PLOTS = "plots"
 MLFLOW_RUN_ID = "mlflow_run_id"
+MLFLOW_BACKLOG = "mlflow_backlog.jsonl"
+MLFLOW_SENT = "mlflow_sent"
+JOB = ".job"
 
-# May differ between a run and its resumption: none of them changes what is computed.
-FREE_SECTIONS = ("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow")
+# May differ between a run and its resumption: none of them changes what is computed, but for
+# what is done about steps that went wrong.
+FREE_SECTIONS = (
+    *("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow"),
+    *("spikes", "watchdog", "faults"),
+)
 FREE_KEYS = (
     "training.stop_at_tokens",
     "training.micro_batch_rows",
     "training.flush",
     "training.max_skipped_in_a_row",
+    "training.walltime_s",
+    "training.walltime_margin_s",
     "data.prefetch",
     "data.on_corrupt",
     "data.cache_dir",
@@ -64,6 +74,46 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
+@contextmanager
+def claim(config: RunConfig, ranks: DataParallel, resume: bool, auto: bool) -> Iterator[bool]:
+    """Hold the run folder for all ranks; yields whether its run is to be continued.
+
+    auto: continue it if it has a checkpoint, begin it if not. A restart by torchrun of what this
+    very job began is always `auto`. Raises RunFolderError, on every rank, when another job holds
+    the folder or it has a run that is not to be continued.
+    """
+    folder, refused = config.run_dir, None
+    with ExitStack() as stack:
+        if ranks.is_first:
+            try:
+                stack.enter_context(run_lock(folder))
+                if (auto or _restarted(folder)) and not resume:
+                    resume = any((folder / CHECKPOINTS).glob(f"*/{MARKER}"))
+                if not resume:
+                    check_fresh(folder)
+                (folder / JOB).write_text(_job())
+            except RunFolderError as error:
+                refused = str(error)
+            except OSError as error:
+                refused = f"can't write to run folder {folder}: {error.strerror}"
+        refused, resume = ranks.broadcast((refused, resume))
+        if refused is not None:
+            raise RunFolderError(refused)
+        yield resume
+
+
+def _job() -> str:
+    """What names this job, the same in all its restarts by torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"child of process {os.getppid()}"
+
+
+def _restarted(folder: Path) -> bool:
+    """Whether torchrun started this process again, after the same job had taken the folder."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (folder / JOB).exists() and (folder / JOB).read_text() == _job()
+
+
 def check_fresh(folder: Path) -> None:
     """Raises RunFolderError when the folder already holds a checkpoint; clears what is left of a
     run that never reached one."""
@@ -71,7 +121,7 @@ def check_fresh(folder: Path) -> None:
         raise RunFolderError(
             f"{folder} already holds a run; add --resume to continue it, or choose another run_dir"
         )
-    for leftover in (METRICS, MLFLOW_RUN_ID):
+    for leftover in (METRICS, MLFLOW_RUN_ID, MLFLOW_BACKLOG, MLFLOW_SENT):
         (folder / leftover).unlink(missing_ok=True)
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -30,46 +31,10 @@ from train.optim.build import build_cadence
 from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.data_parallel import DataParallel
+from train.records import Corpora, NonFiniteError, SkippedStep, StepRecord
 from train.run_folder import CHECKPOINTS
-from train.signals import StopSignals
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had an infinite or NaN loss or gradient; no weight moved by it."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did. Rates and counts are over all ranks.
-
-    level_norms, learning_rates: of the levels that fired; level_norms before clipping.
-    """
-
-    step: int
-    tokens: int
-    loss: float  # nats per token that counts
-    grad_norm: float
-    level_norms: dict[str, float]
-    learning_rates: dict[str, float]
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class SkippedStep:
-    """A step whose loss or gradient was not finite: read, and not trained on."""
-
-    tokens: int  # trained on before it
-    step_tokens: int
-    problem: NonFinite
-
-
-@dataclass
-class Corpora:
-    """The opened data of a run."""
-
-    train: list[Corpus]
-    validation: Corpus
-    domains: dict[str, Corpus] = field(default_factory=dict)  # held out, of a continual run
+from train.signals import StopSignals, agreed_status
+from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
 
 
 @dataclass
@@ -85,8 +50,11 @@ class Trainer:
     state: ModelState | None = None
     trained_seconds: float = 0.0
     last_evaluation: HeldOut | None = None
+    evaluated_tokens: int = 0  # when the last evaluation was done
     domains_evaluated: int = 0  # at how many ends of domains every domain was evaluated
     level_changes: tuple[str, ...] = ()  # since the checkpoint, one line each
+    stop_status: int | None = None  # exit status that the ranks agreed to stop with
+    evaluation_unsaved: bool = False
 
     def __post_init__(self) -> None:
         config, ranks = self.config, self.ranks
@@ -95,6 +63,7 @@ class Trainer:
         self.store = CheckpointStore(
             config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
         )
+        self.spikes = SpikeWatch(config.spikes)
         self.domains: DomainStream | None = None
         self.loader: Loader | DomainStream
         if config.mode == "continual":
@@ -117,16 +86,21 @@ class Trainer:
 
     def step(self) -> StepRecord | SkippedStep:
         """One training step over the next global batch; skipped by all ranks if it is not finite
-        on any of them."""
+        on any of them, or where spikes of the loss are looked after."""
         started = time.perf_counter()
+        pulse = self.ranks.pulse
+        pulse.enter("data", self.clock.steps + self.clock.skipped_steps + 1)
+        position = self.loader.position
         batch = next(self.loader)
+        if left_out := self.spikes.leaves_out(position):
+            return self._skip(position, left_out)
         loss_sum, state = self._forward_backward(batch)
         carried = math.nan if state is not None and not state.is_finite() else 0.0
+        pulse.enter("reduce")
         (loss_sum, valid, _), problem = self.cadence.agree([loss_sum, batch.num_valid, carried])
-        if problem:
-            self.cadence.drop()
-            self.clock.skip(self.config.training.batch_tokens)
-            return SkippedStep(self.clock.tokens, self.config.training.batch_tokens, problem)
+        if unfit := problem or (self.spikes.check(loss_sum / valid) if valid else None):
+            return self._skip(position, unfit)
+        pulse.enter("optimizer")
         self.state = state
         firing = self.clock.advance(self.config.training.batch_tokens)
         report = self.cadence.step(firing, int(valid), self._rate, self.clock.tokens)
@@ -142,6 +116,13 @@ class Trainer:
             tokens_per_second=self.config.training.batch_tokens / seconds,
         )
 
+    def _skip(self, position: int, problem: NonFinite | Spike | LeftOut) -> SkippedStep:
+        """End a step without any effect but the count of it."""
+        tokens = self.config.training.batch_tokens
+        self.cadence.drop()
+        self.clock.skip(tokens)
+        return SkippedStep(self.clock.tokens, tokens, position, problem)
+
     def _rate(self, level: str) -> float:
         """The learning rate of a level at the clock's token count."""
         total = self.config.training.total_tokens
@@ -156,12 +137,14 @@ class Trainer:
         carried = []
         for start in range(0, rows, size):
             part = slice(start, start + size)
+            self.ranks.pulse.enter("forward")
             before = None
             if self.state is not None:
                 before = self.state.rows(start, min(start + size, rows))
             starts = batch.document_starts[part] if self.config.data.tells_documents else None
             logits, after = self.model(batch.tokens[part], before, starts)
             loss = summed_loss(logits, batch.labels[part])
+            self.ranks.pulse.enter("backward")
             loss.backward()
             total += float(loss.detach())
             carried.append(after.detach())
@@ -169,16 +152,19 @@ class Trainer:
         return total, concatenate_rows(carried) if carries else None
 
     def fit(self) -> int | None:
-        """Train to the target; returns the signal that stopped it early, or None.
+        """Train to the target; returns the exit status that it was asked to stop with, or None.
 
-        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped.
+        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped, or
+        undone in all.
         """
+        self.ranks.pulse.enter("start", self.clock.steps + self.clock.skipped_steps)
         self._notify("on_start")
         if self.level_changes:
             self.save(replace=True)  # from here on the folder's configuration is the new one
         evaluated = self.domains_evaluated
         if not self.finished:
             self._evaluate_domains()
+            self._evaluate_if_due()
         while self._has_more() and not self._stop_requested():
             before = self.clock.tokens
             record = self.step()
@@ -190,8 +176,7 @@ class Trainer:
             if self.finished:
                 break  # the last evaluation and checkpoint are below
             self._evaluate_domains()
-            if self._crossed(self.config.evaluation.every_tokens, before):
-                self._evaluate(self.config.evaluation.max_tokens)
+            self._evaluate_if_due()
             if self._crossed(self.config.checkpoint.every_tokens, before):
                 self.save()
         stopped = self._stop_requested()
@@ -199,9 +184,10 @@ class Trainer:
         if self.finished and not stopped:
             flushed = self.config.training.flush and self._flush()
             stopped = not (self._evaluate_domains(last=True) and self._evaluate(None))
-        self.save(replace=flushed or self.domains_evaluated > evaluated)
+        unsaved = self.evaluation_unsaved or self.domains_evaluated > evaluated
+        self.save(replace=flushed or unsaved)
         self._notify("on_end")
-        return self.signals.received if stopped else None
+        return self.stop_status if stopped else None
 
     def _has_more(self) -> bool:
         """Whether there is a step to take in this call of `fit`."""
@@ -211,17 +197,25 @@ class Trainer:
         """Tell of a skipped step; after too many in a row, save and give up."""
         for callback in self.callbacks:
             callback.on_skip(self, record)
+        if isinstance(record.problem, LeftOut):
+            self.clock.skipped_in_a_row = 0  # meant, and no sign of trouble
+        if isinstance(record.problem, Spike) and record.problem.undo:
+            roll_back(self, record.position, record.problem)
         in_a_row = self.clock.skipped_in_a_row
         if in_a_row <= self.config.training.max_skipped_in_a_row:
             return
         self.clock.skipped_in_a_row = 0  # a resume may try as often again
-        self.save()
-        self._notify("on_end")
-        raise NonFiniteError(
+        self.give_up(
             f"{in_a_row} steps in a row were skipped after {self.clock.tokens:,} tokens: "
             f"{record.problem}. Lower optimizer.lr or model.titans.scan.eta_max, or raise "
             "training.max_skipped_in_a_row; a checkpoint was saved, and no weight was moved"
         )
+
+    def give_up(self, why: str) -> NoReturn:
+        """Save, and raise NonFiniteError."""
+        self.save()
+        self._notify("on_end")
+        raise NonFiniteError(why)
 
     def _flush(self) -> bool:
         """Fire what is pending at the end of training; whether anything was."""
@@ -234,13 +228,21 @@ class Trainer:
         return True
 
     def _crossed(self, every: int, before: int) -> bool:
-        """Whether this step passed a multiple of `every` tokens."""
+        """Whether a multiple of `every` tokens was passed since there were `before`."""
         return self.clock.tokens // every > before // every
 
     def _stop_requested(self) -> bool:
         """Whether any rank was told to stop; the ranks agree on the answer."""
-        flag = float(self.signals.received is not None)
-        return self.ranks.sum([flag])[0] > 0
+        self.stop_status = self.stop_status or agreed_status(self.signals, self.ranks)
+        return self.stop_status is not None
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate once for every multiple of evaluation.every_tokens, also one that a signal had
+        no time for."""
+        if not self.finished and self._crossed(
+            self.config.evaluation.every_tokens, self.evaluated_tokens
+        ):
+            self._evaluate(self.config.evaluation.max_tokens)
 
     def _evaluate(self, max_tokens: int | None) -> bool:
         """Evaluate and tell the callbacks; False when a signal interrupted it."""
@@ -248,6 +250,7 @@ class Trainer:
             self.last_evaluation = self.evaluate(max_tokens)
         except EvaluationInterruptedError:
             return False
+        self.evaluated_tokens, self.evaluation_unsaved = self.clock.tokens, True
         for callback in self.callbacks:
             callback.on_evaluation(self, self.last_evaluation)
         return True
@@ -316,10 +319,13 @@ class Trainer:
             "tokenizer": self.corpora.validation.tokenizer_sha256,
             "trained_seconds": self.trained_seconds,
             "evaluation": vars(evaluation) if evaluation else None,
+            "evaluated_tokens": self.evaluated_tokens,
             "domains_evaluated": self.domains_evaluated,
+            "spikes": self.spikes.state_dict(),
             "streams": self.state is not None,
         }
         folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
+        self.evaluation_unsaved = False
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
 
@@ -328,7 +334,11 @@ class Trainer:
 
         Raises CheckpointError when its levels can't become this model's.
         """
-        folder = self.store.newest()
+        self.load(self.store.newest())
+
+    def load(self, folder: Path) -> None:
+        """Take up the state that a checkpoint holds, whatever this one is in."""
+        self.state, self.last_evaluation = None, None
         plain = self.store.plain(folder)
         try:
             mapping = map_levels(plain["cms"], self.config.model.cms)
@@ -345,6 +355,8 @@ class Trainer:
         self.loader.load_state_dict(plain["loader"])
         self.trained_seconds = plain["trained_seconds"]
         self.domains_evaluated = plain["domains_evaluated"]
+        self.evaluated_tokens = plain["evaluated_tokens"]
+        self.spikes.load_state_dict(plain["spikes"])
         if plain["evaluation"]:
             self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:
@@ -367,7 +379,7 @@ class Trainer:
             if tensor.numel() > 0
         }
 
-    def _load_stream_rows(self, folder: Any) -> None:
+    def _load_stream_rows(self, folder: Path) -> None:
         saved = [self.store.tensors(folder, f"stream/{row}/") for row in self._own_rows()]
 
         def take(name: str, empty: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ class CheckpointStore:
         if self.ranks.is_first:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
+        self.ranks.pulse.enter("save")
         self.ranks.barrier()
         alone = self.ranks.size == 1
         with warnings.catch_warnings():
@@ -73,14 +74,16 @@ class CheckpointStore:
             write_manifest(draft)
             _delete(final)
             draft.rename(final)
+            self.ranks.pulse.enter("save-before-marker")
             write_marker(final)
+            self.ranks.pulse.enter("save-after-marker")
             for old in self.complete()[: -self.keep_last]:
-                _delete(old)
+                _delete(old, self.ranks)
         self.ranks.barrier()
         return final
 
-    def newest(self) -> Path:
-        """The newest checkpoint that verifies, agreed by all ranks.
+    def newest(self, at_most: int | None = None) -> Path:
+        """The newest checkpoint that verifies, agreed by all ranks; of at most so many tokens.
 
         Damaged ones are passed over with a warning that says why. Raises CheckpointError when
         none is left: a resume never turns into a fresh start.
@@ -89,6 +92,8 @@ class CheckpointStore:
         reasons: list[str] = []
         if self.ranks.is_first:
             for folder in reversed(self.complete()):
+                if at_most is not None and tokens_of(folder) > at_most:
+                    continue
                 reason = damage(folder)
                 if reason is None:
                     found = str(folder)
@@ -101,6 +106,14 @@ class CheckpointStore:
             why = "; ".join(reasons) if reasons else "there is none"
             raise CheckpointError(f"no usable checkpoint under {self.folder}: {why}")
         return Path(found)
+
+    def forget_after(self, folder: Path) -> None:
+        """Delete every checkpoint newer than `folder`, newest first: their course was left."""
+        if self.ranks.is_first:
+            for later in reversed(self.complete()):
+                if later.name > folder.name:
+                    _delete(later)
+        self.ranks.barrier()
 
     def plain(self, folder: Path) -> dict[str, Any]:
         """Everything of a checkpoint that is not a tensor."""
@@ -121,6 +134,11 @@ class CheckpointStore:
         return wanted
 
 
+def tokens_of(folder: Path) -> int:
+    """The tokens read, from the name of a checkpoint."""
+    return int(folder.name.removeprefix("tokens-"))
+
+
 @torch.no_grad()
 def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy `model/NAME` tensors into the parameters; ValueError unless the names match exactly."""
@@ -133,7 +151,9 @@ def load_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         parameter.copy_(tensors[name])
 
 
-def _delete(folder: Path) -> None:
+def _delete(folder: Path, ranks: DataParallel | None = None) -> None:
     """Remove a checkpoint, marker first, so that half of one never counts."""
     (folder / MARKER).unlink(missing_ok=True)
+    if ranks is not None:
+        ranks.pulse.enter("delete")
     shutil.rmtree(folder, ignore_errors=True)

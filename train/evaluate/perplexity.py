@@ -67,6 +67,7 @@ def evaluate(
     for batch in batches:
         if should_stop():
             raise EvaluationInterruptedError
+        ranks.pulse.enter("evaluation")
         starts = batch.document_starts if tells_documents else None
         logits, _ = model(batch.tokens, None, starts)
         counted = batch.labels[batch.labels != IGNORE]

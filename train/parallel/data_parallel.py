@@ -13,15 +13,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from train.parallel.pulse import Pulse
+
 
 class DataParallel:
     """This process's place among the data-parallel ranks, as torchrun's environment tells it.
 
     A context manager: the process group is made on entry and destroyed on exit. One process needs
-    no group, and every collective is then the identity.
+    no group, and every collective is then the identity. pulse: where this process is.
     """
 
     def __init__(self) -> None:
+        self.pulse = Pulse()
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
 
@@ -34,7 +37,8 @@ class DataParallel:
 
     def __enter__(self) -> DataParallel:
         if self.size > 1:
-            dist.init_process_group("gloo")
+            with self.pulse.collective("init_process_group"):
+                dist.init_process_group("gloo")
         return self
 
     def __exit__(
@@ -56,7 +60,8 @@ class DataParallel:
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total)
+        with self.pulse.collective("all_reduce of numbers"):
+            dist.all_reduce(total)
         return [float(value) for value in total]
 
     def broadcast(self, value: Any) -> Any:
@@ -64,10 +69,12 @@ class DataParallel:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self.pulse.collective("broadcast of plain data"):
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier()
+            with self.pulse.collective("barrier"):
+                dist.barrier()
