@@ -11,13 +11,16 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from tqdm import tqdm
+
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train.__main__", "torch.distributed.tensor", "sentencepiece"])
+CONTEXT.set_forkserver_preload(["train.__main__", "torch._dynamo", "torch.distributed.tensor"])
 
 GRACE_S = 10.0
 
@@ -90,6 +93,7 @@ def _rank(arguments: list[str], rank: int, ranks: int, port: int, log: str) -> N
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     from train.__main__ import main
     from train.callbacks import metrics
 

@@ -183,7 +183,7 @@ class Trainer:
         flushed = False
         if self.finished and not stopped:
             flushed = self.config.training.flush and self._flush()
-            stopped = not (self._evaluate_domains(last=True) and self._evaluate(None))
+            stopped = not (self._evaluate_domains(last=True) and self._evaluate_finally())
         unsaved = self.evaluation_unsaved or self.domains_evaluated > evaluated
         self.save(replace=flushed or unsaved)
         self._notify("on_end")
@@ -243,6 +243,10 @@ class Trainer:
             self.config.evaluation.every_tokens, self.evaluated_tokens
         ):
             self._evaluate(self.config.evaluation.max_tokens)
+
+    def _evaluate_finally(self) -> bool:
+        """Evaluate over everything, unless the checkpoint resumed from has that already."""
+        return self.evaluated_tokens == self.clock.tokens or self._evaluate(None)
 
     def _evaluate(self, max_tokens: int | None) -> bool:
         """Evaluate and tell the callbacks; False when a signal interrupted it."""

@@ -120,9 +120,8 @@ class Faults(Callback):
                 self._happen(fault)
 
     def _remember(self, number: int, fault: FaultConfig) -> None:
-        """On disk before it happens; a fault before there is a run folder happens every time."""
-        if not self.path.parent.exists():
-            return
+        """On disk before it happens."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         row = {"number": number, "time": time.time(), **fault.model_dump(mode="json")}
         row["at_step"] = self.pulse.step
         with self.path.open("a") as file:
