@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-data bench-forgetting bench-model bench-recall bench-stability clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-data bench-forgetting bench-model bench-recall bench-stability faults clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,9 @@ bench-model: install ## a Hope layer beside a Transformer++ layer and public imp
 
 bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and without the memories' writes
 	$(BIN)/python -m tools.bench_recall
+
+faults: install ## more than 200 faults on 2 and 4 processes, each survived to the bit? (ten minutes)
+	$(BIN)/python -m tools.faults
 
 test: install-dev ## the tests
 	$(BIN)/python -m pytest -m "not slow"

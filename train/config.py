@@ -317,9 +317,12 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
+_TYPES = ("int", "float", "constrained-float", "literal['step']", "literal['slurm']")
+
+
 def _where(problem: Any) -> str:
     """The dotted key of a problem, without the names of the alternatives of a union."""
-    return ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['step']"))
+    return ".".join(str(part) for part in problem["loc"] if str(part) not in _TYPES)
 
 
 def _describe(problem: Any) -> str:

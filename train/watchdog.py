@@ -187,9 +187,8 @@ def _last_words(beat: dict[str, Any] | None, earlier: dict[str, Any] | None) -> 
     where = f"phase {beat['phase']} of step {beat['step']}, {beat['entered']} collectives entered"
     if earlier is not None and beat["ticks"] == earlier["ticks"]:
         ago = time.time() - beat["time"]
-        return (
-            f"silent for {ago:.1f} s (stopped, dead, or its machine is), last heard of in {where}"
-        )
+        silent = f"silent for {ago:.1f} s (stopped, dead, or its machine is)"
+        return f"{silent}, last heard of in {where}"
     return f"alive, in {where}"
 
 

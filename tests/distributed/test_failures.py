@@ -35,10 +35,10 @@ STOPS = (
     ("term", "forward", 5),
     ("usr1", "backward", 8),
     ("term", "evaluation", 10),
-    ("usr1", "evaluation", 12),
-    ("int", "reduce", 15),
+    ("int", "reduce", 14),
+    ("usr1", "evaluation", 14),
     ("usr1", "optimizer", 16),
-    ("term", "save", 18),
+    ("term", "save", 17),
     ("usr1", "evaluation", 24),
 )
 

@@ -24,9 +24,9 @@ SECRET = "hunter2-s3cr3t"
         (f"https://h/x?token={SECRET}#f", "https://h/x?token=***#f"),
         (f"az://c/d?sv=2020&sig={SECRET}", "az://c/d?sv=2020&sig=***"),
         (f"Authorization: Bearer {SECRET}", "Authorization: Bearer ***"),
-        (f"a 'https://u:{SECRET}@h' and http://v:{SECRET}@i/", "a 'https://***@h' and http://***@i/"),
+        (f"'https://u:{SECRET}@h' and http://v:{SECRET}@i/", "'https://***@h' and http://***@i/"),
         ("sqlite:////data/runs/mlflow.db", "sqlite:////data/runs/mlflow.db"),
-        ("rank 3: loss 2.5, 4096 tokens; mail a@b.org", "rank 3: loss 2.5, 4096 tokens; mail a@b.org"),
+        ("rank 3: loss 2.5, 4096 tokens; a@b.org", "rank 3: loss 2.5, 4096 tokens; a@b.org"),
         ("https://host/shards?version=7", "https://host/shards?version=7"),
     ],
 )  # fmt: skip
