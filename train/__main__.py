@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_pipeline import Corpus, CorruptDataError, DataError
 from hope import HopeModel
@@ -29,7 +30,7 @@ from train.parallel.data_parallel import DataParallel
 from train.parallel.pulse import RankLostError
 from train.records import Corpora, NonFiniteError
 from train.redaction import redact, redact_logging
-from train.run_folder import RunFolderError, check_same_run, claim, save_config
+from train.run_folder import RunFolderError, check_same_run, claim, continues, save_config
 from train.signals import (
     StoppedError,
     StopSignals,
@@ -42,7 +43,8 @@ from train.watchdog import HANG, Watchdog
 
 FAILED = 1
 USER_ERROR = 2
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+DISK_HINT = "what was saved before is whole, and --resume goes on from it"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,10 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
         return _tell(error, HANG)
     except (NonFiniteError, OutOfMemoryError) as error:
         return _tell(error, FAILED)
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        return _tell(f"a checkpoint could not be written: {first}; {DISK_HINT}", FAILED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
-            hint = "what was saved before is whole, and --resume goes on from it"
-            return _tell(f"{error}; {hint}", FAILED)
+            return _tell(f"{error}; {DISK_HINT}", FAILED)
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
         return FAILED
 
@@ -131,14 +135,14 @@ def _prepare(
     corpora = open_corpora(config, poll)
     config = with_total_tokens(with_vocabulary(config, corpora), corpora)
     check_world(config, ranks)
+    initial = None
+    if config.init_from is not None and not continues(config.run_dir, resume, auto_resume):
+        tokenizer = corpora.validation.tokenizer_sha256
+        initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
     resume = stack.enter_context(claim(config, ranks, resume, auto_resume))
     watchdog.share()
     if resume:
         check_same_run(config)
-    initial = None
-    if config.init_from is not None and not resume:
-        tokenizer = corpora.validation.tokenizer_sha256
-        initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
     poll()
     model = HopeModel(config.model, seed=config.seed)
     if initial is not None:

@@ -87,8 +87,7 @@ def claim(config: RunConfig, ranks: DataParallel, resume: bool, auto: bool) -> I
         if ranks.is_first:
             try:
                 stack.enter_context(run_lock(folder))
-                if (auto or _restarted(folder)) and not resume:
-                    resume = any((folder / CHECKPOINTS).glob(f"*/{MARKER}"))
+                resume = continues(folder, resume, auto)
                 if not resume:
                     check_fresh(folder)
                 (folder / JOB).write_text(_job())
@@ -100,6 +99,13 @@ def claim(config: RunConfig, ranks: DataParallel, resume: bool, auto: bool) -> I
         if refused is not None:
             raise RunFolderError(refused)
         yield resume
+
+
+def continues(folder: Path, resume: bool, auto: bool) -> bool:
+    """Whether the run of a folder is to be continued, by what was asked for and what is there."""
+    if resume or not (auto or _restarted(folder)):
+        return resume
+    return any((folder / CHECKPOINTS).glob(f"*/{MARKER}"))
 
 
 def _job() -> str:

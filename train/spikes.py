@@ -29,8 +29,8 @@ class SpikesConfig(Section):
     action: "none": it is not looked for; "skip": the batch is not trained on; "rollback": training
         goes on from the newest checkpoint that lies before the last skip_batches batches, and
         leaves those out; where there is none, as "skip".
-    window: losses compared with, the first of them in the first so many steps; threshold: in
-        robust deviations.
+    window: how many losses it is compared with; before there are so many nothing is a spike;
+        threshold: in robust deviations.
     max_rollbacks: after more than so many the run stops with a checkpoint, exit status 1.
     """
 

@@ -143,7 +143,9 @@ class Watchdog:
                 faulthandler.dump_traceback(file=file, all_threads=True)
             text = path.read_text()
         except OSError as error:
-            text += f"(can't write to {self.run_dir}: {error.strerror})\n"
+            if stderr is not None:
+                faulthandler.dump_traceback(file=stderr, all_threads=True)
+            text += f"above: {self.run_dir} can't be written to: {error.strerror}\n"
         if stderr is not None:
             stderr.write(text)
             stderr.flush()

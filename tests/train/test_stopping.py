@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 from tests.train.test_trainer import assert_same_run, store_of
 from train.__main__ import main, train
+from train.checkpoint.store import tokens_of
 from train.config import ConfigError
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import RunFolderError, claim
@@ -117,4 +119,30 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(make_config, tmp_p
     ]
     config = make_config(**quick, run_dir=str(tmp_path / "parts"), faults=fault)
     assert [train(config, resume=n > 0) for n in range(3)] == [REQUEUE, 143, 0]
+    assert_same_run(straight, config)
+
+
+def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(
+    make_config, raw_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quick = {"model.mixer": "attention", "checkpoint.every_tokens": 512}
+    straight = make_config(**quick, run_dir=str(tmp_path / "straight"))
+    assert train(straight, resume=False) == 0
+    config = make_config(run_dir=str(tmp_path / "full"), **{"training.stop_at_tokens": 768})
+    assert train(config, resume=False) == 0
+    config = make_config(**{"training.stop_at_tokens": None})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # of one file; a checkpoint's is more
+    try:
+        assert main([str(path), "--resume"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert "a checkpoint could not be written: " in error
+    assert "Traceback" not in error
+    assert [tokens_of(folder) for folder in store_of(config).complete()] == [512, 768]
+    assert train(config, resume=True) == 0
     assert_same_run(straight, config)
