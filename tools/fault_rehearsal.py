@@ -114,7 +114,7 @@ def configuration(
         "evaluation": {"every_tokens": every, "max_tokens": 256, "batch_rows": 4},
         "checkpoint": {"every_tokens": every},
         "mlflow": {"enabled": False},
-        "watchdog": {"timeout_s": WATCHDOG_S},
+        "watchdog": {"timeout_s": WATCHDOG_S if _hangs(faults) else 60.0},
         "faults": list(faults),
     }
 
@@ -133,8 +133,7 @@ def rehearse(config: dict[str, Any], ranks: int, limit_s: float = 600.0) -> Outc
     log = run_dir.with_suffix(".log")
     log.unlink(missing_ok=True)
     pristine = {path: path.read_bytes() for path in data.rglob("*") if path.is_file()}
-    hangs = any(fault["kind"] == "stop" for fault in config["faults"])
-    grace_s = 2.0 if hangs else 5.0
+    grace_s = 2.0 if _hangs(config["faults"]) else 5.0
     attempts: list[Attempt] = []
     started = time.time()
     while len(attempts) < len(config["faults"]) + 3:
@@ -168,6 +167,10 @@ def differences(one: Path, other: Path) -> list[str]:
     if _measured(one) != _measured(other):
         found.append("losses in metrics.jsonl")
     return found
+
+
+def _hangs(faults: Sequence[Fault]) -> bool:
+    return any(fault["kind"] == "stop" for fault in faults)
 
 
 def _measured(run_dir: Path) -> list[tuple[Any, ...]]:

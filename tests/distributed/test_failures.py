@@ -120,7 +120,9 @@ def test_one_process_that_stands_still_ends_itself_and_a_slow_one_does_not(
         {"kind": "slow", "phase": "forward", "step": 3, "seconds": 0.6 * WATCHDOG_S},
         {"kind": "slow", "phase": "optimizer", "step": 4, "seconds": 20},
     ]
-    outcome = rehearse(configuration(data, tmp_path / "run", 0, faults=slow), 1)
+    config = configuration(data, tmp_path / "run", 0, faults=slow)
+    config["watchdog"]["timeout_s"] = WATCHDOG_S
+    outcome = rehearse(config, 1)
     assert [start.statuses for start in outcome.attempts] == [[76], [0]]
     assert len(outcome.fired) == 2
     text = (tmp_path / "run" / "hang-rank0.txt").read_text()

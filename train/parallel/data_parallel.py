@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 from train.parallel.pulse import Pulse
 
@@ -38,7 +40,11 @@ class DataParallel:
     def __enter__(self) -> DataParallel:
         if self.size > 1:
             with self.pulse.collective("init_process_group"):
-                dist.init_process_group("gloo")
+                store, rank, size = next(rendezvous("env://"))
+                # torchrun keeps one store over its restarts, with the addresses of ranks that died.
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = PrefixStore(f"restart {restart} of {size} ranks", store)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         return self
 
     def __exit__(
