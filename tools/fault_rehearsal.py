@@ -26,7 +26,7 @@ from train.run_folder import CHECKPOINTS, METRICS
 STEPS = 24
 STEP_TOKENS = 4 * 32
 EVERY_STEPS = 3  # evaluations and checkpoints
-WATCHDOG_S = 2.0
+WATCHDOG_S = 4.0
 
 Fault = dict[str, Any]
 
@@ -122,6 +122,8 @@ def configuration(
 def rehearse(config: dict[str, Any], ranks: int, limit_s: float = 600.0) -> Outcome:
     """Run to the end, starting again with --auto-resume after every failure.
 
+    Raises RuntimeError when a run without faults does not come to its end.
+
     Shards that a fault damaged are put back first, as their owner would. Gives up after three
     starts more than there are faults.
     """
@@ -146,6 +148,8 @@ def rehearse(config: dict[str, Any], ranks: int, limit_s: float = 600.0) -> Outc
                 path.write_bytes(content)
     wall_s = time.time() - started
     fired = read_fired(run_dir / FIRED)
+    if not config["faults"] and not attempts[-1].succeeded:
+        raise RuntimeError(f"the undisturbed run failed, see {log}")
     return Outcome(run_dir, attempts, fired, attempts[-1].succeeded, wall_s)
 
 

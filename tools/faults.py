@@ -234,12 +234,14 @@ def main() -> int:
     parser.add_argument(
         "--soak", type=float, nargs="?", const=30.0, metavar="MINUTES", help="default 30"
     )
-    parser.add_argument("--ranks", type=int, default=2, help="processes of a soak (default 2)")
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=WORLDS, help="processes (default 2 and 4; soak: 2)"
+    )
     options = parser.parse_args()
     if options.soak:
-        text = soak(options.soak, options.ranks, seed=0)
+        text = soak(options.soak, options.ranks[0], seed=0)
     else:
-        tally = matrix(options.seeds)
+        tally = matrix(options.seeds, tuple(options.ranks))
         text = report(tally)
         if tally.problems:
             text += "\nWRONG"

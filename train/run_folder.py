@@ -90,7 +90,7 @@ def claim(config: RunConfig, ranks: DataParallel, resume: bool, auto: bool) -> I
                 resume = continues(folder, resume, auto)
                 if not resume:
                     check_fresh(folder)
-                (folder / JOB).write_text(_job())
+                write_whole(folder / JOB, _job())
             except RunFolderError as error:
                 refused = str(error)
             except OSError as error:
@@ -176,4 +176,14 @@ def _is_free(key: str, free: set[str]) -> bool:
 
 def save_config(config: RunConfig) -> None:
     """Write the resolved configuration into the run folder."""
-    (config.run_dir / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    write_whole(config.run_dir / CONFIG, dump_config(config))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a kill, at any moment, leaves the old text or the new one."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

@@ -116,21 +116,16 @@ class Watchdog:
         if call is None:
             where = f"in phase {self.pulse.phase} of step {self.pulse.step}"
             return [f"rank {self.rank} itself stands still, {where}, not in a collective"]
-        lines = []
-        for rank in range(self.size):
-            beat = after.get(rank)
-            if rank == self.rank or (
-                beat is not None
-                and beat["ticks"] != before.get(rank, {}).get("ticks")
-                and beat["entered"] >= call.number
-            ):
-                continue
-            lines.append(
-                f"rank {rank} did not arrive at collective {call.number}, {call.name}, of step "
-                f"{call.step} ({call.phase}): {_last_words(beat, before.get(rank))}"
-            )
-        every = f"every rank has entered collective {call.number}, {call.name}: the network hangs"
-        return lines or [every]
+        which = f"collective {call.number}, {call.name}, of step {call.step} ({call.phase})"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        words = {rank: _last_words(after.get(rank), before.get(rank)) for rank in others}
+        late = [r for r in others if r not in after or after[r]["entered"] < call.number]
+        if late:
+            return [f"rank {rank} did not arrive at {which}: {words[rank]}" for rank in late]
+        silent = [rank for rank in others if words[rank].startswith("silent")]
+        if silent:
+            return [f"rank {rank} did not leave {which}: {words[rank]}" for rank in silent]
+        return [f"every rank is alive in {which}: the network hangs"]
 
     def _report(self, text: str) -> None:
         """To hang-rankN.txt and to stderr, with the stacks."""

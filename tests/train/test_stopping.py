@@ -16,7 +16,7 @@ from train.__main__ import main, train
 from train.checkpoint.store import tokens_of
 from train.config import ConfigError
 from train.parallel.data_parallel import DataParallel
-from train.run_folder import RunFolderError, claim
+from train.run_folder import RunFolderError, claim, write_whole
 from train.signals import REQUEUE, SAME_REQUEST_S, agreed_status, stop_signals, walltime_deadline
 
 ALONE = DataParallel.alone()
@@ -146,3 +146,22 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(
     assert [tokens_of(folder) for folder in store_of(config).complete()] == [512, 768]
     assert train(config, resume=True) == 0
     assert_same_run(straight, config)
+
+
+def test_a_kill_while_a_small_file_is_written_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.yaml"
+    write_whole(path, "old")
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from train.redaction import redact
-from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
+from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT, write_whole
 
 AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
@@ -60,9 +60,7 @@ class Backlog:
 
     def mark(self, sent: int) -> None:
         """MLflow has everything before this byte."""
-        draft = self._sent_path.with_suffix(".draft")
-        draft.write_text(str(sent))
-        draft.replace(self._sent_path)
+        write_whole(self._sent_path, str(sent))
         self.sent = sent
 
     def left(self) -> int:
@@ -191,7 +189,7 @@ class Sender:
         else:
             run = client.create_run(experiment_id, run_name=self.run_dir.name)
             self._run_id = run.info.run_id
-            id_file.write_text(self._run_id)
+            write_whole(id_file, self._run_id)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class CheckpointStore:
         self.ranks.pulse.enter("save")
         self.ranks.barrier()
         alone = self.ranks.size == 1
-        with warnings.catch_warnings():
+        together = nullcontext() if alone else self.ranks.pulse.collective("save of all tensors")
+        with warnings.catch_warnings(), together:
             warnings.simplefilter("ignore")  # DCP warns of the single-process mode that is meant
             save(tensors, storage_writer=FileSystemWriter(draft), no_dist=alone)
         if self.ranks.is_first:
