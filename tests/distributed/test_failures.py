@@ -182,3 +182,18 @@ def test_torchrun_restarts_what_was_killed(data: Path, tmp_path: Path) -> None:
     calm = rehearse(configuration(data, tmp_path / "calm", 0), 2)
     assert differences(calm.run_dir, tmp_path / "run") == []
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 24
+
+
+def test_a_killed_run_goes_on_with_the_ranks_that_are_left(
+    data: Path, calm: Callable[[int], Outcome], tmp_path: Path
+) -> None:
+    fault = {"kind": "kill", "step": 11, "phase": "optimizer", "rank": 1}
+    config = configuration(data, tmp_path / "run", 0, faults=[fault])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    arguments = [str(tmp_path / "run.yaml"), "--auto-resume"]
+    assert attempt(arguments, 2, tmp_path / "log").statuses == [76, -9]
+    assert attempt(arguments, 1, tmp_path / "log").statuses == [0]
+    runs = [read_metrics(run / "metrics.jsonl") for run in (calm(2).run_dir, tmp_path / "run")]
+    for one, two in zip(*runs, strict=True):
+        assert (one["kind"], one["tokens"]) == (two["kind"], two["tokens"])
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
