@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-recall bench-stability nodes clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-recall bench-stability faults nodes clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,9 @@ bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and wi
 
 nodes: install ## 2 and 4 nodes (network namespaces), one killed in the middle; DeepSpeed over ssh (ten minutes)
 	$(BIN)/python -m tools.nodes
+
+faults: install ## more than 200 faults on 2 and 4 processes, each survived to the bit? (ten minutes)
+	$(BIN)/python -m tools.faults
 
 test: install-dev ## the tests
 	$(BIN)/python -m pytest -m "not slow"

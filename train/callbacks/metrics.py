@@ -12,16 +12,19 @@ from train.run_folder import METRICS, PLOTS
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
     from train.optim.cadence import StepReport
-    from train.trainer import SkippedStep, StepRecord, Trainer
+    from train.records import SkippedStep, StepRecord
+    from train.spikes import Rollback
+    from train.trainer import Trainer
 
 LOSS_CURVE = "loss.png"
 
 
 class Metrics(Callback):
-    """One JSON object a line: {"kind": "step" | "skip" | "flush" | "evaluation" |
+    """One JSON object a line: {"kind": "step" | "skip" | "rollback" | "flush" | "evaluation" |
     "domain_evaluation", "tokens": n, ...}.
 
-    On resume, lines past the checkpoint are dropped: those steps are about to happen again.
+    On resume and on a return to a checkpoint, lines past it are dropped: those steps are about to
+    happen again. "position": the row of the stream with which a skipped batch begins.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -30,11 +33,10 @@ class Metrics(Callback):
         self._file: IO[str] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
-        clock = trainer.clock
-        now = (clock.tokens, clock.skipped_tokens)
-        rows = read_metrics(self.path)
-        kept = [row for row in rows if (row["tokens"], row.get("skipped_tokens", 0)) <= now]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_metrics(self.path) if _stays(row, trainer)]
+        draft = self.path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        draft.replace(self.path)
         self._file = self.path.open("a")
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
@@ -59,8 +61,26 @@ class Metrics(Callback):
                 "tokens": record.tokens,
                 "step_tokens": record.step_tokens,
                 "skipped_tokens": trainer.clock.skipped_tokens,
-                "ranks": record.problem.ranks,
-                "levels": record.problem.levels,
+                "position": record.position,
+                "why": str(record.problem),
+                "ranks": getattr(record.problem, "ranks", []),
+                "levels": getattr(record.problem, "levels", []),
+            }
+        )
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
+        self.on_end(trainer)
+        self.on_start(trainer)
+        self._append(
+            {
+                "kind": "rollback",
+                "tokens": trainer.clock.tokens,
+                "skipped_tokens": trainer.clock.skipped_tokens,
+                "number": rollback.number,
+                "checkpoint": rollback.checkpoint,
+                "from_tokens": rollback.from_tokens,
+                "left_out_positions": rollback.positions,
+                "why": str(rollback.spike),
             }
         )
 
@@ -115,6 +135,19 @@ class Metrics(Callback):
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+
+def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
+    """Whether a line tells of something that the trainer, as it is now, has behind it."""
+    clock = trainer.clock
+    if row["kind"] == "evaluation":
+        return bool(row["tokens"] <= trainer.evaluated_tokens)
+    if row["kind"] == "domain_evaluation":
+        return len(row["domains_trained"]) <= trainer.domains_evaluated
+    if row["kind"] == "rollback" and row["number"] > trainer.spikes.rollbacks:
+        return False
+    at = (row["tokens"], row.get("skipped_tokens", 0))
+    return at <= (clock.tokens, clock.skipped_tokens)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

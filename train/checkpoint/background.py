@@ -63,9 +63,13 @@ class Writer(Protocol):
 
 
 class DirectWriter:
-    """Writes from the tensors themselves while training waits."""
+    """Writes from the tensors themselves while training waits.
 
-    def __init__(self) -> None:
+    entering: told of "save-before-marker", "save-after-marker" and "delete" when they begin.
+    """
+
+    def __init__(self, entering: Callable[[str], None]) -> None:
+        self._entering = entering
         self._part: Answer = {}
         self._finish: Callable[[], Any] | None = None
 
@@ -75,7 +79,7 @@ class DirectWriter:
             for plan in save.files
         )
         self._part = attempt(lambda: write_part(save.target, list(files)))
-        self._finish = lambda: finish(save.target, save.plain, save.rules)
+        self._finish = lambda: finish(save.target, save.plain, save.rules, self._entering)
 
     def part(self) -> Answer:
         return self._part

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +83,18 @@ def superfluous(checkpoints: list[Place], rules: Retention) -> list[Place]:
     return [one for one in checkpoints if one not in keep and tag(one) is None]
 
 
-def apply(folder: Place, rules: Retention) -> list[str]:
-    """Delete what the rules don't keep; the names of what was deleted."""
+def apply(
+    folder: Place, rules: Retention, entering: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """Delete what the rules don't keep, markers first; the names of what was deleted.
+
+    entering: told of "delete" when the markers are gone.
+    """
     doomed = superfluous(complete(folder), rules)
     for one in doomed:
         remove(one / MARKER)
+    if doomed:
+        entering("delete")
     sweep(folder)
     return [one.name for one in doomed]
 

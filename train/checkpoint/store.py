@@ -65,7 +65,9 @@ class CheckpointStore:
         self.failure: str | None = None  # of the last save
         self.report: dict[str, Any] = {}  # bytes that the last save wrote and reused, first rank
         self.on_complete: Callable[[Any], None] | None = None  # told of each folder that counts
-        self._writer: Writer = BackgroundWriter() if asynchronous else DirectWriter()
+        self._writer: Writer = (
+            BackgroundWriter() if asynchronous else DirectWriter(ranks.pulse.enter)
+        )
         weakref.finalize(self, self._writer.close)  # at the latest when the program ends
         self._under_way: Target | None = None
         self._described: list[Described] | None = None
@@ -95,6 +97,7 @@ class CheckpointStore:
         asked for. Raises ValueError where the ranks' tensors do not fit together.
         """
         self.wait()
+        self.ranks.pulse.enter("save")
         pieces = local_pieces(tensors)
         owners = self._assign([piece.describe() for piece in pieces])
         answer: dict[str, Any] = {}
@@ -157,14 +160,16 @@ class CheckpointStore:
         if self.ranks.is_first:
             attempt(lambda: retention.sweep(self.folder, drafts=True))
 
-    def newest(self) -> Any:
-        """The newest checkpoint that verifies, agreed by all ranks.
+    def newest(self, at_most: int | None = None) -> Any:
+        """The newest checkpoint that verifies, agreed by all ranks; of at most so many tokens.
 
         Damaged ones are passed over with a warning that says why. Raises CheckpointError when
         none is left: a resume never turns into a fresh start.
         """
         reasons: list[str] = []
         for name in self._agreed_names():
+            if at_most is not None and (position(name) or (0, 0))[0] > at_most:
+                continue
             reason = self._damage(self.folder / name)
             if reason is None:
                 return self.folder / name
@@ -274,6 +279,11 @@ def open_store(config: RunConfig, ranks: DataParallel) -> CheckpointStore:
     )
 
 
+def tokens_of(folder: Path) -> int:
+    """The tokens read, from the name of a checkpoint."""
+    return int(folder.name.removeprefix("tokens-"))
+
+
 @torch.no_grad()
 def load_parameters(
     parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], elsewhere: Container[str] = ()
@@ -296,5 +306,6 @@ def _gather(ranks: DataParallel, value: Any) -> list[Any]:
     if ranks.size == 1:
         return [value]
     found: list[Any] = [None] * ranks.size
-    dist.all_gather_object(found, value)
+    with ranks.pulse.collective("gathering of plain data"):
+        dist.all_gather_object(found, value)
     return found

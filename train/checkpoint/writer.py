@@ -107,9 +107,15 @@ def write_part(target: Target, files: Sequence[NewFile]) -> dict[str, int]:
     return {"written": written, "reused": reused}
 
 
-def finish(target: Target, plain: dict[str, Any], rules: retention.Retention) -> dict[str, Any]:
+def finish(
+    target: Target,
+    plain: dict[str, Any],
+    rules: retention.Retention,
+    entering: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
     """On the first rank: when every part is there, make the checkpoint count; then delete old ones.
 
+    entering: told of "save-before-marker", "save-after-marker" and "delete" when they begin.
     Returns bytes written and reused, and the names of what was deleted.
     """
     files: dict[str, Any] = {}
@@ -134,8 +140,10 @@ def finish(target: Target, plain: dict[str, Any], rules: retention.Retention) ->
     flush_folder(target.draft)
     if target.draft != target.final:
         rename(target.draft, target.final)
+    entering("save-before-marker")
     write_marker(target.final, digest)
-    return {**totals, "deleted": retention.apply(target.final.parent, rules)}
+    entering("save-after-marker")
+    return {**totals, "deleted": retention.apply(target.final.parent, rules, entering)}
 
 
 def _known_files(folder: Place) -> dict[tuple[str, int], Place]:

@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from data_pipeline import DataError
-from hope import HopeModel
 from tests.conftest import tiny_config
 from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
@@ -21,6 +20,7 @@ from train.checkpoint import CheckpointError, CheckpointStore, open_store
 from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
+from train.engines import open_engine
 from train.parallel.data_parallel import DataParallel
 from train.signals import StopSignals
 from train.trainer import Trainer
@@ -145,8 +145,8 @@ def test_a_run_whose_disk_is_full_trains_to_its_end_and_says_so(
 def trainer_of(config: RunConfig) -> Trainer:
     corpora = open_corpora(config)
     config = with_vocabulary(config, corpora)
-    model = HopeModel(config.model, seed=1)
-    return Trainer(config, corpora, DataParallel.alone(), StopSignals(), model)
+    engine = open_engine(config, DataParallel.alone())
+    return Trainer(config, corpora, StopSignals(), engine)
 
 
 def test_everything_that_a_run_depends_on_is_there(straight: RunConfig) -> None:
@@ -167,7 +167,16 @@ def test_everything_that_a_run_depends_on_is_there(straight: RunConfig) -> None:
     trainer.loader.close()
 
 
-NEEDED = ("clock", "cadence", "cms", "loader", "trained_seconds", "domains_evaluated", "streams")
+NEEDED = (
+    "clock",
+    "cadence",
+    "cms",
+    "loader",
+    "trained_seconds",
+    "evaluated_tokens",
+    "spikes",
+    "streams",
+)
 
 
 def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(
