@@ -1,0 +1,209 @@
+"""python -m tools.compile_kernels: compile the scan's kernels for a GPU without having one.
+
+Every kernel for every size that the dispatcher takes, ahead of time for sm_90 (H100): registers
+of a thread, bytes spilled to local memory, shared memory of a block, as ptxas and Triton report
+them. Writes runs/bench/kernels.json. Needs triton; no GPU, no driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hope.scan import ScanConfig
+from hope.scan.triton import HEAD_WIDTHS, MAX_STATE, MEMORY_CHUNKS
+from tools.figures import table, write_figures
+
+SHARED_LIMIT = 232_448  # bytes that a block may have on sm_90
+KERNELS = ("memory_forward", "memory_backward", "projections_forward", "projections_backward")
+_INTEGERS = (
+    "tokens",
+    "first_token",
+    "blocks",
+    "slots",
+    "heads",
+    "chunks",
+    "first_chunk",
+    "q_first",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel at one size; projection_chunk is 64."""
+
+    kernel: str
+    width: int
+    hidden: int
+    chunk: int
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> str:
+        """What its figures are called after their kind."""
+        dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
+        return f"{self.kernel}_d{self.width}_h{self.hidden}_c{self.chunk}_{dtype}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Registers a thread, bytes of spill stores and loads a thread, bytes of shared memory a
+    block, warps a block, seconds to compile."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    warps: int
+    seconds: float
+
+
+def cases() -> Iterator[Case]:
+    """Everything that the dispatcher takes on a GPU, at the default options of the scan."""
+    for width in HEAD_WIDTHS:
+        for hidden in (width, 2 * width, 4 * width):
+            if width * hidden > MAX_STATE:
+                continue
+            for dtype in (torch.bfloat16, torch.float32):
+                for kernel in KERNELS:
+                    chunks = MEMORY_CHUNKS if kernel.startswith("memory") else (64,)
+                    for chunk in chunks:
+                        yield Case(kernel, width, hidden, chunk, dtype)
+
+
+def compile_case(case: Case, config: ScanConfig | None = None) -> Report:
+    """Compile for sm_90 and read what ptxas says.
+
+    Raises RuntimeError where kernels are interpreted (TRITON_INTERPRET), with Triton's own errors
+    otherwise.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from hope.scan import launch
+    from hope.scan.kernels import memory, projections
+
+    if launch.is_interpreted():
+        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
+    config = config or ScanConfig()
+    kernel = getattr(memory if case.kernel.startswith("memory") else projections, case.kernel)
+    constants: dict[str, Any] = {
+        **launch.kernel_flags(config, case.dtype),
+        "D": case.width,
+        "H": case.hidden,
+        "C": case.chunk,
+        "PERIOD": max(1, config.projection_chunk // case.chunk),
+        "HAS_RESET": True,
+        "ADAPTIVE": False,
+        "READ": True,
+        "SAVE": False,
+        "CAUSAL": config.read == "causal",
+    }
+    signature, constexprs = {}, {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+            constexprs[name] = constants[name]
+        else:
+            signature[name] = _type(name, case)
+    source = ASTSource(
+        fn=kernel, signature=signature, constexprs=constexprs, attrs=_aligned(kernel, signature)
+    )
+    options = launch.compile_options(case.kernel, case.width, case.hidden)
+    start = time.perf_counter()
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    registers, stores, loads = assemble(compiled.asm["ptx"])
+    return Report(
+        registers, stores, loads, compiled.metadata.shared, options["num_warps"],
+        time.perf_counter() - start,
+    )  # fmt: skip
+
+
+def _type(name: str, case: Case) -> str:
+    if name in _INTEGERS:
+        return "i32"
+    if name in ("q_stride",):
+        return "i64"
+    if name == "eta_max":
+        return "fp32"
+    if name == "reset":
+        return "*u8"
+    activations = ("x", "q", "dx", "dq", "source", "d_source", "out", "d_out")
+    low = case.dtype == torch.bfloat16 and name in activations
+    return "*bf16" if low else "*fp32"
+
+
+def _aligned(kernel: Any, signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+    """Tensors start at multiples of 16 bytes, as torch allocates them."""
+    return {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+
+
+def assemble(ptx: str) -> tuple[int, int, int]:
+    """Registers, bytes of spill stores and bytes of spill loads, by Triton's ptxas."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path)]
+        result = subprocess.run(
+            [*command, "-o", str(path.with_suffix(".cubin"))],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
+    used = re.search(r"Used (\d+) registers", result.stderr)
+    assert found is not None, result.stderr
+    assert used is not None, result.stderr
+    return int(used[1]), int(found[1]), int(found[2])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 all compiled, 1 some did not, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.compile_kernels", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("--only", default="", help="compile cases whose key contains this")
+    options = parser.parse_args(arguments)
+    chosen = [case for case in cases() if options.only in case.key]
+    if not chosen:
+        parser.error(f"no case contains {options.only!r}")
+    figures: dict[str, float] = {}
+    rows, failed = [], False
+    for case in chosen:
+        try:
+            report = compile_case(case)
+        except Exception as error:
+            failed = True
+            print(f"{case.key}: {' '.join(str(error).split())[-300:]}", file=sys.stderr)
+            continue
+        spilled = max(report.spill_stores, report.spill_loads)
+        figures |= {
+            f"registers_{case.key}": report.registers,
+            f"spill_bytes_{case.key}": spilled,
+            f"shared_bytes_{case.key}": report.shared,
+        }
+        cells = [report.warps, report.registers, spilled, report.shared, round(report.seconds, 1)]
+        rows.append([case.key, *map(str, cells)])
+        print(rows[-1], flush=True)
+    print(table(["kernel", "warps", "registers", "spill B", "shared B", "s"], rows))
+    print(f"figures: {write_figures('kernels', figures)}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
