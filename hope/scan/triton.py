@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
 
-HEAD_WIDTHS, MEMORY_CHUNKS = (64, 128), (16, 32, 64)
+HEAD_WIDTHS, MEMORY_CHUNKS = (64, 96, 128), (16, 32, 64)
+"""Heads of 96 are run as heads of 128 whose last features are zero, which changes nothing else."""
 MAX_STATE = 128 * 128
 """Most elements of a fast-weight matrix, d * h, that the kernels are compiled for."""
 _AVAILABLE = find_spec("triton") is not None
@@ -41,17 +43,21 @@ def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
         if x.dtype == torch.float64:
             return "float64 is for the CPU"
         if width not in HEAD_WIDTHS:
-            return f"heads are {width} wide, not 64 or 128"
-        if hidden not in (width, 2 * width, 4 * width) or width * hidden > MAX_STATE:
+            return f"heads are {width} wide, not 64, 96 or 128"
+        size = padded(width) * padded(hidden)
+        if hidden not in (width, 2 * width, 4 * width) or size > MAX_STATE:
             return f"memories of {width} x {hidden} are not among the sizes compiled for"
         return ""
     if not _interpreted():
         return "x is on the CPU, where kernels run under TRITON_INTERPRET=1 only"
     if x.dtype == torch.bfloat16:
         return "Triton's interpreter computes wrongly in bfloat16"
-    if any(size < 16 or size & (size - 1) for size in (width, hidden)):
-        return f"memories of {width} x {hidden} are not powers of two of at least 16"
     return ""
+
+
+def padded(size: int) -> int:
+    """The width that the kernels run for one of `size`: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def _interpreted() -> bool:
@@ -230,11 +236,24 @@ def scan_triton(
     """
     tensors = [x, q, *weights, *(state or ())]
     save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
+    width, hidden = weights.w1.shape[2:]
+    more_d, more_h = padded(width) - width, padded(hidden) - hidden
+
+    def wider(z: Tensor, last: int, before: int = 0) -> Tensor:
+        return pad(z, (0, last, 0, before)) if last or before else z
+
+    states = (None, None) if state is None else state
     out, final1, final2, _ = _scan_triton(
-        x,
-        q,
-        *weights,
-        *(state or (None, None)),
+        wider(x, more_d),
+        wider(q, more_d),
+        wider(weights.w1, more_h, more_d),
+        wider(weights.w2, more_d, more_h),
+        wider(weights.w_eta, more_d),
+        weights.b_eta,
+        wider(weights.w_alpha, more_d),
+        weights.b_alpha,
+        None if states[0] is None else wider(states[0], more_h, more_d),
+        None if states[1] is None else wider(states[1], more_d, more_h),
         reset,
         config.memory_chunk,
         config.projection_chunk,
@@ -245,4 +264,7 @@ def scan_triton(
         config.segment_chunks,
         save,
     )
+    if more_d or more_h:
+        out = out[..., :width]
+        final1, final2 = final1[..., :width, :hidden], final2[..., :hidden, :width]
     return out, MemoryState(final1, final2)

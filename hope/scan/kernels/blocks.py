@@ -147,13 +147,13 @@ def read_causal(
 
 @triton.jit
 def read_causal_backward(
-    d_out, q, k, prev, prev_lost, ratio, e, u1, u2, d1, d2, b1, b2,
+    d_out, q, k, prev, ratio, e, u1, u2, d1, d2, b1, b2,
     INITIAL: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Derivative of `read_causal` from d_out [C, D].
+    """Derivative of `read_causal` from d_out [C, D], but for the matrices; see `read_outer`.
 
-    dq, dk [C, D]; into U1 [C, D], U2 [C, H] (not with TARGET), e [C, H], W [D, H] twice, M_0 at a
-    fixed W [D, H] twice (INITIAL only); rows [C], what decay before t multiplies.
+    dq, dk [C, D]; into U1 [C, D], U2 [C, H] (not with TARGET), e [C, H]; rows [C], what decay
+    before t multiplies; act and dz [C, H], the hidden layer and the gradient before it.
     """
     _, act, slope, across1, across2 = read_causal(
         q, k, prev, ratio, e, u1, u2, d1, d2, b1, b2, INITIAL, TARGET, DOT
@@ -163,11 +163,8 @@ def read_causal_backward(
     rows = tl.sum(d_act * act, 1)
     de = dot(tl.trans(d_across), act, DOT)
     du1 = -dot(tl.trans(across1), d_out, DOT)
-    dw1 = dot(tl.trans(d_out), act * prev[:, None], DOT)
-    db1, db2 = dw1, dw1
     if INITIAL:
         d_act += dot(d_out, b1, DOT)
-        db1 = dot(tl.trans(d_out), act * prev_lost[:, None], DOT)
     dz = d_act * slope
     dq = dot(dz, tl.trans(d2), DOT) * prev[:, None]
     if TARGET:
@@ -178,11 +175,17 @@ def read_causal_backward(
         dk = dot(tl.trans(d_across), q, DOT)
         du2 = -dot(tl.trans(across2), dz, DOT)
     rows += tl.sum(dq * q, 1)
-    dw2 = dot(tl.trans(q * prev[:, None]), dz, DOT)
     if INITIAL:
         dq += dot(dz, tl.trans(b2), DOT)
-        db2 = dot(tl.trans(q * prev_lost[:, None]), dz, DOT)
-    return dq + d_out, dk, du1, du2, de, dw1, dw2, db1, db2, rows
+    return dq + d_out, dk, du1, du2, de, rows, act, dz
+
+
+@triton.jit
+def read_outer(d_out, q, act, dz, share, DOT: tl.constexpr):
+    """The matrices [D, H] of `read_causal_backward`: of W with share = prev [C], of M_0 at a
+    fixed W with share = prev_lost."""
+    d1 = dot(tl.trans(d_out), act * share[:, None], DOT)
+    return d1, dot(tl.trans(q * share[:, None]), dz, DOT)
 
 
 @triton.jit
@@ -301,26 +304,27 @@ def write_backward(
         C, INITIAL, DELTA1, DELTA2, TARGET, DOT,
     )  # fmt: skip
     dq, more1, more2 = d_out, u1, u2
+    rows = eta * 0.0
     if READ:
-        dq, dk_read, more1, more2, de_read, s1_read, s2_read, db1, db2, rows = read_causal_backward(
-            d_out, q, k, prev, prev_lost, ratio, e, u1, u2, d1, d2, b1, b2, INITIAL, TARGET, DOT
+        dq, dk_read, more1, more2, de_read, rows, act_q, dz_q = read_causal_backward(
+            d_out, q, k, prev, ratio, e, u1, u2, d1, d2, b1, b2, INITIAL, TARGET, DOT
         )
-        if INITIAL:
-            db1 += total_lost * s1
-            db2 += total_lost * s2
-    else:
-        db1, db2 = total_lost * s1, total_lost * s2
-        rows = eta * 0.0
     x1, x2, de, dk, p, boundary = through_recurrence(
         k, eta, prev, end, total, ratio, inverse1, inverse2, e, u1, u2, d1, d2, s1, s2,
         more1, more2, READ, DELTA1, DELTA2, TARGET, DOT,
     )  # fmt: skip
+    db1, db2 = total_lost * s1, total_lost * s2
     s1, s2 = s1 * total, s2 * total
     if READ:
         de += de_read
         dk += dk_read
-        s1 += s1_read
-        s2 += s2_read
+        add1, add2 = read_outer(d_out, q, act_q, dz_q, prev, DOT)
+        s1 += add1
+        s2 += add2
+        if INITIAL:
+            add1, add2 = read_outer(d_out, q, act_q, dz_q, prev_lost, DOT)
+            db1 += add1
+            db2 += add2
     if DELTA1:
         s1 += dot(tl.trans(x1), e * prev[:, None], DOT)
         if INITIAL:

@@ -63,7 +63,7 @@ def memory_forward(
         key = tl.load(k + here[:, None] * D + column)
         value = tl.load(v + here[:, None] * D + column)
         step = tl.load(eta + here)
-        prev, end, total, _, _, ratio = decays(tl.load(log_alpha + here), C)
+        prev, end, total, prev_lost, total_lost, ratio = decays(tl.load(log_alpha + here), C)
         inverse2 = key_inverse(key, step, ratio, C, DELTA2, DOT)
         old1, old2 = d1, d2
         d1, d2, u1, u2, e = write(
@@ -75,11 +75,11 @@ def memory_forward(
             source = q + g * q_stride + (q_first + local)[:, None] * D + column
             query = tl.load(source, mask=valid, other=0.0).to(key.dtype)
             if CAUSAL:
-                answer, _, _, _, _ = read_causal(
+                answer, act, slope, across1, across2 = read_causal(
                     query, key, prev, ratio, e, u1, u2, old1, old2, b1, b2, INITIAL, TARGET, DOT
                 )
             else:
-                answer, _, _ = read_start(query, f1, f2, DOT)
+                answer, act, slope = read_start(query, f1, f2, DOT)
             target = out + (g * tokens + first_token + local)[:, None] * D + column
             tl.store(target, answer, mask=valid)
     store_state(state, d1, d2, D, H)

@@ -29,11 +29,14 @@ def dot(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def exact_dot(a, b, DOT: tl.constexpr):
-    """The same for triangular systems, which stay at float32's precision with bfloat16 inputs."""
-    if DOT == "bf16":
-        product = tl.dot(a, b, input_precision="tf32x3")
-    else:
+    """The same for triangular systems. With bfloat16 inputs they are solved in float32, except for
+    blocks of 64, which multiply in TF32: three products for one would not fit in registers."""
+    if DOT != "bf16":
         product = tl.dot(a, b, input_precision=DOT)
+    elif len(a.shape) == 2 and a.shape[0] > 32:
+        product = tl.dot(a, b, input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision="tf32x3")
     return product
 
 
@@ -115,6 +118,28 @@ def log_decay_gradient(p, rows, boundary, C: tl.constexpr):
 
 
 @triton.jit
+def diagonal_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
+    """(I + strict)^-1 of the blocks of 16 on the diagonal of strictly lower [C, C], zero around
+    them; see `unit_lower_inverse`."""
+    COUNT: tl.constexpr = C // 16
+    at = tl.arange(0, COUNT)
+    on_diagonal = at[:, None, None, None] == at[None, None, :, None]
+    blocks = tl.reshape(strict, (COUNT, 16, COUNT, 16))
+    blocks = tl.sum(tl.where(on_diagonal, blocks, 0.0), 2)
+    row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    eye = tl.where(row == column, 1.0, 0.0).to(strict.dtype)
+    near = row // 4 == column // 4
+    x = tl.where(near, blocks, 0.0)
+    square = exact_dot(x, x, DOT)
+    inverse = eye - x + square - exact_dot(x, square, DOT)
+    x = exact_dot(inverse, tl.where(near, 0.0, blocks), DOT)
+    square = exact_dot(x, x, DOT)
+    inverse = exact_dot(eye - x + square - exact_dot(x, square, DOT), inverse, DOT)
+    whole = tl.where(on_diagonal, inverse[:, :, None, :], 0.0)
+    return tl.reshape(whole, (C, C))
+
+
+@triton.jit
 def unit_lower_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
     """(I + strict)^-1 for strictly lower triangular [C, C], C = 16, 32 or 64.
 
@@ -122,24 +147,16 @@ def unit_lower_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
     below them in blocks four times as large, (I + V L)^-1 V = (I - X + X^2 - X^3) V for X = V L,
     because X^4 = 0. Higher powers, whose terms grow and cancel, never appear.
     """
-    row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-    eye = tl.where(row == column, 1.0, 0.0).to(strict.dtype)
-    x = tl.where(row // 4 == column // 4, strict, 0.0)
-    square = exact_dot(x, x, DOT)
-    inverse = eye - x + square - exact_dot(x, square, DOT)
-    below = (row // 16 == column // 16) & (row // 4 != column // 4)
-    x = exact_dot(inverse, tl.where(below, strict, 0.0), DOT)
-    square = exact_dot(x, x, DOT)
-    inverse = exact_dot(eye - x + square - exact_dot(x, square, DOT), inverse, DOT)
-    if C == 32:
-        below = row // 16 != column // 16
-        x = exact_dot(inverse, tl.where(below, strict, 0.0), DOT)
-        inverse -= exact_dot(x, inverse, DOT)
-    if C == 64:
-        below = row // 16 != column // 16
-        x = exact_dot(inverse, tl.where(below, strict, 0.0), DOT)
-        square = exact_dot(x, x, DOT)
-        inverse = exact_dot(eye - x + square - exact_dot(x, square, DOT), inverse, DOT)
+    inverse = diagonal_inverse(strict, C, DOT)
+    if C > 16:
+        row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        eye = tl.where(row == column, 1.0, 0.0).to(strict.dtype)
+        x = exact_dot(inverse, tl.where(row // 16 == column // 16, 0.0, strict), DOT)
+        series = eye - x
+        if C > 32:
+            square = exact_dot(x, x, DOT)
+            series += square - exact_dot(x, square, DOT)
+        inverse = exact_dot(series, inverse, DOT)
     return inverse
 
 

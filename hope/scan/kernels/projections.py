@@ -121,27 +121,27 @@ def projections_forward(
         at_x = (g * tokens + first_token + local)[:, None] * D + feature[None, :]
         token = tl.load(x + at_x, mask=valid[:, None], other=0.0).to(w_eta.dtype)
         f1, f2 = frozen(base, opened, D, H, INITIAL)
-        key, _ = unit_vector(token, f1, f2, DOT)
+        key, inverse = unit_vector(token, f1, f2, DOT)
         f1, f2 = frozen(base + heads * size, opened + per_memory, D, H, INITIAL)
-        value, _ = unit_vector(token, f1, f2, DOT)
+        value, inverse = unit_vector(token, f1, f2, DOT)
         f1, f2 = frozen(base + 2 * heads * size, opened + 2 * per_memory, D, H, INITIAL)
-        logit, _, _, _ = scalar(token, w_eta, f1, f2, DOT)
+        logit, pulled, act, slope = scalar(token, w_eta, f1, f2, DOT)
         step = eta_max / (1.0 + tl.exp(-(logit + tl.load(bias + n))))
         step = tl.where(valid, step, 0.0)
         f1, f2 = frozen(base + 3 * heads * size, opened + 3 * per_memory, D, H, INITIAL)
-        logit, _, _, _ = scalar(token, w_alpha, f1, f2, DOT)
+        logit, pulled, act, slope = scalar(token, w_alpha, f1, f2, DOT)
         decay = tl.where(valid, log_sigmoid(logit + tl.load(bias + heads + n)), 0.0)
         if ADAPTIVE:
             f1, f2 = frozen(base + 5 * heads * size, opened + 4 * per_memory, D, H, INITIAL)
             token = tl.load(source + at_x, mask=valid[:, None], other=0.0).to(w_eta.dtype)
-            asked, _ = unit_vector(token, f1, f2, DOT)
+            asked, inverse = unit_vector(token, f1, f2, DOT)
             tl.store(query + here[:, None] * D + feature[None, :], asked)
         tl.store(k + here[:, None] * D + feature[None, :], key)
         tl.store(v + here[:, None] * D + feature[None, :], value)
         tl.store(eta + here, step)
         tl.store(log_alpha + here, decay)
 
-        prev, end, total, _, _, ratio = decays(decay, C)
+        prev, end, total, prev_lost, total_lost, ratio = decays(decay, C)
         inverse2 = key_inverse(key, step, ratio, C, DELTA2, DOT)
         for m in range(memories):
             b1, b2 = load_state(base + (m + m // 4) * heads * size, D, H)
@@ -149,7 +149,7 @@ def projections_forward(
             if INITIAL:
                 f1, f2 = f1 + b1, f2 + b2
             d1, d2 = load_state(now + m * per_memory, D, H)
-            d1, d2, _, _, _ = write(
+            d1, d2, u1, u2, e = write(
                 key, value, step, prev, end, total, ratio, inverse2, f1, f2, d1, d2, b1, b2,
                 C, INITIAL, DELTA1, DELTA2, TARGET, DOT,
             )  # fmt: skip
@@ -212,7 +212,7 @@ def projections_backward(
                 f1, f2 = f1 + b1, f2 + b2
             d1, d2 = load_state(now + m * per_memory, D, H)
             s1, s2 = load_state(d_state + m * count * size, D, H)
-            _, dk_m, dv_m, p, dla, s1, s2, db1, db2, df1, df2 = write_backward(
+            dq_m, dk_m, dv_m, p, dla, s1, s2, db1, db2, df1, df2 = write_backward(
                 key, value, key, key, step, prev, end, total, prev_lost, total_lost, ratio,
                 inverse2, f1, f2, d1, d2, b1, b2, s1, s2,
                 C, False, INITIAL, DELTA1, DELTA2, TARGET, DOT,
@@ -242,7 +242,7 @@ def projections_backward(
         add_state(d_frozen + count * size, df1, df2, D, H)
 
         f1, f2 = frozen(base + 2 * heads * size, opened + 2 * per_memory, D, H, INITIAL)
-        logit, _, _, _ = scalar(token, w_eta, f1, f2, DOT)
+        logit, pulled, act, slope = scalar(token, w_eta, f1, f2, DOT)
         d_logit = d_step / (1.0 + tl.exp(logit + tl.load(bias + n)))
         d_logit = tl.where(valid, d_logit, 0.0)
         more, df1, df2, dw = scalar_backward(token, w_eta, d_logit, f1, f2, DOT)
@@ -251,7 +251,7 @@ def projections_backward(
         db_eta += tl.sum(d_logit, 0)
         add_state(d_frozen + 2 * count * size, df1, df2, D, H)
         f1, f2 = frozen(base + 3 * heads * size, opened + 3 * per_memory, D, H, INITIAL)
-        logit, _, _, _ = scalar(token, w_alpha, f1, f2, DOT)
+        logit, pulled, act, slope = scalar(token, w_alpha, f1, f2, DOT)
         d_logit = d_decay / (1.0 + tl.exp(logit + tl.load(bias + heads + n)))
         d_logit = tl.where(valid, d_logit, 0.0)
         more, df1, df2, dw = scalar_backward(token, w_alpha, d_logit, f1, f2, DOT)
