@@ -8,6 +8,7 @@ them. Writes runs/bench/kernels.json. Needs triton; no GPU, no driver.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hope.scan import ScanConfig
-from hope.scan.triton import HEAD_WIDTHS, MAX_STATE, MEMORY_CHUNKS
+from hope.scan.triton import HEAD_WIDTHS, MAX_STATE, padded
 from tools.figures import table, write_figures
 
 SHARED_LIMIT = 232_448  # bytes that a block may have on sm_90
@@ -40,19 +42,19 @@ _INTEGERS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one size; projection_chunk is 64."""
+    """One kernel at one size, in blocks of that many tokens."""
 
     kernel: str
     width: int
     hidden: int
-    chunk: int
+    block: int
     dtype: torch.dtype
 
     @property
     def key(self) -> str:
         """What its figures are called after their kind."""
         dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        return f"{self.kernel}_d{self.width}_h{self.hidden}_c{self.chunk}_{dtype}"
+        return f"{self.kernel}_d{self.width}_h{self.hidden}_b{self.block}_{dtype}"
 
 
 @dataclass(frozen=True)
@@ -68,25 +70,19 @@ class Report:
     seconds: float
 
 
-def cases() -> Iterator[Case]:
+def cases(blocks: tuple[int, ...]) -> Iterator[Case]:
     """Everything that the dispatcher takes on a GPU, at the default options of the scan."""
-    for width in HEAD_WIDTHS:
-        for hidden in (width, 2 * width, 4 * width):
-            if width * hidden > MAX_STATE:
-                continue
-            for dtype in (torch.bfloat16, torch.float32):
-                for kernel in KERNELS:
-                    chunks = MEMORY_CHUNKS if kernel.startswith("memory") else (64,)
-                    for chunk in chunks:
-                        yield Case(kernel, width, hidden, chunk, dtype)
+    widths = sorted({padded(width) for width in HEAD_WIDTHS})
+    for width, expansion in itertools.product(widths, (1, 2, 4)):
+        if width * width * expansion <= MAX_STATE:
+            for dtype, block, kernel in itertools.product(
+                (torch.bfloat16, torch.float32), blocks, KERNELS
+            ):
+                yield Case(kernel, width, width * expansion, block, dtype)
 
 
 def compile_case(case: Case, config: ScanConfig | None = None) -> Report:
-    """Compile for sm_90 and read what ptxas says.
-
-    Raises RuntimeError where kernels are interpreted (TRITON_INTERPRET), with Triton's own errors
-    otherwise.
-    """
+    """Compile for sm_90 and read what ptxas says; fails with Triton's own errors."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -94,16 +90,15 @@ def compile_case(case: Case, config: ScanConfig | None = None) -> Report:
     from hope.scan import launch
     from hope.scan.kernels import memory, projections
 
-    if launch.is_interpreted():
-        raise RuntimeError("kernels are interpreted: unset TRITON_INTERPRET to compile them")
     config = config or ScanConfig()
     kernel = getattr(memory if case.kernel.startswith("memory") else projections, case.kernel)
     constants: dict[str, Any] = {
         **launch.kernel_flags(config, case.dtype),
         "D": case.width,
         "H": case.hidden,
-        "C": case.chunk,
-        "PERIOD": max(1, config.projection_chunk // case.chunk),
+        "C": case.block,
+        "OPEN": max(1, config.memory_chunk // case.block),
+        "PERIOD": config.projection_chunk // case.block,
         "HAS_RESET": True,
         "ADAPTIVE": False,
         "READ": True,
@@ -120,7 +115,7 @@ def compile_case(case: Case, config: ScanConfig | None = None) -> Report:
     source = ASTSource(
         fn=kernel, signature=signature, constexprs=constexprs, attrs=_aligned(kernel, signature)
     )
-    options = launch.compile_options(case.kernel, case.width, case.hidden)
+    options = launch.COMPILE_OPTIONS
     start = time.perf_counter()
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     registers, stores, loads = assemble(compiled.asm["ptx"])
@@ -128,6 +123,17 @@ def compile_case(case: Case, config: ScanConfig | None = None) -> Report:
         registers, stores, loads, compiled.metadata.shared, options["num_warps"],
         time.perf_counter() - start,
     )  # fmt: skip
+
+
+def _why_not() -> str:
+    """Why nothing can be compiled here, or nothing."""
+    if find_spec("triton") is None:
+        return "triton is not installed; requirements-dev.txt has it"
+    from hope.scan import launch
+
+    if launch.is_interpreted():
+        return "kernels are interpreted: unset TRITON_INTERPRET to compile them"
+    return ""
 
 
 def _type(name: str, case: Case) -> str:
@@ -173,15 +179,19 @@ def assemble(ptx: str) -> tuple[int, int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all compiled, 1 some did not, 2 bad input."""
+    """Exit status: 0 all compiled, 1 some did not, 2 bad input or no compiler."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_kernels", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("--only", default="", help="compile cases whose key contains this")
+    parser.add_argument("--blocks", type=int, nargs="+", choices=(16, 32, 64), default=[16])
     options = parser.parse_args(arguments)
-    chosen = [case for case in cases() if options.only in case.key]
+    chosen = [case for case in cases(tuple(options.blocks)) if options.only in case.key]
     if not chosen:
         parser.error(f"no case contains {options.only!r}")
+    if reason := _why_not():
+        print(f"compile_kernels: {reason}", file=sys.stderr)
+        return 2
     figures: dict[str, float] = {}
     rows, failed = [], False
     for case in chosen:
@@ -199,7 +209,6 @@ def main(arguments: list[str] | None = None) -> int:
         }
         cells = [report.warps, report.registers, spilled, report.shared, round(report.seconds, 1)]
         rows.append([case.key, *map(str, cells)])
-        print(rows[-1], flush=True)
     print(table(["kernel", "warps", "registers", "spill B", "shared B", "s"], rows))
     print(f"figures: {write_figures('kernels', figures)}")
     return int(failed)

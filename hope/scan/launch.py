@@ -20,23 +20,14 @@ from hope.scan.kernels.memory import memory_backward, memory_forward
 from hope.scan.kernels.projections import projections_backward, projections_forward
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
-BLOCKS = (64, 32, 16)
-"""Tokens of a block of the recurrence, longest first."""
+BLOCK = 16
+"""Tokens of a block of the recurrence, in all memories; memory chunks are multiples of it. The
+kernels take 32 and 64 too, but hold so much then that they spill to memory (docs/gpu.md)."""
 
 
 def is_interpreted() -> bool:
     """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
     return not isinstance(memory_forward, triton.JITFunction)
-
-
-def projection_block(config: ScanConfig, width: int) -> int:
-    """Tokens of a block of the projection memories: of whole memory chunks, and not more than
-    the memories are wide, beyond which the triangular system costs more than it saves."""
-    for block in BLOCKS:
-        fits = config.projection_chunk % block == 0 and block % config.memory_chunk == 0
-        if fits and block <= max(width, config.memory_chunk):
-            return block
-    raise AssertionError("memory_chunk is one of BLOCKS and divides projection_chunk")
 
 
 def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -51,11 +42,9 @@ def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def compile_options(kernel: str, width: int, hidden: int) -> dict[str, int]:
-    """num_warps and num_stages of a kernel. Loads must not move over the stores of an earlier
-    round of a loop, so no loop is pipelined."""
-    large = width * hidden > 64 * 64 or kernel.endswith("backward")
-    return {"num_warps": 8 if large else 4, "num_stages": 1}
+COMPILE_OPTIONS = {"num_warps": 8, "num_stages": 1}
+"""Four warps spill more in all. Loads must not move over the stores of an earlier round of a loop,
+so no loop is pipelined."""
 
 
 class Launcher:
@@ -82,7 +71,7 @@ class Launcher:
         self.projections = len(self.order) - 1
         self.count = self.rows * self.heads
         chunk = config.projection_chunk
-        self.block = projection_block(config, self.width)
+        self.block = BLOCK
         self.chunks = -(-self.tokens // chunk)
         self.reset = x.new_zeros(1, dtype=torch.uint8)
         if reset is not None:
@@ -147,25 +136,25 @@ class Launcher:
             shapes["query"] = wide
         return {name: self.new(*shape) for name, shape in shapes.items()}
 
-    def launch(self, kernel: Any, segment: int, block: int, **arguments: Any) -> None:
-        """Run a kernel over a segment in blocks of that many tokens."""
+    def launch(self, kernel: Any, segment: int, **arguments: Any) -> None:
+        """Run a kernel over a segment."""
         first_chunk = segment * self.config.segment_chunks
         kernel[(self.count,)](
             reset=self.reset,
             tokens=self.tokens,
             first_token=first_chunk * self.config.projection_chunk,
-            blocks=self.length(segment) // block,
+            blocks=self.length(segment) // self.block,
             heads=self.heads,
             chunks=self.chunks,
             first_chunk=first_chunk,
             D=self.width,
             H=self.hidden,
-            C=block,
-            PERIOD=self.config.projection_chunk // block,
+            C=self.block,
+            PERIOD=self.config.projection_chunk // self.block,
             HAS_RESET=self.has_reset,
             **self.flags,
             **arguments,
-            **compile_options(kernel.__name__, self.width, self.hidden),
+            **COMPILE_OPTIONS,
         )
 
     def queries(self, segment: int, buffers: dict[str, Tensor]) -> dict[str, Any]:
@@ -181,7 +170,6 @@ class Launcher:
         self.launch(
             projections_forward,
             segment,
-            self.block,
             base=self.base,
             x=self.x,
             source=self.q,
@@ -208,7 +196,7 @@ class Launcher:
         self.launch(
             memory_forward,
             segment,
-            self.config.memory_chunk,
+            OPEN=self.config.memory_chunk // self.block,
             **self.queries(segment, buffers),
             **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
             base=self.base[MEM],
@@ -259,7 +247,7 @@ class Launcher:
         config = self.config
         whole = self.length(0)
         scratch = self.slots(whole // self.block)
-        mem_scratch = self.new(self.count, whole // config.memory_chunk, 2, self.width, self.hidden)
+        mem_scratch = self.new(self.count, whole // self.block, 2, self.width, self.hidden)
         buffers = self.buffers()
         grads = {f"d_{name}": torch.empty_like(z) for name, z in buffers.items()}
         d_key, d_value = grads["d_k"], grads["d_v"]
@@ -282,7 +270,7 @@ class Launcher:
             self.launch(
                 memory_backward,
                 segment,
-                config.memory_chunk,
+                OPEN=config.memory_chunk // self.block,
                 **self.queries(segment, buffers),
                 **both,
                 d_out=d_out,
@@ -297,7 +285,6 @@ class Launcher:
             self.launch(
                 projections_backward,
                 segment,
-                self.block,
                 **both,
                 base=self.base,
                 x=self.x,

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
 
-HEAD_WIDTHS, MEMORY_CHUNKS = (64, 96, 128), (16, 32, 64)
+HEAD_WIDTHS = (64, 96, 128)
 """Heads of 96 are run as heads of 128 whose last features are zero, which changes nothing else."""
 MAX_STATE = 128 * 128
 """Most elements of a fast-weight matrix, d * h, that the kernels are compiled for."""
@@ -37,8 +37,8 @@ def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
     width = x.shape[3]
     if not _AVAILABLE:
         return "triton is not installed"
-    if config.memory_chunk not in MEMORY_CHUNKS:
-        return f"memory_chunk is {config.memory_chunk}, not 16, 32 or 64"
+    if config.memory_chunk % 16:
+        return f"memory_chunk is {config.memory_chunk}, not a multiple of 16"
     if x.is_cuda:
         if x.dtype == torch.float64:
             return "float64 is for the CPU"
@@ -110,7 +110,8 @@ def _scan_triton(
     launcher = Launcher(config, x, q, [w1, w2, w_eta, b_eta, w_alpha, b_alpha], reset)
     out, _, _, saved = _empty_outputs(x, w1, config, save)
     state = None if state1 is None or state2 is None else (state1, state2)
-    delta = launcher.forward(state, out, saved)
+    with torch.cuda.device_of(x):
+        delta = launcher.forward(state, out, saved)
     base = launcher.base if decay_to == "initial" else None
     return out, *launcher.unpack(delta, base), saved
 
@@ -176,7 +177,8 @@ def _scan_triton_backward(
     state = None if state1 is None or state2 is None else (state1, state2)
     d_state = launcher.pack_gradient(d_final1, d_final2)
     d_out = torch.zeros_like(dx) if d_out is None else d_out.contiguous()
-    d_base, d_readout, d_bias = launcher.backward(state, d_out, d_state, saved, dx, dq)
+    with torch.cuda.device_of(x):
+        d_base, d_readout, d_bias = launcher.backward(state, d_out, d_state, saved, dx, dq)
     states: list[Tensor] = []
     if state is None:
         d_base += d_state

@@ -1,7 +1,7 @@
 """M_mem over the blocks of a segment, forward and backward: one program per row and head.
 
-A block is a memory chunk, so the state before it is its frozen state too. Delta (forward) and the
-state's gradient (backward) stay in the program from block to block.
+Delta (forward) and the state's gradient (backward) stay in the program from block to block. A
+memory chunk, whose start is the frozen state, is OPEN blocks; a projection chunk is PERIOD.
 
 Shapes, with g = row * heads + head of G, F = blocks * C tokens of the segment and T = tokens of
 the sequence: k, v [G, F, D]; eta, log_alpha [G, F]; states [G, 2, D, H] (W1, then W2 transposed);
@@ -29,14 +29,14 @@ from hope.scan.kernels.primitives import add_state, decays, load_state, store_st
 def memory_forward(
     q, out, k, v, eta, log_alpha, base, state, scratch, reset,
     q_stride, q_first, tokens, first_token, blocks, slots, heads, chunks, first_chunk,
-    D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, PERIOD: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, OPEN: tl.constexpr, PERIOD: tl.constexpr,
     READ: tl.constexpr, SAVE: tl.constexpr, HAS_RESET: tl.constexpr,
     CAUSAL: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr, DELTA2: tl.constexpr,
     TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Run from `state`, which becomes the state after the segment.
 
-    READ: write `out`; SAVE: write `scratch`. PERIOD: blocks of a projection chunk.
+    READ: write `out`; SAVE: write `scratch`.
     """
     g = tl.program_id(0).to(tl.int64)
     base += (g % heads) * (2 * D * H)
@@ -44,6 +44,7 @@ def memory_forward(
     scratch += g * slots * (2 * D * H)
     column = tl.arange(0, D)[None, :]
     d1, d2 = load_state(state, D, H)
+    f1, f2 = d1, d2
     for j in range(blocks):
         b1, b2 = load_state(base, D, H)
         if HAS_RESET:
@@ -55,9 +56,14 @@ def memory_forward(
                 d1, d2 = tl.where(again, b1, d1), tl.where(again, b2, d2)
         if SAVE:
             store_state(scratch + j * (2 * D * H), d1, d2, D, H)
-        f1, f2 = d1, d2
+        now1, now2 = d1, d2
         if INITIAL:
-            f1, f2 = d1 + b1, d2 + b2
+            now1, now2 = d1 + b1, d2 + b2
+        if OPEN == 1:
+            f1, f2 = now1, now2
+        else:
+            opens = j % OPEN == 0
+            f1, f2 = tl.where(opens, now1, f1), tl.where(opens, now2, f2)
         local = j * C + tl.arange(0, C)
         here = g * (blocks * C) + local
         key = tl.load(k + here[:, None] * D + column)
@@ -90,7 +96,7 @@ def memory_backward(
     q, d_out, dq, k, v, eta, log_alpha, dk, dv, d_log_eta, d_log_alpha,
     base, d_base, d_state, scratch, reset,
     q_stride, q_first, tokens, first_token, blocks, slots, heads, chunks, first_chunk,
-    D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, PERIOD: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, C: tl.constexpr, OPEN: tl.constexpr, PERIOD: tl.constexpr,
     HAS_RESET: tl.constexpr, CAUSAL: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr,
     DELTA2: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -107,13 +113,16 @@ def memory_backward(
     scratch += g * slots * (2 * D * H)
     column = tl.arange(0, D)[None, :]
     s1, s2 = load_state(d_state, D, H)
+    a1, a2 = s1 * 0.0, s2 * 0.0  # what the frozen state has got since its chunk's last block
     for back in range(blocks):
         j = blocks - 1 - back
         b1, b2 = load_state(base, D, H)
         d1, d2 = load_state(scratch + j * (2 * D * H), D, H)
         f1, f2 = d1, d2
+        if OPEN > 1:
+            f1, f2 = load_state(scratch + (j - j % OPEN) * (2 * D * H), D, H)
         if INITIAL:
-            f1, f2 = d1 + b1, d2 + b2
+            f1, f2 = f1 + b1, f2 + b2
         local = j * C + tl.arange(0, C)
         here = g * (blocks * C) + local
         key = tl.load(k + here[:, None] * D + column)
@@ -135,6 +144,12 @@ def memory_backward(
             d_query, more1, more2 = read_start_backward(d_answer, query, f1, f2, DOT)
             df1 += more1
             df2 += more2
+        if OPEN > 1:
+            opens = j % OPEN == 0
+            df1 += a1
+            df2 += a2
+            a1, a2 = tl.where(opens, 0.0, df1), tl.where(opens, 0.0, df2)
+            df1, df2 = tl.where(opens, df1, 0.0), tl.where(opens, df2, 0.0)
         s1 += df1
         s2 += df2
         if INITIAL:
