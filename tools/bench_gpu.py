@@ -136,7 +136,7 @@ def parity() -> Figures:
     for width, chunk in ((64, 16), (64, 32), (64, 64), (128, 16)):
         shape, config = Shape(2, 4, 1024, width, width), ScanConfig(chunk, 64)
         expected = results(shape, replace(config, implementation="chunked"), torch.float64)
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if width == 64 else (torch.bfloat16,):
             actual = results(shape, replace(config, implementation="triton"), dtype)
             errors = [
                 float((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-12))

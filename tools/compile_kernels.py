@@ -74,11 +74,11 @@ def cases(blocks: tuple[int, ...]) -> Iterator[Case]:
     """Everything that the dispatcher takes on a GPU, at the default options of the scan."""
     widths = sorted({padded(width) for width in HEAD_WIDTHS})
     for width, expansion in itertools.product(widths, (1, 2, 4)):
-        if width * width * expansion <= MAX_STATE:
-            for dtype, block, kernel in itertools.product(
-                (torch.bfloat16, torch.float32), blocks, KERNELS
-            ):
-                yield Case(kernel, width, width * expansion, block, dtype)
+        size = width * width * expansion
+        for dtype, most in ((torch.bfloat16, MAX_STATE), (torch.float32, 64 * 64)):
+            if size <= most:
+                for block, kernel in itertools.product(blocks, KERNELS):
+                    yield Case(kernel, width, width * expansion, block, dtype)
 
 
 def compile_case(case: Case, config: ScanConfig | None = None) -> Report:

@@ -27,7 +27,8 @@ from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dty
 HEAD_WIDTHS = (64, 96, 128)
 """Heads of 96 are run as heads of 128 whose last features are zero, which changes nothing else."""
 MAX_STATE = 128 * 128
-"""Most elements of a fast-weight matrix, d * h, that the kernels are compiled for."""
+"""Most elements of a fast-weight matrix, d * h, that the kernels are compiled for. In float32, with
+three TF32 products for each, it is 64 * 64: compiling larger ones takes minutes."""
 _AVAILABLE = find_spec("triton") is not None
 
 
@@ -45,8 +46,9 @@ def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
         if width not in HEAD_WIDTHS:
             return f"heads are {width} wide, not 64, 96 or 128"
         size = padded(width) * padded(hidden)
-        if hidden not in (width, 2 * width, 4 * width) or size > MAX_STATE:
-            return f"memories of {width} x {hidden} are not among the sizes compiled for"
+        most = MAX_STATE if x.dtype == torch.bfloat16 else 64 * 64
+        if hidden not in (width, 2 * width, 4 * width) or size > most:
+            return f"memories of {width} x {hidden} in {x.dtype} are not among the sizes compiled"
         return ""
     if not _interpreted():
         return "x is on the CPU, where kernels run under TRITON_INTERPRET=1 only"

@@ -270,17 +270,16 @@ def projections_backward(
             tl.store(d_source + at_x, d_token, mask=valid[:, None])
         tl.debug_barrier()
         if j % PERIOD == 0:
-            again = tl.program_id(0) < 0
-            if HAS_RESET:
-                at = (g // heads) * chunks + first_chunk + j // PERIOD
-                again = tl.load(reset + at) != 0
             for m in range(memories):
                 s1, s2 = load_state(d_state + m * count * size, D, H)
                 df1, df2 = load_state(d_frozen + m * count * size, D, H)
                 s1, s2 = s1 + df1, s2 + df2
-                if again:
-                    add_state(d_base + m * count * size, s1, s2, D, H)
-                s1, s2 = tl.where(again, 0.0, s1), tl.where(again, 0.0, s2)
+                if HAS_RESET:
+                    at = (g // heads) * chunks + first_chunk + j // PERIOD
+                    again = tl.load(reset + at) != 0
+                    if again:
+                        add_state(d_base + m * count * size, s1, s2, D, H)
+                    s1, s2 = tl.where(again, 0.0, s1), tl.where(again, 0.0, s2)
                 store_state(d_state + m * count * size, s1, s2, D, H)
                 store_state(d_frozen + m * count * size, df1 * 0.0, df2 * 0.0, D, H)
             tl.debug_barrier()

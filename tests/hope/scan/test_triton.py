@@ -15,8 +15,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hope import CMSConfig, HopeConfig, LevelConfig, TitansConfig
+from hope.flops import scan_flops
 from hope.init import initialise
 from hope.layer import HopeLayer
 from hope.scan import ScanConfig, scan
@@ -96,7 +98,7 @@ def test_every_option(rule: str, decay_to: str, read: str) -> None:
         ((32, 64), None, {"tokens": 70, "rows": 1, "expansion": 2, "resets": ((0, 64),)}),
         ((48, 48), 1, {"tokens": 65, "rows": 1}),
         ((64, 64), 1, {"tokens": 30, "rows": 1}),
-        ((16, 16), 1, {"tokens": 20, "width": 96 if ON_GPU else 12, "expansion": 2 - ON_GPU}),
+        ((16, 16), 1, {"tokens": 20, "width": 12, "expansion": 2}),
         ((16, 32), 2, {"tokens": 33, "rows": 3, "heads": 2, "resets": ((0, 32), (2, 0))}),
     ],
 )
@@ -106,7 +108,7 @@ def test_shapes_and_chunks(
     config = ScanConfig(*chunks, checkpoint_chunks=checkpoint_chunks)
     shape = {"rows": 2, "heads": 1, "width": WIDTH, **shape}
     if ON_GPU:
-        shape["width"] = max(WIDTH, shape["width"])
+        shape |= {"width": WIDTH, "expansion": 1}
     check_parity(make_problem(**shape), config)
 
 
@@ -224,6 +226,18 @@ def test_double_backward_is_refused() -> None:
         gradient.sum().backward()
 
 
+def test_operations_are_counted() -> None:
+    """Backward: its own, and forward twice again."""
+    p = problem_on_device(tokens=16, with_state=False)
+    with FlopCounterMode(display=False) as counter:
+        out, _ = scan(p.x, p.q, p.weights, CONFIG)
+        torch.autograd.grad(out.sum(), p.x)
+    counts = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    once = scan_flops(CONFIG, 1, WIDTH, WIDTH, 5, 16, executed=False)
+    assert counts["hope.scan_triton"] == 2 * 16 * once.forward
+    assert counts["hope.scan_triton_backward"] == 2 * 16 * (once.backward + 2 * once.forward)
+
+
 @pytest.mark.skipif(ON_GPU, reason="what kernels take on a CPU")
 def test_what_the_kernels_do_not_take_is_said_in_one_line() -> None:
     p = small()
@@ -232,24 +246,27 @@ def test_what_the_kernels_do_not_take_is_said_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
+class OnGpu:
+    """As much of activations on a GPU as is looked at."""
+
+    is_cuda = True
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (1, 1, 64, width), dtype
+
+
 def test_what_the_dispatcher_takes_on_a_gpu() -> None:
-    class OnGpu:
-        is_cuda, dtype = True, torch.bfloat16
-
-        def __init__(self, width: int) -> None:
-            self.shape = (1, 1, 64, width)
-
     taken = {
-        (d, expansion, chunk): not why_not(OnGpu(d), d * expansion, ScanConfig(chunk, 192))  # type: ignore[arg-type]
+        (str(dtype), d, expansion, chunk)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
         for d in (32, 64, 96, 128, 256)
         for expansion in (1, 2, 3, 4)
         for chunk in (8, 16, 24, 64)
+        if not why_not(OnGpu(d, dtype), d * expansion, ScanConfig(chunk, 192))  # type: ignore[arg-type]
     }
-    assert {key for key, yes in taken.items() if yes} == {
-        (d, expansion, chunk)
-        for d, expansion in ((64, 1), (64, 2), (64, 4), (96, 1), (128, 1))
-        for chunk in (16, 64)
-    }
+    sizes = ((64, 1), (64, 2), (64, 4), (96, 1), (128, 1))
+    expected = {("torch.bfloat16", *size, chunk) for size in sizes for chunk in (16, 64)}
+    assert taken == expected | {("torch.float32", 64, 1, chunk) for chunk in (16, 64)}
 
 
 def test_falling_back_is_said_once() -> None:
