@@ -16,6 +16,7 @@ from hope.scan.contract import (
     initial_state,
 )
 from hope.scan.reference import scan_reference
+from hope.scan.triton import scan_triton, warn_once, why_not
 
 __all__ = ["MEMORIES", "MemoryState", "ScanConfig", "ScanWeights", "initial_state", "scan"]
 
@@ -51,4 +52,14 @@ def scan(
     with torch.autocast(x.device.type, enabled=False):
         if config.implementation == "reference":
             return scan_reference(x, q, weights, config, state, reset)
+        if config.implementation == "triton" or (config.implementation == "auto" and x.is_cuda):
+            reason = why_not(x, weights.w1.shape[3], config)
+            if not reason:
+                return scan_triton(x, q, weights, config, state, reset)
+            if config.implementation == "triton":
+                raise ValueError(
+                    f"scan: implementation=triton can't be used: {reason}; take auto or chunked"
+                )
+            if not torch.compiler.is_compiling():
+                warn_once(reason)
         return scan_chunked(x, q, weights, config, state, reset)

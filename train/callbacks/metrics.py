@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 LOSS_CURVE = "loss.png"
+DRAWN_EVERY_S = 300.0
 
 
 class Metrics(Callback):
@@ -24,13 +26,15 @@ class Metrics(Callback):
     "domain_evaluation", "tokens": n, ...}.
 
     On resume and on a return to a checkpoint, lines past it are dropped: those steps are about to
-    happen again. "position": the row of the stream with which a skipped batch begins.
+    happen again. "position": the row of the stream with which a skipped batch begins. The curve is
+    drawn with a checkpoint, every five minutes at most, and at the end.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS
         self.plot_path = run_dir / PLOTS / LOSS_CURVE
         self._file: IO[str] | None = None
+        self._drawn = time.monotonic()
 
     def on_start(self, trainer: Trainer) -> None:
         kept = [row for row in read_metrics(self.path) if _stays(row, trainer)]
@@ -69,7 +73,7 @@ class Metrics(Callback):
         )
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
-        self.on_end(trainer)
+        self._close()
         self.on_start(trainer)
         self._append(
             {
@@ -125,9 +129,18 @@ class Metrics(Callback):
         )
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        plot_loss({trainer.config.run_dir.name: read_metrics(self.path)}, self.plot_path)
+        if time.monotonic() - self._drawn > DRAWN_EVERY_S:
+            self._draw()
 
     def on_end(self, trainer: Trainer) -> None:
+        self._close()
+        self._draw()
+
+    def _draw(self) -> None:
+        plot_loss({self.path.parent.name: read_metrics(self.path)}, self.plot_path)
+        self._drawn = time.monotonic()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -189,7 +202,9 @@ def plot_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             )
     axes[0].set(xlabel="tokens", ylabel="loss, nats per token")
     axes[1].set(xlabel="seconds of training")
-    axes[0].legend(title="dots: held out, thin: training", fontsize=8, title_fontsize=8)
+    axes[0].legend(
+        loc="upper right", title="dots: held out, thin: training", fontsize=8, title_fontsize=8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -101,10 +101,14 @@ class MLflow(Callback):
         self._log(values, trainer.clock.tokens)
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
+        self._send_curve()
+
+    def _send_curve(self) -> None:
         if (self.run_dir / PLOTS / LOSS_CURVE).exists():
             self.backlog.add({"file": f"{PLOTS}/{LOSS_CURVE}", "folder": PLOTS})
 
     def on_end(self, trainer: Trainer) -> None:
+        self._send_curve()
         self.backlog.add({"status": "FINISHED" if trainer.finished else "KILLED"})
         stopped = trainer.stop_status is not None
         left = self.sender.finish(AFTER_A_SIGNAL_S if stopped else self.config.flush_s)
