@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from train.config import RunConfig
-from train.engines.native import Engine, NativeEngine
+from train.engines.native import NativeEngine
+from train.engines.parts import Engine
 from train.parallel.data_parallel import DataParallel
 from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
