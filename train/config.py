@@ -22,11 +22,13 @@ from train.data import DataConfig
 from train.optim.config import OptimizerConfig
 from train.parallel.config import ParallelConfig
 from train.section import ConfigError, Section
+from train.zero.config import DeepSpeedConfig
 
 __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DeepSpeedConfig",
     "EvaluationConfig",
     "InitFromConfig",
     "MLflowConfig",
@@ -111,6 +113,7 @@ class RunConfig(Section):
 
     mode: "pretrain" blends the corpora of data.train; "continual" trains on them one after the
     other, each once, with the memories' state carried on (`train.continual`).
+    engine: what computes gradients and shards the model: our own, or DeepSpeed.
     """
 
     mode: Literal["pretrain", "continual"] = "pretrain"
@@ -123,6 +126,8 @@ class RunConfig(Section):
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["native", "deepspeed"] = "native"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MLflowConfig = MLflowConfig()
@@ -142,6 +147,8 @@ class RunConfig(Section):
                 f"data.seq_len={seq_len}; the nearest is {nearest}"
             )
         self._check_mode()
+        if self.engine != "deepspeed" and self.deepspeed != DeepSpeedConfig():
+            raise ValueError("deepspeed: is of engine=deepspeed, and engine=native would ignore it")
         chunk = self.model.titans.scan.projection_chunk
         remembers = "titans" in self.model.mixers and self.model.titans.writes
         if remembers and seq_len % chunk:

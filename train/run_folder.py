@@ -20,7 +20,16 @@ PLOTS = "plots"
 MLFLOW_RUN_ID = "mlflow_run_id"
 
 # May differ between a run and its resumption: none of them changes what is computed.
-FREE_SECTIONS = ("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow", "parallel")
+FREE_SECTIONS = (
+    "run_dir",
+    "num_threads",
+    "evaluation",
+    "checkpoint",
+    "mlflow",
+    "parallel",
+    "engine",
+    "deepspeed",
+)
 FREE_KEYS = (
     "training.stop_at_tokens",
     "training.flush",
