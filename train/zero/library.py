@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -16,8 +19,8 @@ from train.section import ConfigError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """What DeepSpeed prints goes to standard error: standard output is the run's own."""
-    with redirect_stdout(sys.stderr):
+    """What DeepSpeed prints as it begins is dropped; its log and errors go to standard error."""
+    with redirect_stdout(io.StringIO()):
         yield
 
 
@@ -30,7 +33,7 @@ def open_deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
-        with quiet():
+        with redirect_stdout(sys.stderr):  # its log keeps what is standard output here
             import deepspeed
             import deepspeed.ops
     except ImportError as error:
@@ -39,6 +42,9 @@ def open_deepspeed() -> Any:
             "pip install -r requirements.txt, or engine=native"
         ) from None
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # What the optimizer is, and which names of collectives DeepSpeed uses, is not the user's doing.
+    logging.getLogger("DeepSpeed").addFilter(lambda one: "untested" not in one.getMessage())
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", module="torch")
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -74,9 +74,10 @@ class Partitions:
         return Fragment(index, flat.start, own.start, own.numel)
 
     def gradients(self) -> list[Tensor]:
-        """Of every partition what DeepSpeed has reduced: float32, averaged over the ranks."""
+        """Of every partition what DeepSpeed has reduced, averaged over the ranks; float32 copies,
+        for DeepSpeed uses its own again."""
         if self._bf16:
-            return [piece.float() for piece in self._zero.fp32_groups_gradient_flat_partition]
+            return [piece.clone() for piece in self._zero.fp32_groups_gradient_flat_partition]
         found = []
         for index, tensor in enumerate(self.tensors):
             pieces = self._zero.averaged_gradients[index]
