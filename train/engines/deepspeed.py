@@ -68,8 +68,7 @@ class DeepSpeedEngine(EngineParts):
         own = {name: parameter.shape for name, parameter in self.parameters.items()}
         with quiet():
             self._engine, self._pipeline = self._initialize(library, part)
-        group = mesh.reduce.group
-        partitions = Partitions(self._engine.optimizer, self.parameters, own, group)
+        partitions = Partitions(self._engine.optimizer, self.parameters, own)
         tied_twice = mesh.layout.pp > 1 and config.model.tie_embeddings
         last = mesh.pp.rank == mesh.layout.pp - 1
         partial = config.parallel.sequence_parallel and mesh.tensor is not None

@@ -31,7 +31,8 @@ class Partitions:
     """This rank's partitions under one of DeepSpeed's optimizers.
 
     zero: ZeRO 1 and 2, ZeRO 3, or its BF16_Optimizer, which is ZeRO 1 in bfloat16. parameters: by
-    name, with their shapes as this rank computes with them. group: of the ranks that share them.
+    name, with their shapes as this rank computes with them. The group is DeepSpeed's: the ranks
+    that each have a piece of the same line.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class Partitions:
         zero: Any,
         parameters: Mapping[str, nn.Parameter],
         shapes: Mapping[str, torch.Size],
-        group: dist.ProcessGroup | None,
     ) -> None:
-        self._zero, self._shapes, self._group = zero, shapes, group
+        self._zero, self._shapes = zero, shapes
+        self._group: dist.ProcessGroup = zero.dp_process_group
         self._stage_3 = hasattr(zero, "fp32_partitioned_groups_flat")
         self._bf16 = hasattr(zero, "fp32_groups_flat_partition")
         if self._stage_3:

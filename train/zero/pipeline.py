@@ -18,6 +18,7 @@ from hope import HopeConfig
 from train.parallel.layout import Layout
 from train.parallel.mesh import Mesh
 from train.parallel.part import Part
+from train.zero.library import quiet
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -90,7 +91,8 @@ class ZeroPipeline:
             tokens.chunk(self._micro_batches), labels.chunk(self._micro_batches), strict=True
         )
         self.engine.reset_activation_shape()
-        self.engine.train_batch(iter(list(pairs)))
+        with quiet():  # it tells of its first step
+            self.engine.train_batch(iter(list(pairs)))
         return self._total()
 
     def evaluate(self, tokens: Tensor, labels: Tensor, starts: Tensor | None) -> float:
