@@ -143,6 +143,13 @@ def problems(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
         found.append("cpu_offload needs dp_shard above 1")
     if parallel.tensor_backend == "megatron" and layout.tp == 1:
         found.append("tensor_backend=megatron needs tp above 1")
+    if parallel.tensor_backend == "megatron" and parallel.sequence_parallel:
+        found.append(
+            "sequence_parallel is tensor_backend=native's: megatron-core divides axis 0, and that "
+            "of sequences is 1"
+        )
+    if parallel.tensor_backend == "megatron" and parallel.compile:
+        found.append("compile is tensor_backend=native's")
     return found
 
 

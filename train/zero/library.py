@@ -44,7 +44,9 @@ def open_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # What the optimizer is, and which names of collectives DeepSpeed uses, is not the user's doing.
     logging.getLogger("DeepSpeed").addFilter(lambda one: "untested" not in one.getMessage())
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use .*_single", module="torch")
+    warnings.filterwarnings(
+        "ignore", message=".*is deprecated. Please use .*_single", module="torch"
+    )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
