@@ -104,6 +104,7 @@ class DeepSpeedEngine(EngineParts):
         mpu = None
         if mesh.tensor is not None:
             mpu = library.runtime.pipe.topology.PipelineParallelGrid(topology(mesh.layout))
+        library.utils.groups.mpu = mpu  # which it would keep from an engine before this one
         engine, *_ = library.initialize(
             model=part, optimizer=optimizer, config=given, mpu=mpu, dist_init_required=False
         )
@@ -208,7 +209,7 @@ def _make_local(model: HopeModel) -> None:
     for name, parameter in list(model.named_parameters()):
         if isinstance(parameter, DTensor):
             path, _, own = name.rpartition(".")
-            plain = nn.Parameter(parameter.detach().to_local())
+            plain = nn.Parameter(parameter.to_local().detach())
             model.get_submodule(path).register_parameter(own, plain)
 
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hope import HopeModel
 from hope.init import Linear
+from hope.model import Embedding
 from hope.sharding import Shard
 from train.parallel.collectives import enter
 from train.section import ConfigError
@@ -35,7 +36,7 @@ def swap(model: HopeModel, mesh: DeviceMesh) -> None:
         if isinstance(module, Linear) and isinstance(placement, Shard):
             kind = ("column", "row")[placement.dim]
             sizes = module.in_features, module.out_features
-        elif module is getattr(model, "embedding", None):
+        elif isinstance(module, Embedding):
             kind, sizes = "vocabulary", (module.num_embeddings, module.embedding_dim)
         else:
             continue

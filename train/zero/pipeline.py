@@ -136,4 +136,6 @@ def _tied(part: Part, mesh: Mesh) -> list[tuple[nn.Parameter, dist.ProcessGroup]
     across = mesh.world.size // mesh.layout.pp
     ends = [[n, n + across * (mesh.layout.pp - 1)] for n in range(across)]
     group, _ = dist.new_subgroups_by_enumeration(ends)
-    return [(part.model.embedding.weight, group)] if group is not None else []
+    if group is None:
+        return []
+    return [(part.model.get_parameter("embedding.weight"), group)]
