@@ -50,6 +50,7 @@ MORE: list[Case] = [
     ("hope", 3, {"precision": "bf16", "micro_batches": 4}),
     ("hope", 3, {"activation_checkpointing": "full"}),
     ("hope", 1, {"activation_checkpointing": "selective", "micro_batches": 2}),
+    ("hope-attention", 3, {"activation_checkpointing": "selective", "micro_batches": 2}),
     ("hope", 2, {"tp": 2}),
     ("hope-attention", 3, {"tp": 2, "sequence_parallel": True}),
     ("hope", 1, {"pp": 2, "micro_batches": 4}),
@@ -217,6 +218,7 @@ def test_checkpoints_pass_between_more_layouts(tmp_path: Path) -> None:
     check_legs(tmp_path, MORE_LEGS)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_float32_in_bf16() -> None:
     """What waits in an accumulator was never rounded to bfloat16."""
     config = config_of(("hope", 1, {"precision": "bf16", "micro_batches": 2}))

@@ -23,7 +23,7 @@ CASES: Cases = [
 MORE: Cases = [
     ("transformer", {}, {}),
     ("hope", {"activation_checkpointing": "full"}, {}),
-    ("hope-attention", {"activation_checkpointing": "selective"}, {}),
+    ("hope-attention", {"micro_batches": 4}, {}),
 ]
 ON_FOUR: Cases = [
     ("hope-attention", {"dp_shard": 2, "dp_replicate": 1}, {}),
@@ -90,6 +90,7 @@ def test_the_layers_are_megatrons_own() -> None:
     [
         ({"tensor_backend": "megatron"}, "needs tp above 1"),
         ({**MEGATRON, "sequence_parallel": True}, "megatron-core divides axis 0"),
+        ({**MEGATRON, "activation_checkpointing": "selective"}, "adds up in place"),
         ({**MEGATRON, "compile": True}, "compile is tensor_backend=native's"),
     ],
 )

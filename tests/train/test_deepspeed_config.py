@@ -51,6 +51,7 @@ def test_a_file_that_agrees_is_merged(tmp_path: Path) -> None:
         "stage": 2,
         "overlap_comm": False,
         "reduce_bucket_size": 1000,
+        "compute_grad_norm": False,
     }
     assert merged["wall_clock_breakdown"] is True
     sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -8,6 +8,7 @@ is the head, keeps ours. They run on the tensor-parallel group they are given, n
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ def swap(model: HopeModel, mesh: DeviceMesh) -> None:
     """
     layers = _layers()
     group = mesh.get_group()
+    if mesh.device_type == "cpu":  # it asks for a setting of CUDA's
+        warnings.filterwarnings("ignore", message="When using async grad allreduce")
     plan = model.shard_plan()
     for path, module in list(model.named_modules()):
         placement = plan.get(f"{path}.weight")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -87,12 +88,16 @@ class Published:
         own = self.partitions.whole(name, partition)
         mesh, shape = self.mesh.tensor, self.shapes[name]
         if mesh is None:
-            reduction = GradientReduction(self.mesh.reduce)
-            return reduction.as_dtensor(reduction.share(own), shape)
+            return self._rows.as_dtensor(self._rows.share(own), shape)
         placement = self.plan[name]
         where = Divided(placement.dim) if isinstance(placement, Shard) else OnEvery()
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(own, mesh, [where], run_check=False, shape=shape, stride=stride)
+
+    @cached_property
+    def _rows(self) -> GradientReduction:
+        """Gives each rank its rows of what was whole for a moment."""
+        return GradientReduction(self.mesh.reduce)
 
     def runs(self) -> list[list[slice]]:
         """Of every partition what this rank speaks for in norms."""

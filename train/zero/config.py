@@ -112,6 +112,9 @@ def settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
     # These are the cadence's: DeepSpeed must not do them once more.
     del merged["optimizer"]
     merged["gradient_clipping"] = 0.0
+    stage, bf16 = config.deepspeed.zero_stage, config.parallel.precision == "bf16"
+    if stage == 2 or (stage == 1 and not bf16):  # elsewhere DeepSpeed insists on a norm of its own
+        merged["zero_optimization"] = {**merged["zero_optimization"], "compute_grad_norm": False}
     return merged
 
 
