@@ -26,11 +26,13 @@ from train.parallel.pulse import FIRST_RANK_PHASES
 from train.section import ConfigError, Section
 from train.spikes import SpikesConfig
 from train.watchdog import WatchdogConfig
+from train.zero.config import DeepSpeedConfig
 
 __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
+    "DeepSpeedConfig",
     "EvaluationConfig",
     "FaultConfig",
     "InitFromConfig",
@@ -136,6 +138,7 @@ class RunConfig(Section):
 
     mode: "pretrain" blends the corpora of data.train; "continual" trains on them one after the
     other, each once, with the memories' state carried on (`train.continual`).
+    engine: what computes gradients and shards the model: our own, or DeepSpeed.
     """
 
     mode: Literal["pretrain", "continual"] = "pretrain"
@@ -148,6 +151,8 @@ class RunConfig(Section):
     training: TrainingConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["native", "deepspeed"] = "native"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MLflowConfig = MLflowConfig()
@@ -170,6 +175,8 @@ class RunConfig(Section):
                 f"data.seq_len={seq_len}; the nearest is {nearest}"
             )
         self._check_mode()
+        if self.engine != "deepspeed" and self.deepspeed != DeepSpeedConfig():
+            raise ValueError("deepspeed: is of engine=deepspeed, and engine=native would ignore it")
         chunk = self.model.titans.scan.projection_chunk
         remembers = "titans" in self.model.mixers and self.model.titans.writes
         if remembers and seq_len % chunk:

@@ -30,7 +30,7 @@ JOB = ".job"
 # what is done about steps that went wrong.
 FREE_SECTIONS = (
     *("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow", "parallel"),
-    *("spikes", "watchdog", "faults"),
+    *("engine", "deepspeed", "spikes", "watchdog", "faults"),
 )
 FREE_KEYS = (
     "training.stop_at_tokens",

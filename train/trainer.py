@@ -12,15 +12,14 @@ from typing import Any, NoReturn
 from data_pipeline import Corpus, DataError, Loader, evaluation_batches
 from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointError, load_parameters, open_store
+from train.checkpoint import CheckpointError, open_store
 from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock
 from train.code_version import code_version
 from train.config import RunConfig
 from train.continual import DomainStream, open_loader
-from train.engines.native import Engine
+from train.engines.parts import Engine
 from train.evaluate.perplexity import EvaluationInterruptedError, HeldOut, evaluate
-from train.optim.build import build_cadence
 from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.carried import Carried
@@ -53,9 +52,7 @@ class Trainer:
         self.mesh = self.engine.mesh
         self.ranks = ranks = self.mesh.world
         self.clock = TokenClock(periods(config.model))
-        self.cadence = build_cadence(
-            self.engine.parameters, config.model, config.optimizer, self.mesh
-        )
+        self.cadence = self.engine.make_cadence()
         self.store = open_store(config, ranks)
         self.spikes = SpikeWatch(config.spikes)
         self.domains: DomainStream | None = None
@@ -283,8 +280,8 @@ class Trainer:
         replace: also where there is one of this moment already, which is then out of date.
         """
         optimizer, cadence_plain = self.cadence.state_dict()
-        parameters = self.engine.parameters.items()
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in parameters}
+        parameters = self.engine.saved_parameters()
+        tensors = {f"model/{name}": tensor for name, tensor in parameters.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
         tensors |= self.engine.carried_rows(self.carried, self._own_rows())
         evaluation = self.last_evaluation
@@ -348,7 +345,7 @@ class Trainer:
         mapping = map_levels(plain["cms"], self.config.model.cms)
         parameters = mapping.rename(self.store.tensors(folder, "model/"))
         parameters |= mapping.start_added(self.config.model, self.config.seed)
-        load_parameters(self.engine.parameters, parameters, self._elsewhere)
+        self.engine.load_parameters(parameters, self._elsewhere)
         optimizer = mapping.rename(self.store.tensors(folder, "optimizer/"))
         self.cadence.load_state_dict(
             {name.removeprefix("optimizer/"): tensor for name, tensor in optimizer.items()},

@@ -73,6 +73,29 @@ def test_foreign_ids_are_refused(tokenizer, tmp_path, sequences, message):
         import_megatron(prefix, tokenizer, tmp_path / "c")
 
 
+def test_megatron_reads_what_we_write(corpus_folder, tmp_path, documents):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    prefix = tmp_path / "x"
+    export_megatron(corpus_folder, prefix)
+    theirs = indexed.IndexedDataset(str(prefix))
+    assert [theirs[number].tolist() for number in range(len(theirs))] == [
+        document[1:] for document in documents
+    ]
+    assert theirs.document_indices.tolist() == list(range(len(documents) + 1))
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_we_read_what_megatron_writes(tokenizer, tmp_path, dtype):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    prefix = tmp_path / "x"
+    builder = indexed.IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    builder.add_document(np.array([10, 11, 12, 2], dtype), [2, 2])  # of two sequences
+    builder.add_document(np.array([13], dtype), [1])
+    builder.finalize(f"{prefix}.idx")
+    import_megatron(prefix, tokenizer, tmp_path / "c")
+    assert read_corpus(tmp_path / "c")[0] == [[1, 10, 11, 12, 2], [1, 13, 2]]
+
+
 def test_damaged_indexes_are_noticed(tokenizer, tmp_path):
     prefix = write_megatron(tmp_path / "x", [[10, 11], [12]], [0, 1, 2])
     path = prefix.with_suffix(".idx")

@@ -14,7 +14,6 @@ from data_pipeline.loader import rows_of_rank
 from train.clock import TokenClock
 from train.config import RunConfig, validate_config
 from train.engines import open_engine
-from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel.data_parallel import DataParallel
 
@@ -106,7 +105,7 @@ def trained(rank: int, config: RunConfig | dict[str, Any], steps: int = STEPS) -
         config = validate_config(config, "test")
     ranks = DataParallel()
     engine = open_engine(config, ranks)
-    cadence = build_cadence(engine.parameters, config.model, config.optimizer, engine.mesh)
+    cadence = engine.make_cadence()
     clock = TokenClock(periods(config.model))
     data = engine.mesh.data
     first, last = rows_of_rank(ROWS, data.rank, data.size)
@@ -123,7 +122,7 @@ def trained(rank: int, config: RunConfig | dict[str, Any], steps: int = STEPS) -
     batch = make_batch(999, first, last)
     counts = [engine.held_out(batch), engine.spoken_for(batch.labels).numel()]
     total, valid = ranks.sum(counts)
-    parameters = {name: whole(p.detach()).clone() for name, p in engine.parameters.items()}
+    parameters = {name: whole(p).clone() for name, p in engine.saved_parameters().items()}
     return Trace(losses, norms, parameters, total / valid)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,18 @@ POISONS = ("gradient", "loss")
 
 def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 0) -> None:
     """Spoil what comes of the given batches (counted from 0 by the loader) on one rank."""
-    honest = NativeEngine.forward_backward
-    seen = count()
+    honest, honest_next = NativeEngine.forward_backward, Loader.__next__
+    read = -1
+
+    def counted(self: Loader) -> Any:
+        nonlocal read
+        batch = honest_next(self)
+        read = self.position // self.batch_size - 1
+        return batch
 
     def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
         total, state = honest(self, batch, carried)
-        if next(seen) in batches and self.mesh.world.rank == rank:
+        if read in batches and self.mesh.world.rank == rank:
             if what == "gradient":
                 broken = [p for n, p in self.parameters.items() if "cms.levels.2." in n]
                 broken[0].grad.view(-1)[0] = float("inf")
@@ -43,6 +48,7 @@ def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 
                 total = float("nan")
         return total, state
 
+    patch.setattr(Loader, "__next__", counted)
     patch.setattr(NativeEngine, "forward_backward", spoiled)
 
 

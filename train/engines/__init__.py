@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from train.config import RunConfig
-from train.engines.native import Engine, NativeEngine
+from train.engines.native import NativeEngine
+from train.engines.parts import Engine
 from train.parallel.data_parallel import DataParallel
 from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
+from train.zero.config import check
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -16,7 +18,10 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     names = ["fast", *(level.name for level in config.model.cms.levels)]
     late = [name for name in names if config.optimizer.level(name).reduce == "at_update"]
     job = Job(config.model, config.batch_rows, config.data.seq_len, tuple(late))
-    return resolve(config.parallel, world_size, job)
+    layout = resolve(config.parallel, world_size, job)
+    if config.engine == "deepspeed":
+        check(config, layout)
+    return layout
 
 
 def open_engine(
@@ -26,4 +31,9 @@ def open_engine(
 
     initial: whole parameters by name to start from; None draws them from config.seed.
     """
-    return NativeEngine(config, make_mesh(layout_of(config, ranks.size), ranks), initial)
+    mesh = make_mesh(layout_of(config, ranks.size), ranks)
+    if config.engine == "deepspeed":
+        from train.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, mesh, initial)
+    return NativeEngine(config, mesh, initial)

@@ -2,58 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from data_pipeline import IGNORE, Batch
+from data_pipeline import Batch
 from hope.sharding import Replicate, ShardPlan
-from hope.state import StateSpec
+from train.checkpoint.store import load_parameters
 from train.config import RunConfig
-from train.evaluate.perplexity import summed_loss
-from train.parallel.carried import Carried, from_rows, named, spec_of, state_of, to_rows
+from train.engines.parts import EngineParts
+from train.optim.build import build_cadence
+from train.optim.cadence import Cadence
+from train.parallel.carried import Carried, state_of
 from train.parallel.mesh import Mesh
-from train.parallel.parallelize import PRECISIONS, allocate, parallelize
+from train.parallel.parallelize import allocate, parallelize
 from train.parallel.pipeline import Pipeline
-from train.parallel.tensor import loss_over
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-class Engine(Protocol):
-    """What the trainer needs of whatever computes its gradients.
-
-    parameters: those that this rank holds (parts of), by their names in the whole model.
-    modules: what it calls, first to last.
-    speaks: whether this rank's loss and counts are to be added to those of the others; of the ranks
-    that compute the same tokens one does.
-    """
-
-    mesh: Mesh
-    parameters: dict[str, nn.Parameter]
-    speaks: bool
-
-    @property
-    def modules(self) -> Sequence[nn.Module]: ...
-
-    def forward_backward(
-        self, batch: Batch, carried: Carried | None
-    ) -> tuple[float, Carried | None]: ...
-
-    def held_out(self, batch: Batch) -> float: ...
-
-    def spoken_for(self, labels: Tensor) -> Tensor: ...
-
-    def carried_rows(self, carried: Carried | None, rows: range) -> dict[str, Tensor]: ...
-
-    def take_up_rows(self, saved: list[dict[str, Tensor]], rows: range) -> Carried | None: ...
-
-
-class NativeEngine:
+class NativeEngine(EngineParts):
     """The parts of a model that this rank has, and how a step goes through them.
 
     initial: whole tensors by parameter name to start from; None draws them from config.seed.
@@ -62,9 +29,10 @@ class NativeEngine:
     def __init__(
         self, config: RunConfig, mesh: Mesh, initial: dict[str, Tensor] | None = None
     ) -> None:
-        self.config, self.mesh = config, mesh
         parallel = config.parallel
-        self.parts = parallelize(config.model, parallel, mesh, config.data.seq_len)
+        super().__init__(
+            config, mesh, parallelize(config.model, parallel, mesh, config.data.seq_len)
+        )
         value = None if initial is None else lambda name, _: initial[name]
         allocate(self.parts, self._home, value, config.seed)
         self._tie_here()
@@ -73,9 +41,6 @@ class NativeEngine:
             for part in self.parts
             for name, parameter in part.model.named_parameters()
         }
-        tp = mesh.tensor
-        self.loss: Loss = summed_loss if tp is None else loss_over(tp.get_group())
-        self.speaks = self.parts[-1].last and mesh.tp.rank == 0
         self._pipeline: Pipeline | None = None
         if mesh.layout.pp > 1:
             self._pipeline = Pipeline(config, mesh, self.parts, self.loss, self._activations)
@@ -83,19 +48,22 @@ class NativeEngine:
         self._tied = self._tied_group()
 
     @property
-    def modules(self) -> Sequence[nn.Module]:
-        """The parts of the model, first to last."""
-        return self.parts
-
-    @property
-    def _activations(self) -> torch.dtype:
-        precision = PRECISIONS[self.config.parallel.precision]
-        return precision or next(iter(self.parts[0].parameters())).dtype
-
-    @property
     def _home(self) -> torch.device:
         """Where parameters live."""
         return torch.device("cpu") if self.config.parallel.cpu_offload else self.mesh.device
+
+    def make_cadence(self) -> Cadence:
+        """What steps the parameters."""
+        config = self.config
+        return build_cadence(self.parameters, config.model, config.optimizer, self.mesh)
+
+    def saved_parameters(self) -> dict[str, Tensor]:
+        """Every parameter for a checkpoint, by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+    def load_parameters(self, tensors: dict[str, Tensor], elsewhere: set[str]) -> None:
+        """Take whole `model/NAME` tensors; elsewhere: names of parameters that other ranks have."""
+        load_parameters(self.parameters, tensors, elsewhere)
 
     def forward_backward(
         self, batch: Batch, carried: Carried | None
@@ -158,49 +126,6 @@ class NativeEngine:
             if part.pieces is not None:
                 part.pieces.settle()
         return total if self.speaks else 0.0
-
-    def spoken_for(self, labels: Tensor) -> Tensor:
-        """The labels, flat, that count in this rank's sums of losses."""
-        labels = self._cut(labels)
-        return labels[labels != IGNORE] if self.speaks else labels.new_empty(0)
-
-    def carried_rows(self, carried: Carried | None, rows: range) -> dict[str, Tensor]:
-        """`stream/ROW/NAME` for a checkpoint."""
-        if carried is None:
-            return {}
-        return to_rows(carried, rows, self._spec(len(rows)), self.mesh.tensor)
-
-    def take_up_rows(self, saved: list[dict[str, Tensor]], rows: range) -> Carried | None:
-        """What `carried_rows` gave, whole, on this rank."""
-        if self.mesh.cp.rank > 0:
-            return None
-        tp = self.mesh.tp
-        return from_rows(saved, rows, self._spec(len(rows)), tp.rank, tp.size, self.mesh.device)
-
-    def _spec(self, rows: int) -> StateSpec:
-        found: StateSpec = {}
-        for part in self.parts:
-            found |= spec_of(self.config.model, part.layers, rows, self._activations)
-        return found
-
-    def _after(self) -> Carried | None:
-        found: Carried = {}
-        for part in self.parts:
-            found |= named(part.take_after(), part.layers)
-        if self.config.training.state_carry != "stream":
-            return None
-        pieces = self.parts[0].pieces
-        return found if pieces is None else pieces.wrap_around(found)
-
-    def _cut(self, tensor: Tensor) -> Tensor:
-        """This rank's piece of the sequences."""
-        return tensor.chunk(self.mesh.cp.size, dim=1)[self.mesh.cp.rank]
-
-    def _piece(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        starts = batch.document_starts if self.config.data.tells_documents else None
-        device = self.mesh.device
-        tokens, labels = self._cut(batch.tokens).to(device), self._cut(batch.labels).to(device)
-        return tokens, labels, None if starts is None else self._cut(starts).to(device)
 
     def _partial_gradients(self) -> list[nn.Parameter]:
         """With sequence parallelism: parameters that see a piece of the sequence on each rank."""

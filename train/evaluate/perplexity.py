@@ -47,7 +47,7 @@ def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class LossOfABatch(Protocol):
-    """What an evaluation needs of an engine: see `train.engines.native.Engine`."""
+    """What an evaluation needs of an engine: see `train.engines.parts.Engine`."""
 
     def held_out(self, batch: Batch) -> float: ...
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from hope.config import HopeConfig
 from train.optim.cadence import Cadence
-from train.optim.config import LevelSettings, OptimizerConfig
+from train.optim.config import LevelSettings, OptimizerConfig, OptimizerName
 from train.optim.level import START, Level
 from train.optim.levels import group_by_level
 from train.optim.m3 import M3
@@ -22,6 +22,8 @@ from train.parallel.reduction import GradientReduction
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where every torch from 2.11 on has a fused AdamW and SGD."""
+
+ELEMENTWISE = ("adamw", "sgd")
 
 NOT_MATRICES = ("embedding.weight", "head.weight", "head_norm", "w_eta", "w_alpha")
 
@@ -104,13 +106,11 @@ def _level(
 def _optimizers(
     parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
 ) -> list[torch.optim.Optimizer]:
-    if settings.optimizer == "sgd":
-        return [_sgd(parameters, settings, config)]
-    if settings.optimizer == "adamw":
-        return [_adamw(parameters, settings, config)]
+    if settings.optimizer in ELEMENTWISE:
+        return [elementwise(settings.optimizer, _groups(parameters, settings), settings, config)]
     matrices = {name: p for name, p in parameters.items() if is_matrix(name, p)}
     rest = {name: p for name, p in parameters.items() if name not in matrices}
-    found = [_adamw(rest, settings, config)] if rest else []
+    found = [elementwise("adamw", _groups(rest, settings), settings, config)] if rest else []
     if matrices:
         make = _muon if settings.optimizer == "muon" else _m3
         found.append(make(matrices, settings, config))
@@ -129,31 +129,24 @@ def _groups(
     ]
 
 
-def _fused(parameters: dict[str, nn.Parameter]) -> bool:
-    return all(parameter.device.type in FUSED_DEVICES for parameter in parameters.values())
-
-
-def _adamw(
-    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
+def elementwise(
+    name: OptimizerName,
+    groups: list[dict[str, object]],
+    settings: LevelSettings,
+    config: OptimizerConfig,
 ) -> torch.optim.Optimizer:
+    """AdamW or SGD over groups of parameters: what moves every number by itself."""
+    fused = all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"])  # type: ignore[attr-defined]
+    if name == "sgd":
+        return torch.optim.SGD(
+            groups,
+            lr=settings.peak_lr,
+            momentum=config.sgd.momentum,
+            nesterov=config.sgd.nesterov,
+            fused=fused,
+        )
     return torch.optim.AdamW(
-        _groups(parameters, settings),
-        lr=settings.peak_lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=_fused(parameters),
-    )
-
-
-def _sgd(
-    parameters: dict[str, nn.Parameter], settings: LevelSettings, config: OptimizerConfig
-) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        _groups(parameters, settings),
-        lr=settings.peak_lr,
-        momentum=config.sgd.momentum,
-        nesterov=config.sgd.nesterov,
-        fused=_fused(parameters),
+        groups, lr=settings.peak_lr, betas=config.betas, eps=config.eps, fused=fused
     )
 
 

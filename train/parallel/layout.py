@@ -142,8 +142,27 @@ def problems(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
         )
     if parallel.cpu_offload and not layout.sharded:
         found.append("cpu_offload needs dp_shard above 1")
-    if parallel.tensor_backend == "megatron" and layout.tp == 1:
+    if parallel.tensor_backend == "megatron":
+        found += _problems_of_megatron(parallel, layout)
+    return found
+
+
+def _problems_of_megatron(parallel: ParallelConfig, layout: Layout) -> list[str]:
+    found = []
+    if layout.tp == 1:
         found.append("tensor_backend=megatron needs tp above 1")
+    if parallel.sequence_parallel:
+        found.append(
+            "sequence_parallel is tensor_backend=native's: megatron-core divides axis 0, and that "
+            "of sequences is 1"
+        )
+    if parallel.activation_checkpointing == "selective":
+        found.append(
+            "activation_checkpointing=selective is tensor_backend=native's: megatron-core adds up "
+            "in place what it would keep; none or full"
+        )
+    if parallel.compile:
+        found.append("compile is tensor_backend=native's")
     return found
 
 

@@ -20,6 +20,7 @@ from train.parallel.activations import checkpoint_activations, compile_layers
 from train.parallel.config import ParallelConfig
 from train.parallel.context import pass_on
 from train.parallel.fsdp import shard
+from train.parallel.megatron import swap
 from train.parallel.mesh import Mesh
 from train.parallel.part import Part, cut_layers
 from train.parallel.placement import fill
@@ -44,7 +45,10 @@ def _part(config: HopeConfig, parallel: ParallelConfig, mesh: Mesh, layers: rang
     model = cut_layers(config, layers)
     if mesh.tensor is not None:
         divide(model, mesh.tensor)
-        connect(model, mesh.tensor.get_group(), parallel.sequence_parallel)
+        if parallel.tensor_backend == "megatron":
+            swap(model, mesh.tensor)
+        else:
+            connect(model, mesh.tensor.get_group(), parallel.sequence_parallel)
     if mesh.tensor is not None or (precision is not None and not mesh.layout.sharded):
         read_local(model, None if mesh.layout.sharded else precision)
     pieces = pass_on(model, mesh.cp) if mesh.cp.size > 1 else None

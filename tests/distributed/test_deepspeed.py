@@ -1,0 +1,237 @@
+"""DeepSpeed against one process of our own engine: ZeRO, tensor parallelism, its pipeline."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import rows_of_rank
+from tests.distributed.layouts import (
+    ROWS,
+    STEP,
+    Trace,
+    make_batch,
+    make_config,
+    trained,
+    whole,
+    worst_error,
+)
+from tests.distributed.processes import run
+from train.checkpoint.store import CheckpointStore
+from train.clock import TokenClock
+from train.config import RunConfig
+from train.engines import open_engine
+from train.optim.levels import periods
+from train.parallel.data_parallel import DataParallel
+
+EXACT, BF16 = 1e-5, 0.05
+"""Float32: round-off. Bfloat16: eight steps against float32's; one lost gradient costs 0.28."""
+
+Case = tuple[str, int, dict[str, Any]]
+
+CASES: list[Case] = [
+    ("hope", 1, {"precision": "bf16", "micro_batches": 2}),
+    ("hope", 2, {"micro_batches": 2}),
+    ("hope-attention", 3, {}),
+    ("transformer", 1, {"pp": 2, "micro_batches": 4}),
+]
+MORE: list[Case] = [
+    *(
+        (model, stage, {})
+        for model in ("hope", "hope-attention", "transformer")
+        for stage in (1, 2, 3)
+    ),
+    ("hope", 2, {"precision": "bf16"}),
+    ("hope", 3, {"precision": "bf16", "micro_batches": 4}),
+    ("hope", 3, {"activation_checkpointing": "full"}),
+    ("hope", 1, {"activation_checkpointing": "selective", "micro_batches": 2}),
+    ("hope-attention", 3, {"activation_checkpointing": "selective", "micro_batches": 2}),
+    ("hope", 2, {"tp": 2}),
+    ("hope-attention", 3, {"tp": 2, "sequence_parallel": True}),
+    ("hope", 1, {"pp": 2, "micro_batches": 4}),
+    ("hope", 1, {"pp": 2, "micro_batches": 2, "precision": "bf16"}),
+]
+ON_FOUR: list[Case] = [
+    ("hope", 3, {"micro_batches": 2}),
+    ("hope-attention", 2, {"tp": 2}),
+    ("hope", 1, {"pp": 2, "tp": 2, "micro_batches": 2}),
+    ("transformer", 1, {"pp": 2, "micro_batches": 2}),
+]
+
+
+def config_of(case: Case, **changes: Any) -> RunConfig:
+    model, stage, parallel = case
+    changes = {"engine": "deepspeed", "deepspeed.zero_stage": stage, **changes}
+    return make_config(model, parallel, **changes)
+
+
+@cache
+def alone(model: str) -> Trace:
+    return trained(0, make_config(model))
+
+
+def all_trained(rank: int, configs: list[RunConfig]) -> list[Trace]:
+    return [trained(rank, config) for config in configs]
+
+
+def check(ranks: int, cases: list[Case]) -> None:
+    found = run(ranks, all_trained, [config_of(case) for case in cases], seconds=600)
+    errors = {}
+    for number, case in enumerate(cases):
+        allowed = BF16 if case[2].get("precision") == "bf16" else EXACT
+        error = worst_error([one[number] for one in found], alone(case[0]))
+        if not error <= allowed:
+            errors[str(case)] = error
+    assert not errors
+
+
+def test_two_ranks() -> None:
+    check(2, CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_more() -> None:
+    check(2, MORE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_ranks() -> None:
+    check(4, ON_FOUR)
+
+
+def story(rank: int, configs: list[RunConfig], folder: str) -> Trace:
+    """Four steps under each configuration, from the checkpoint of the one before. The second step
+    of all is spoiled, and dropped; at the end every level fires on what it has."""
+    ranks = DataParallel()
+    clock = TokenClock(periods(configs[0].model))
+    losses: list[float] = []
+    norms: list[dict[str, float]] = []
+    for leg, config in enumerate(configs):
+        engine = open_engine(config, ranks)
+        cadence = engine.make_cadence()
+        data = engine.mesh.data
+        first, last = rows_of_rank(ROWS, data.rank, data.size)
+        store = CheckpointStore(Path(folder), ranks, keep_last=9)
+        carried = None
+        if leg > 0:
+            saved = store.newest()
+            elsewhere = alone(MODEL).parameters.keys() - engine.parameters.keys()
+            engine.load_parameters(store.tensors(saved, "model/"), set(elsewhere))
+            state = store.tensors(saved, "optimizer/")
+            cadence.load_state_dict(
+                {name.removeprefix("optimizer/"): tensor for name, tensor in state.items()},
+                store.plain(saved),
+                elsewhere,
+            )
+            rows = [store.tensors(saved, f"stream/{row}/") for row in range(first, last)]
+            carried = engine.take_up_rows(rows, range(first, last))
+        honest = engine.loss  # type: ignore[attr-defined]
+        for step in range(4 * leg, 4 * leg + 4):
+            batch = make_batch(step, first, last)
+            spoiled = step == 1
+            set_loss(engine, partial(scaled, honest, float("nan") if spoiled else 1.0))
+            loss, after = engine.forward_backward(batch, carried)
+            counted = engine.spoken_for(batch.labels).numel()
+            (total, valid), problem = cadence.agree([loss, counted])
+            assert (problem is not None) == spoiled
+            if spoiled:
+                cadence.drop()
+                continue
+            carried = after
+            report = cadence.step(clock.advance(STEP), int(valid), lambda _: 0.005, clock.tokens)
+            losses.append(total / valid)
+            norms.append({**report.level_norms, "all": report.grad_norm})
+        set_loss(engine, honest)
+        optimizer, plain = cadence.state_dict()
+        tensors: dict[str, Tensor] = {
+            **{f"model/{name}": one for name, one in engine.saved_parameters().items()},
+            **{f"optimizer/{name}": one for name, one in optimizer.items()},
+            **engine.carried_rows(carried, range(first, last)),
+        }
+        store.save(leg, tensors, plain)
+    report = cadence.flush(lambda _: 0.005, clock.tokens)
+    assert report is not None
+    norms.append({**report.level_norms, "all": report.grad_norm})
+    batch = make_batch(999, first, last)
+    total, valid = ranks.sum([engine.held_out(batch), engine.spoken_for(batch.labels).numel()])
+    parameters = {name: whole(p).clone() for name, p in engine.saved_parameters().items()}
+    return Trace(losses, norms, parameters, total / valid)
+
+
+def scaled(loss: Any, by: float, *arguments: Tensor) -> Tensor:
+    return loss(*arguments) * by
+
+
+def set_loss(engine: Any, loss: Any) -> None:
+    engine.loss = loss
+    if getattr(engine, "_pipeline", None) is not None:
+        engine._pipeline.engine.module.loss_fn = loss
+
+
+MODEL = "hope-attention"
+LEGS: dict[str, list[RunConfig]] = {
+    "native, ZeRO 2": [
+        make_config(MODEL, {"dp_shard": 2, "dp_replicate": 1}),
+        config_of((MODEL, 2, {})),
+    ],
+    "ZeRO 3, native": [config_of((MODEL, 3, {})), make_config(MODEL)],
+}
+MORE_LEGS: dict[str, list[RunConfig]] = {
+    "pipeline, ZeRO 1": [
+        config_of((MODEL, 1, {"pp": 2, "micro_batches": 2})),
+        config_of((MODEL, 1, {})),
+    ],
+    "native tp, ZeRO 3 tp": [make_config(MODEL, {"tp": 2}), config_of((MODEL, 3, {"tp": 2}))],
+    "ZeRO 1 tp, native": [config_of((MODEL, 1, {"tp": 2})), make_config(MODEL, {"tp": 2})],
+}
+
+
+def check_legs(tmp_path: Path, table: dict[str, list[RunConfig]]) -> None:
+    expected = story(0, [make_config(MODEL), make_config(MODEL)], str(tmp_path / "alone"))
+    folders = [str(tmp_path / str(number)) for number in range(len(table))]
+    found = run(2, stories, list(table.values()), folders, seconds=600)
+    errors = {
+        name: worst_error([one[number] for one in found], expected)
+        for number, name in enumerate(table)
+    }
+    assert max(errors.values()) <= EXACT, errors
+
+
+def stories(rank: int, legs: list[list[RunConfig]], folders: list[str]) -> list[Trace]:
+    return [story(rank, configs, folder) for configs, folder in zip(legs, folders, strict=True)]
+
+
+def test_checkpoints_pass_from_engine_to_engine(tmp_path: Path) -> None:
+    check_legs(tmp_path, LEGS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_checkpoints_pass_between_more_layouts(tmp_path: Path) -> None:
+    check_legs(tmp_path, MORE_LEGS)
+
+
+@pytest.mark.slow
+def test_accumulated_gradients_are_float32_in_bf16() -> None:
+    """What waits in an accumulator was never rounded to bfloat16."""
+    config = config_of(("hope", 1, {"precision": "bf16", "micro_batches": 2}))
+    (kept,) = run(1, pending, config)
+    assert all(one.dtype == torch.float32 for one in kept.values())
+    assert any(not torch.equal(one, one.bfloat16().float()) for one in kept.values())
+
+
+def pending(rank: int, config: RunConfig) -> dict[str, Tensor]:
+    engine = open_engine(config, DataParallel())
+    cadence = engine.make_cadence()
+    batch = make_batch(0, 0, ROWS)
+    engine.forward_backward(batch, None)
+    cadence.step({"fast"}, STEP, lambda _: 0.0)
+    tensors, _ = cadence.state_dict()
+    return {name: one for name, one in tensors.items() if name.endswith("accumulated_grad")}

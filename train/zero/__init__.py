@@ -1,0 +1,1 @@
+"""What the DeepSpeed engine is made of: its configuration, ZeRO's partitions, its pipeline."""

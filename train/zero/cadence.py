@@ -1,0 +1,283 @@
+"""The cadence over ZeRO's partitions: the levels' parameters are flat pieces of this rank.
+
+Everything that counts is `Cadence`'s: sums over tokens, accumulators, norms, clipping, firing. What
+is added here: where gradients come from (DeepSpeed has reduced and averaged them), how the weights
+get back to where they compute, and that checkpoints speak of whole parameters by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as OnEvery
+from torch.distributed.tensor import Shard as Divided
+
+from hope.config import HopeConfig
+from hope.sharding import Placement, Replicate, Shard, local_part
+from train.optim.build import elementwise
+from train.optim.cadence import ACCUMULATOR, Cadence, NonFinite, StepReport
+from train.optim.config import OptimizerConfig
+from train.optim.level import Level
+from train.optim.levels import periods
+from train.optim.norms import Norms
+from train.parallel.data_parallel import DataParallel
+from train.parallel.mesh import Mesh
+from train.parallel.reduction import GradientReduction
+from train.zero.partitions import Partitions
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a level and a weight decay, by name: one group of DeepSpeed's."""
+
+    level: str
+    weight_decay: float
+    names: list[str]
+
+
+@dataclass
+class Published:
+    """What a cadence does with DeepSpeed.
+
+    factor: from DeepSpeed's averages to sums over tokens. consume: end DeepSpeed's step, which
+    forgets its gradients and lets every rank compute with the partitions. plan: where tensor
+    parallelism puts each parameter; shapes: of whole parameters. summed: parameters whose gradient
+    each tensor-parallel rank has a part of; elsewhere: parameters that another stage speaks for.
+    """
+
+    partitions: Partitions
+    mesh: Mesh
+    factor: float
+    consume: Callable[[], None]
+    plan: dict[str, Placement]
+    shapes: dict[str, torch.Size]
+    summed: set[str] = field(default_factory=set)
+    elsewhere: set[str] = field(default_factory=set)
+
+    def gradients(self) -> list[Tensor]:
+        """Of every partition the sum over all tokens."""
+        found = [gradient.mul_(self.factor) for gradient in self.partitions.gradients()]
+        if self.summed:
+            assert self.mesh.tensor is not None
+            parts = [
+                found[one.partition][one.start : one.start + one.size]
+                for name, one in sorted(self.partitions.fragments.items())
+                if name in self.summed
+            ]
+            line = torch.cat(parts)
+            dist.all_reduce(line, group=self.mesh.tensor.get_group())
+            for part, summed in zip(parts, line.split([p.numel() for p in parts]), strict=True):
+                part.copy_(summed)
+        return found
+
+    def own(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank computes with of a whole parameter."""
+        tp = self.mesh.tp
+        return local_part(whole, self.plan[name], tp.rank, tp.size)
+
+    def saved(self, name: str, partition: Tensor) -> Tensor:
+        """A parameter, or a state of its optimizer, as a checkpoint takes it."""
+        own = self.partitions.whole(name, partition)
+        mesh, shape = self.mesh.tensor, self.shapes[name]
+        if mesh is None:
+            return self._rows.as_dtensor(self._rows.share(own), shape)
+        placement = self.plan[name]
+        where = Divided(placement.dim) if isinstance(placement, Shard) else OnEvery()
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(own, mesh, [where], run_check=False, shape=shape, stride=stride)
+
+    @cached_property
+    def _rows(self) -> GradientReduction:
+        """Gives each rank its rows of what was whole for a moment."""
+        return GradientReduction(self.mesh.reduce)
+
+    def runs(self) -> list[list[slice]]:
+        """Of every partition what this rank speaks for in norms."""
+        found: list[list[slice]] = []
+        for index in range(len(self.partitions.tensors)):
+            places = sorted(
+                (one.start, one.start + one.size)
+                for name, one in self.partitions.fragments.items()
+                if one.partition == index and one.size > 0 and self._speaks(name)
+            )
+            cuts = [n for n, ((_, end), (begin, _)) in enumerate(pairwise(places)) if end != begin]
+            firsts, lasts = [0, *(n + 1 for n in cuts)], [*cuts, len(places) - 1]
+            pairs = zip(firsts, lasts, strict=True) if places else ()
+            found.append([slice(places[a][0], places[b][1]) for a, b in pairs])
+        return found
+
+    def _speaks(self, name: str) -> bool:
+        replicated = isinstance(self.plan[name], Replicate)
+        return name not in self.elsewhere and not (replicated and self.mesh.tp.rank > 0)
+
+
+class PartitionNorms(Norms):
+    """Norms over partitions: every rank of the job speaks for some of their numbers."""
+
+    def __init__(self, world: DataParallel, runs: dict[nn.Parameter, list[slice]]) -> None:
+        super().__init__()
+        self._world, self._runs = world, runs
+
+    def of(self, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+        """The norm of what this rank speaks for, of each that has a gradient."""
+        found = {}
+        for parameter in parameters:
+            grad = parameter.grad
+            if grad is not None:
+                parts = [grad[run] for run in self._runs[parameter]] or [grad[:0]]
+                found[parameter] = torch.stack(torch._foreach_norm(parts)).norm()
+        return found
+
+    def total(self, norms: dict[nn.Parameter, Tensor]) -> float:
+        """The norm of everything, the same on all ranks; a collective call of all of them."""
+        squares = float(torch.stack(list(norms.values())).double().square().sum()) if norms else 0.0
+        return float(self._world.sum([squares])[0] ** 0.5)
+
+
+class ZeroCadence(Cadence):
+    """`Cadence` where DeepSpeed holds parameters and reduces gradients. The same trajectory, to
+    float32's last bits, and the same checkpoints."""
+
+    def __init__(
+        self, groups: Sequence[Group], model: HopeConfig, config: OptimizerConfig, held: Published
+    ) -> None:
+        self.held, self._taken = held, False
+        tensors, numbers = held.partitions.tensors, held.partitions.group_of
+        levels = []
+        for name in periods(model):
+            own = {
+                f"{name}.{index}": (tensor, groups[number])
+                for index, (tensor, number) in enumerate(zip(tensors, numbers, strict=True))
+                if groups[number].level == name
+            }
+            settings = config.level(name)
+            decays = sorted({group.weight_decay for _, group in own.values()})
+            optimizer_groups: list[dict[str, object]] = [
+                {
+                    "params": [t for t, group in own.values() if group.weight_decay == decay],
+                    "weight_decay": decay,
+                }
+                for decay in decays
+            ]
+            optimizers = []
+            if own:
+                optimizers = [elementwise(settings.optimizer, optimizer_groups, settings, config)]
+            levels.append(
+                Level(
+                    name,
+                    {key: tensor for key, (tensor, _) in own.items()},
+                    optimizers,
+                    accumulator_device=settings.accumulator_device,
+                    clip_norm=settings.clip_norm,
+                )
+            )
+        mesh = held.mesh
+        super().__init__(
+            levels,
+            tensors,
+            config.clip_norm,
+            GradientReduction(DataParallel.alone(), mesh.world),
+            PartitionNorms(mesh.world, dict(zip(tensors, held.runs(), strict=True))),
+        )
+
+    @torch.no_grad()
+    def agree(self, numbers: Sequence[float] = ()) -> tuple[list[float], NonFinite | None]:
+        """As `Cadence.agree`, of the gradients that DeepSpeed has reduced."""
+        if not self._taken:
+            for tensor, gradient in zip(self._live, self.held.gradients(), strict=True):
+                tensor.grad = gradient
+            self._taken = True
+        return super().agree(numbers)
+
+    def step(
+        self,
+        firing: set[str],
+        tokens: int,
+        rate: Callable[[str], float],
+        clock_tokens: int = 0,
+    ) -> StepReport:
+        """As `Cadence.step`; every rank computes with the moved weights afterwards."""
+        report = super().step(firing, tokens, rate, clock_tokens)
+        self._consume()
+        return report
+
+    def drop(self) -> None:
+        """As `Cadence.drop`."""
+        super().drop()
+        self._consume()
+
+    def flush(self, rate: Callable[[str], float], clock_tokens: int = 0) -> StepReport | None:
+        """As `Cadence.flush`."""
+        report = super().flush(rate, clock_tokens)
+        if report is not None:
+            self.held.partitions.publish()
+        return report
+
+    def _consume(self) -> None:
+        self.held.consume()
+        self._taken = False
+        for tensor in self._live:
+            tensor.grad = None
+
+    @torch.no_grad()
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `Cadence.state_dict`, by the names of whole parameters; a collective call."""
+        tensors: dict[str, Tensor] = {}
+        for level in self.levels:
+            for key, partition in level.parameters.items():
+                held = level.optimizer_state(partition) | self.state.get(partition, {})
+                for name in self.held.partitions.names[int(key.rpartition(".")[2])]:
+                    for part, value in sorted(held.items()):
+                        flat = value.shape == partition.shape
+                        one = self.held.saved(name, value) if flat else value.clone()
+                        tensors[f"{name}/{part}"] = one
+        return tensors, {"tokens": {level.name: level.tokens for level in self.levels}}
+
+    @torch.no_grad()
+    def load_state_dict(
+        self, tensors: dict[str, Tensor], plain: dict[str, Any], elsewhere: Container[str] = ()
+    ) -> None:
+        """As `Cadence.load_state_dict`, whatever engine and layout saved it."""
+        self.state.clear()
+        remaining: dict[str, dict[str, Tensor]] = {}
+        for full_name, value in tensors.items():
+            name, _, part = full_name.rpartition("/")
+            remaining.setdefault(name, {})[part] = value
+        for level in self.levels:
+            level.tokens = plain["tokens"].get(level.name, 0)
+            for optimizer in level.optimizers:
+                optimizer.state.clear()
+            for key, partition in level.parameters.items():
+                state: dict[str, Tensor] = {}
+                for name in self.held.partitions.names[int(key.rpartition(".")[2])]:
+                    self._take_in(name, remaining.pop(name, {}), partition, state)
+                pending = state.pop(ACCUMULATOR, None)
+                if pending is not None:
+                    device = "cpu" if level.accumulator_device == "cpu" else partition.device
+                    self.state[partition] = {ACCUMULATOR: pending.to(device)}
+                if state:
+                    level.set_optimizer_state(partition, state)
+        if unknown := sorted(name for name in remaining if name not in elsewhere):
+            raise ValueError(f"checkpoint holds state of unknown parameters: {unknown}")
+
+    def _take_in(
+        self, name: str, saved: dict[str, Tensor], partition: Tensor, state: dict[str, Tensor]
+    ) -> None:
+        """Add what was saved of one parameter to the state of its partition."""
+        shares = [part for part in saved if part.startswith(f"{ACCUMULATOR}.")]
+        if shares:  # as ranks had them who add up when a level fires
+            saved[ACCUMULATOR] = torch.stack([saved.pop(part) for part in shares]).sum(dim=0)
+        for part, value in saved.items():
+            if value.ndim > 0:
+                line = state.setdefault(part, torch.zeros_like(partition))
+                self.held.partitions.put(name, self.held.own(name, value), line)
+            elif not torch.equal(state.setdefault(part, value.to(partition.device)), value):
+                raise ValueError(f"{name}: its {part} is not that of the parameters it lies with")
