@@ -14,6 +14,7 @@ from hope.scan.contract import (
     check_inputs,
     check_reset,
     initial_state,
+    no_autocast,
 )
 from hope.scan.reference import scan_reference
 
@@ -48,7 +49,7 @@ def scan(
     if reset is not None and validate_reset and not torch.compiler.is_compiling():
         check_reset(reset, config.projection_chunk)
     # Autocast would turn the matmuls of the fast weights into low-precision ones.
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         if config.implementation == "reference":
             return scan_reference(x, q, weights, config, state, reset)
         return scan_chunked(x, q, weights, config, state, reset)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 
+from hope.attention import Attention
 from hope.scan import chunked
 from hope.scan.run import Run
 from train.parallel.part import Part
@@ -143,18 +144,21 @@ def _first_heads_and_segments(bound: dict[str, Any], device: str) -> dict[str, A
     }
 
 
-class FusedAttention(TorchFunctionMode):
-    """Softmax attention as fused kernels do it, of which the meta device knows nothing."""
+class FusedAttention:
+    """Softmax attention as fused kernels do it, of which the meta device knows nothing; it takes
+    the place of flash-attn in `hope.attention.Attention`. Documents cost a mask, as in torch's."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        if mask is not None:
-            mask = mask.to(args[0].dtype)
+    def takes(self, q: Tensor) -> bool:
+        """Any."""
+        return True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
+        mask = None
+        if document_starts is not None:
+            rows, length = document_starts.shape
+            mask = q.new_empty(rows, 1, length, length)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *args, 0.0, kwargs.get("is_causal", False), attn_mask=mask
+            q, k, v, 0.0, mask is None, attn_mask=mask
         )[0]
 
 
@@ -199,7 +203,10 @@ def trace_part(
         parameter.grad = None
         if released is not None and released(name):
             handles.append(parameter.register_post_accumulate_grad_hook(_release))
-    with FusedAttention(), LiveBytes(scan_device, ignored) as counted:
+    for module in part.model.modules():
+        if isinstance(module, Attention):
+            module.flash = FusedAttention()  # type: ignore[assignment]
+    with LiveBytes(scan_device, ignored) as counted:
         for _ in range(2):
             before = counted.live
             counted.reset_peak()
@@ -210,7 +217,7 @@ def trace_part(
             y.backward(torch.empty_like(y))
             backward = counted.peak - before
             del y
-            grads = sum(p.grad.nbytes for p in parameters.values() if p.grad is not None)
+            grads = sum(_local(p.grad).nbytes for p in parameters.values() if p.grad is not None)
             left = counted.live - before - (grads if not found else 0)
             part._after.clear()
             found.append(PartBytes(forward, kept, backward, backward, left, grads))
@@ -224,4 +231,4 @@ def _release(parameter: Tensor) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -238,7 +238,7 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     before.
     """
     found: Traffic = Counter()
-    ranks, every = mesh.reduce.size, _steps_of_periods(config)
+    ranks, every = mesh.reduce.size, steps_of_periods(config)
     shapes = sizes.parameters
     nested = config.model.cms.mode == "nested"
     slowest = list(every)[-1]
@@ -259,14 +259,14 @@ def _agreement(config: RunConfig, mesh: Mesh, sizes: Sizes, numbers: int) -> Tra
     """Which parameters have a gradient, over the ranks that share them; over all ranks, which
     levels and ranks have something that is not finite, `numbers` more, and norms in parts."""
     world, reduce = mesh.world.size, mesh.reduce.size
-    every = _steps_of_periods(config)
+    every = steps_of_periods(config)
     norms = 0.0 if mesh.layout.plain else 1 + sum(1 / steps for steps in every.values())
     present = sent(ALL_REDUCE, reduce, 8 * len(sizes.parameters)) if reduce > 1 else 0.0
     told = sent(ALL_REDUCE, world, 8 * (len(every) + world + numbers + norms))
     return Counter({("all", ALL_REDUCE): present + told})  # type: ignore[dict-item]
 
 
-def _steps_of_periods(config: RunConfig) -> dict[str, int]:
+def steps_of_periods(config: RunConfig) -> dict[str, int]:
     """Steps between the firings of each level, fastest first."""
     tokens = config.training.batch_tokens
     return {name: max(1, -(-period // tokens)) for name, period in periods(config.model).items()}
