@@ -24,7 +24,7 @@ from train.optim.levels import periods
 from train.parallel.data_parallel import DataParallel
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names, malloc.h
-_SMALL = 64 * 1024
+_SMALL = 512 * 1024
 
 
 def peak_of_training(rank: int, raw: dict[str, Any], warm_up: dict[str, Any], steps: int) -> int:

@@ -1,4 +1,7 @@
-"""python -m train CONFIG [key=value ...] [--resume]: train, or continue, one run."""
+"""python -m train CONFIG [key=value ...] [--resume]: train, or continue, one run.
+
+With --dry-run --world-size N [--rank R]: say what a rank would hold and send, and train nothing.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from train.checkpoint import CheckpointError
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
+from train.dry_run.report import print_dry_run
 from train.engines import layout_of, open_engine
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
@@ -41,9 +45,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in run_dir from its last checkpoint"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what a rank would hold and send; don't train",
+    )
+    parser.add_argument("--world-size", type=int, default=1, help="ranks of the dry run")
+    parser.add_argument("--rank", type=int, default=0, help="which of them it is (default 0)")
     options = parser.parse_intermixed_args(arguments)
+    if not options.dry_run and (options.world_size, options.rank) != (1, 0):
+        parser.error("--world-size and --rank belong to --dry-run; torchrun sets those of a run")
     try:
         config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            if config.model.vocab_size is None:
+                config = with_vocabulary(config, open_corpora(config))
+            print_dry_run(config, options.world_size, options.rank)
+            return 0
         return train(config, options.resume)
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
         if int(os.environ.get("RANK", "0")) == 0:

@@ -118,7 +118,9 @@ def _results(name: str, bound: dict[str, Any]) -> int:
 
 def _scan_config(bound: dict[str, Any]) -> Any:
     names = ("memory_chunk", "projection_chunk", "eta_max", "delta_rule", "decay_to", "read")
-    return chunked._config(*(bound[one] for one in names), bound["checkpoint_chunks"])
+    return chunked._config(
+        **{one: bound[one] for one in names}, checkpoint_chunks=bound["checkpoint_chunks"]
+    )
 
 
 def _first_heads_and_segments(bound: dict[str, Any], device: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ all   Counts, flags and norms, 8 bytes each, on which the ranks agree.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from math import prod
 
@@ -47,7 +47,7 @@ GRADIENT = 4
 TRAINERS_NUMBERS = 4
 """What the trainer tells besides: loss, counted tokens, whether the state is finite, a signal."""
 
-Traffic = Counter[tuple[str, str]]
+Traffic = defaultdict[tuple[str, str], float]
 """Bytes that this rank sends in a step, a mean over periods, by (axis, collective)."""
 
 
@@ -108,24 +108,24 @@ def predict_traffic(config: RunConfig, mesh: Mesh, numbers: int = TRAINERS_NUMBE
     numbers: how many the ranks add up beside the flags of the cadence.
     """
     sizes, layout = sizes_of(config, mesh), mesh.layout
-    found: Traffic = Counter()
+    parts: list[Traffic] = []
     if layout.tp > 1:
-        found += _tensor(config, mesh, sizes)
+        parts.append(_tensor(config, mesh, sizes))
     if layout.pp > 1:
-        found += _pipeline(config, mesh, sizes)
+        parts.append(_pipeline(config, mesh, sizes))
     if layout.cp > 1:
-        found += _context(config, mesh, sizes)
+        parts.append(_context(config, mesh, sizes))
     if layout.sharded:
-        found += _sharded(config, mesh, sizes)
+        parts.append(_sharded(config, mesh, sizes))
     elif mesh.reduce.size > 1:
-        found += _gradients(config, mesh, sizes)
+        parts.append(_gradients(config, mesh, sizes))
     if layout.world > 1:
-        found += _agreement(config, mesh, sizes, numbers)
-    return found
+        parts.append(_agreement(config, mesh, sizes, numbers))
+    return Traffic(float, {key: number for part in parts for key, number in part.items()})
 
 
 def _tensor(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
-    found: Traffic = Counter()
+    found = Traffic(float)
     tp, sequence = mesh.layout.tp, config.parallel.sequence_parallel
     whole = sizes.tokens * config.model.dim * sizes.itemsize
     levels = len(config.model.cms.levels)
@@ -165,18 +165,18 @@ def _pipeline(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
         for stage in mine
         for step in (1, -1)
     )
-    found: Traffic = Counter({("pp", SEND): float(sends * border)})  # type: ignore[dict-item]
+    found = Traffic(float, {("pp", SEND): float(sends * border)})
     ends = mesh.pp.rank in (0, layout.pp - 1)
     if config.model.tie_embeddings and parallel.schedule != "zbv" and ends:
         (shape,) = {s["embedding.weight"] for s in sizes.shapes if "embedding.weight" in s}
         shard = layout.dp_shard * layout.cp if layout.sharded else 1
         size = -(-shape[0] // shard) * prod(shape[1:]) * GRADIENT
-        found["pp", ALL_REDUCE] += sent(ALL_REDUCE, 2, size)  # type: ignore[assignment]
+        found["pp", ALL_REDUCE] += sent(ALL_REDUCE, 2, size)
     return found
 
 
 def _context(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
-    found: Traffic = Counter()
+    found = Traffic(float)
     layout, cp = mesh.layout, mesh.cp
     neighbours = int(cp.rank < cp.size - 1) + int(cp.rank > 0)
     channels = config.model.dim // layout.tp
@@ -192,12 +192,12 @@ def _context(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
                 continue
             assert isinstance(mixer, Attention)
             whole = sizes.tokens * channels * sizes.itemsize
-            found["cp", ALL_TO_ALL] += 8 * sent(ALL_TO_ALL, cp.size, whole)  # type: ignore[assignment]
+            found["cp", ALL_TO_ALL] += 8 * sent(ALL_TO_ALL, cp.size, whole)
             if mixer.convs is not None:
                 tails = 3 * sizes.rows * mixer.reach * channels * sizes.itemsize
                 found["cp", SEND] += neighbours * tails
             if config.data.tells_documents:
-                found["cp", ALL_GATHER] += sent(ALL_GATHER, cp.size, sizes.tokens * cp.size)  # type: ignore[assignment]
+                found["cp", ALL_GATHER] += sent(ALL_GATHER, cp.size, sizes.tokens * cp.size)
     return found
 
 
@@ -213,7 +213,7 @@ def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     between the passes; in a pipeline everything does, from the first micro-batch to the last, and
     gradients are added up before they travel.
     """
-    found: Traffic = Counter()
+    found = Traffic(float)
     layout, piped = mesh.layout, mesh.layout.pp > 1
     shards = layout.dp_shard * layout.cp
     times = 1 if piped else config.parallel.micro_batches
@@ -222,11 +222,11 @@ def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
         passes = 2 if name.startswith("layers.") and not piped else 1
         if shards > 1:
             gathered = count * sizes.itemsize
-            found["dp", ALL_GATHER] += passes * times * sent(ALL_GATHER, shards, gathered)  # type: ignore[assignment]
-            found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)  # type: ignore[assignment]
+            found["dp", ALL_GATHER] += passes * times * sent(ALL_GATHER, shards, gathered)
+            found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)
         if layout.dp_replicate > 1:
             share = count // shards * GRADIENT
-            found["dp", ALL_REDUCE] += times * sent(ALL_REDUCE, layout.dp_replicate, share)  # type: ignore[assignment]
+            found["dp", ALL_REDUCE] += times * sent(ALL_REDUCE, layout.dp_replicate, share)
     return found
 
 
@@ -237,7 +237,7 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     all-gather when it fires; with `reduce: at_update` an all-reduce when it fires, and nothing
     before.
     """
-    found: Traffic = Counter()
+    found = Traffic(float)
     ranks, every = mesh.reduce.size, steps_of_periods(config)
     shapes = sizes.parameters
     nested = config.model.cms.mode == "nested"
@@ -248,10 +248,10 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
         has_start = nested and level not in (FAST, slowest)
         late = config.optimizer.level(level).reduce == "at_update"
         if late or (every[level] == 1 and not has_start):
-            found["dp", ALL_REDUCE] += sent(ALL_REDUCE, ranks, count) / every[level]  # type: ignore[assignment]
+            found["dp", ALL_REDUCE] += sent(ALL_REDUCE, ranks, count) / every[level]
             continue
-        found["dp", REDUCE_SCATTER] += sent(REDUCE_SCATTER, ranks, padded)  # type: ignore[assignment]
-        found["dp", ALL_GATHER] += sent(ALL_GATHER, ranks, padded) / every[level]  # type: ignore[assignment]
+        found["dp", REDUCE_SCATTER] += sent(REDUCE_SCATTER, ranks, padded)
+        found["dp", ALL_GATHER] += sent(ALL_GATHER, ranks, padded) / every[level]
     return found
 
 
@@ -263,7 +263,7 @@ def _agreement(config: RunConfig, mesh: Mesh, sizes: Sizes, numbers: int) -> Tra
     norms = 0.0 if mesh.layout.plain else 1 + sum(1 / steps for steps in every.values())
     present = sent(ALL_REDUCE, reduce, 8 * len(sizes.parameters)) if reduce > 1 else 0.0
     told = sent(ALL_REDUCE, world, 8 * (len(every) + world + numbers + norms))
-    return Counter({("all", ALL_REDUCE): present + told})  # type: ignore[dict-item]
+    return Traffic(float, {("all", ALL_REDUCE): present + told})
 
 
 def steps_of_periods(config: RunConfig) -> dict[str, int]:

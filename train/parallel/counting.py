@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 import torch.distributed as dist
@@ -67,7 +67,7 @@ class CollectiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
+        self.bytes: defaultdict[str, float] = defaultdict(float)
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -84,7 +84,7 @@ class CollectiveBytes(TorchDispatchMode):
         collective, which = _OPERATORS[name]
         counted = result if which is None else args[which]
         whole = sum(one.nbytes for one in tree_leaves(counted) if isinstance(one, Tensor))
-        self.bytes[collective] += sent(collective, _group_size(func, args), whole)  # type: ignore[assignment]
+        self.bytes[collective] += sent(collective, _group_size(func, args), whole)
         self.calls[collective] += 1
 
 
@@ -95,5 +95,5 @@ def _group_size(func: Any, args: Any) -> int:
         if argument.name == "group_name":
             if isinstance(value, dist.ProcessGroup):
                 return value.size()
-            return dist.distributed_c10d._resolve_process_group(value).size()
+            return dist.distributed_c10d._resolve_process_group(value).size()  # type: ignore[attr-defined]
     raise AssertionError(f"a collective of no group: {func}")
