@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from data_pipeline import Batch
+from tools.processes import run
 from train.clock import TokenClock
 from train.config import RunConfig, validate_config
+from train.dry_run.build import dry_run
 from train.engines import open_engine
 from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel.data_parallel import DataParallel
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names, malloc.h
-_SMALL = 512 * 1024
+_SMALL = 128 * 1024
 
 
 def peak_of_training(rank: int, raw: dict[str, Any], warm_up: dict[str, Any], steps: int) -> int:
@@ -69,3 +71,67 @@ def _resident(what: str) -> int:
         if line.startswith(what + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {what}")
+
+
+def configuration(parallel: dict[str, Any], small: bool = False, **model: Any) -> dict[str, Any]:
+    """A run whose memory is some 100 to 200 MiB, far above what a process wavers by; small: the
+    same layout with a model of next to nothing. model: keys that differ."""
+    seq_len, rows, hidden = (64, 4, 16) if small else (256, 4, 256)
+    levels = [
+        {"name": "fast_level", "hidden_size": 2 * hidden},
+        {"name": "slow", "hidden_size": hidden, "update_every_tokens": 2 * rows * seq_len},
+    ]
+    return {
+        "run_dir": "nowhere",
+        "model": {
+            "vocab_size": 64 if small else 2048,
+            "dim": 32 if small else 256,
+            "num_layers": 2 * parallel.get("pp", 1),
+            "num_heads": 4,
+            "titans": {
+                "initial_eta": 0.0078,
+                "scan": {"memory_chunk": 32, "projection_chunk": 32, "eta_max": 0.0156},
+            },
+            "cms": {"levels": levels},
+            **model,
+        },
+        "data": {
+            "train": [{"path": "nowhere"}],
+            "validation": "nowhere",
+            "seq_len": seq_len,
+            "order": "stream",
+        },
+        "training": {
+            "total_tokens": 100 * rows * seq_len,
+            "batch_tokens": rows * seq_len,
+            "state_carry": "stream",
+        },
+        "parallel": parallel,
+    }
+
+
+def prediction_errors(world: int, parallel: dict[str, Any], **model: Any) -> list[float]:
+    """On each rank: predicted over measured peak memory, less one."""
+    big, small = configuration(parallel, **model), configuration(parallel, small=True, **model)
+    measured = run(world, peak_of_training, big, small, 2, seconds=600)
+    config = validate_config(big, "measured")
+    return [
+        dry_run(config, world, rank).memory.peak / found - 1 for rank, found in enumerate(measured)
+    ]
+
+
+CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
+    (1, {}, {}),
+    (1, {"activation_checkpointing": "selective"}, {}),
+    (1, {"activation_checkpointing": "full"}, {}),
+    (1, {"micro_batches": 4}, {}),
+    (1, {}, {"mixer": "attention"}),
+    (2, {}, {}),
+    (2, {"tp": 2}, {}),
+    (2, {"tp": 2, "sequence_parallel": True}, {}),
+    (2, {"pp": 2, "micro_batches": 4}, {}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "interleaved"}, {}),
+    (2, {"dp_replicate": 1, "dp_shard": 2}, {}),
+    (2, {"cp": 2}, {}),
+]
+"""Ranks, the section `parallel` and what differs in the model: every case that is measured."""
