@@ -205,7 +205,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed steps a layout (default 5)")
     parser.add_argument("--rows", type=int, default=4, help="rows of a step (default 4)")
     parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
-    parser.add_argument("--worlds", type=int, nargs="*", default=[2, 4, 8], help="of parity")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8], help="of parity")
     options = parser.parse_args()
     if options.rounds < 1 or options.rows % MICRO_BATCHES or options.rows < 1:
         parser.error(f"--rounds at least 1, --rows a multiple of {MICRO_BATCHES}")

@@ -131,7 +131,10 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {"tp": 2, "sequence_parallel": True}, {}),
     (2, {"pp": 2, "micro_batches": 4}, {}),
     (2, {"pp": 2, "micro_batches": 4, "schedule": "interleaved"}, {}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "zero-bubble"}, {}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "zbv"}, {}),
     (2, {"dp_replicate": 1, "dp_shard": 2}, {}),
+    (2, {"dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, "precision": "bf16"}, {}),
     (2, {"cp": 2}, {}),
 ]
 """Ranks, the section `parallel` and what differs in the model: every case that is measured."""
