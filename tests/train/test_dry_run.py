@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hope import HopeModel
 from tools.parity import STEP, make_config
@@ -47,6 +48,20 @@ def test_a_rank_of_1024_is_built_and_nothing_is_written(
         assert f"  {kind}" in printed
     assert "  dp   reduce-scatter" in printed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_vocabulary_comes_from_the_data_where_there_is_some(
+    raw_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    assert main([str(path), "--dry-run"]) == 0
+    counted = capsys.readouterr().out
+    assert main([str(path), "--dry-run", "model.vocab_size=400"]) == 0
+    assert capsys.readouterr().out == counted
+    assert not (tmp_path / "run").exists()
+    assert main([str(path), "--dry-run", "data.train=[{path: nowhere}]"]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

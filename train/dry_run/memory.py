@@ -15,6 +15,7 @@ buffers       FSDP2's gathered parameters and gradients (`fsdp_buffers`), a pipe
               to other ranks
 
 The peak is in backward; or in the update, when activations are gone and gradients travel.
+What is offloaded to the host counts like the rest.
 Not counted: temporaries of optimizers (Muon's and M3's are a few matrices), Python, libraries.
 """
 
