@@ -171,12 +171,16 @@ def test_the_scans_own_buffers_are_counted() -> None:
 
 def test_peak_of_a_schedule_by_hand() -> None:
     part = PartBytes(forward=7, kept=5, backward=12, again=9, left=1, gradients=4)
-    forward, backward = Action(True, 0), Action(False, 0)
+    forward, backward = Action("F", 0), Action("B", 0)
     assert peak_of_actions([forward, backward], [part]) == 12
     # 5 kept, forward again: 5 + 7; backward of the first beside the second's 5: 5 + 12.
     assert peak_of_actions([forward, forward, backward], [part]) == 17
     # After the first: 1 left and gradients of 4; then again: 1 + 4 + 9.
     assert peak_of_actions([forward, backward, forward, backward], [part]) == 14
+    # In halves: 6 wait for the second, beside them forward 7, and the other's first half 12.
+    halves = PartBytes(7, 5, 12, 12, 1, 4, between=6, weights=10, weights_again=8)
+    inputs, weights = Action("I", 0), Action("W", 0)
+    assert peak_of_actions([forward, inputs, forward, inputs, weights, weights], [halves]) == 18
 
 
 @pytest.mark.parametrize(
@@ -186,7 +190,7 @@ def test_micro_batches_under_way(stage: int, schedule: str, under_way: int) -> N
     alive = most = 0
     actions = order_of_one_stage(8, 4, stage, schedule)
     for action in actions:
-        alive += 1 if action.forward else -1
+        alive += 1 if action.kind == "F" else -1
         most = max(most, alive)
     assert (most, alive, len(actions)) == (under_way, 0, 16)
 

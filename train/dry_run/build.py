@@ -188,7 +188,9 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
     released = None
     if sharded and layout.pp == 1:
         released = lambda name: name.startswith("layers.")  # noqa: E731
-    return trace_part(part, (x, torch.arange(rows), starts), loss, device, given, released)
+    halves = layout.pp > 1 and parallel.schedule in ("zero-bubble", "zbv")
+    inputs = (x, torch.arange(rows), starts)
+    return trace_part(part, inputs, loss, device, given, released, halves)
 
 
 def _before(config: RunConfig, mesh: Mesh, layers: range, rows: int) -> ModelState | None:
@@ -216,13 +218,11 @@ def _actions(config: RunConfig, mesh: Mesh, parts: list[Part]) -> list[Action]:
         return order_of_one_stage(count, layout.pp, mesh.pp.rank, parallel.schedule)
     pipeline = Pipeline(config, mesh, parts, summed_loss, _activations(config))
     indices = {index: number for number, index in enumerate(pipeline.indices)}
-    actions = []
-    for one in pipeline.order:
-        # A backward pass in two halves lets go of its activations in the second.
-        if one is not None and one.computation_type.value in ("F", "B", "W"):
-            forward = one.computation_type.value == "F"
-            actions.append(Action(forward, indices[one.stage_index]))
-    return actions
+    return [
+        Action(one.computation_type.value, indices[one.stage_index])
+        for one in pipeline.order
+        if one is not None and one.computation_type.value in ("F", "B", "I", "W")
+    ]
 
 
 def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:

@@ -41,9 +41,10 @@ NUMBER = 4
 
 
 class Action(NamedTuple):
-    """A forward or backward pass of a micro-batch in one of the rank's parts."""
+    """A pass of a micro-batch through one of the rank's parts: "F" forward, "B" backward, or its
+    halves "I" (by the inputs) and "W" (by the parameters)."""
 
-    forward: bool
+    kind: str
     part: int
 
 
@@ -134,29 +135,35 @@ def peak_of_actions(actions: Sequence[Action], parts: Sequence[PartBytes], held:
     """
     alive = most = 0
     started: set[int] = set()
-    for action in actions:
-        part = parts[action.part]
-        if action.forward:
+    for kind, number in actions:
+        part = parts[number]
+        first = number not in started
+        fresh = first or held > 0
+        if kind == "F":
             most = max(most, alive + part.forward)
             alive += part.kept
             continue
-        first = action.part not in started
-        during = part.backward if first or held else part.again
-        begun = held if held and started else 0
-        most = max(most, alive - part.kept + during)
-        alive += part.left - part.kept
-        if first and not held:
-            alive += part.gradients
-        elif held and not begun:
+        if kind == "I":
+            most = max(most, alive - part.kept + (part.backward if fresh else part.again))
+            alive += part.between - part.kept
+            continue
+        before, during = part.kept, part.backward if fresh else part.again
+        if kind == "W":
+            before, during = part.between, part.weights if fresh else part.weights_again
+        most = max(most, alive - before + during)
+        alive += part.left - before
+        if held == 0:
+            alive += part.gradients if first else 0
+        elif not started:
             alive += held
             most = max(most, alive)
-        started.add(action.part)
+        started.add(number)
     return most
 
 
 def order_of_one_part(micro_batches: int, ahead: int) -> list[Action]:
     """Micro-batch after micro-batch, forward passes `ahead` of backward passes."""
-    forward, backward = Action(True, 0), Action(False, 0)
+    forward, backward = Action("F", 0), Action("B", 0)
     actions: list[Action] = []
     for number in range(micro_batches):
         actions.append(forward)

@@ -7,13 +7,15 @@ operator uses inside itself it doesn't see: of the scan's, this module runs the 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -171,7 +173,9 @@ class PartBytes:
     forward: at the peak of its forward pass; kept: after it; backward: at the peak of its backward
     pass, `kept` included, with gradients of parameters that appear as it goes; again: the same
     where they are there already and are added to (they don't count); left: after it, for the rest
-    of the step (carried state); gradients: those of the parameters.
+    of the step (carried state); gradients: those of the parameters. With a backward pass in halves
+    (zero-bubble schedules): backward and between, at the peak of the first half, by the inputs, and
+    after it; weights, weights_again, at the peak of the second, by the parameters.
     """
 
     forward: int
@@ -180,6 +184,9 @@ class PartBytes:
     again: int
     left: int
     gradients: int
+    between: int = 0
+    weights: int = 0
+    weights_again: int = 0
 
 
 def trace_part(
@@ -189,12 +196,13 @@ def trace_part(
     scan_device: str,
     given: Iterable[Tensor] = (),
     released: Callable[[str], bool] | None = None,
+    halves: bool = False,
 ) -> PartBytes:
     """Run one micro-batch of a part on the meta device, twice.
 
     inputs: of `part`; loss: of its logits where the model ends here; given: more tensors that are
     not to be counted; released: the names of parameters whose gradients don't stay (FSDP2 takes a
-    layer's as soon as it is done).
+    layer's as soon as it is done); halves: backward by the inputs first, then by the parameters.
     """
     parameters = dict(part.model.named_parameters())
     ignored = [_local(p) for p in parameters.values()]
@@ -216,16 +224,34 @@ def trace_part(
             y = y if loss is None else loss(y)
             forward, kept = counted.peak - before, counted.live - before
             counted.reset_peak()
-            y.backward(torch.empty_like(y))
-            backward = counted.peak - before
+            backward, between, groups = kept, kept, None
+            if halves and not part.first:
+                # As torch's schedules do it; a first stage has no inputs to derive by.
+                _, groups = stage_backward_input([y], [torch.empty_like(y)], [inputs[0]], _of(part))
+                backward, between = counted.peak - before, counted.live - before
+                counted.reset_peak()
+            if groups is not None:
+                stage_backward_weight(_of(part), groups)
+                del groups
+            else:
+                y.backward(torch.empty_like(y))
+            last = counted.peak - before
             del y
+            if isinstance(inputs[0], Tensor):
+                inputs[0].grad = None
             grads = sum(_local(p.grad).nbytes for p in parameters.values() if p.grad is not None)
             left = counted.live - before - (grads if not found else 0)
             part._after.clear()
-            found.append(PartBytes(forward, kept, backward, backward, left, grads))
+            first = backward if halves else last
+            found.append(PartBytes(forward, kept, first, first, left, grads, between, last, last))
     for handle in handles:
         handle.remove()
-    return replace(found[0], again=found[1].backward)
+    once, twice = found
+    return replace(once, again=twice.backward, weights_again=twice.weights)
+
+
+def _of(part: Part) -> Iterator[Parameter]:
+    return part.model.parameters()
 
 
 def _release(parameter: Tensor) -> None:
