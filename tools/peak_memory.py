@@ -26,7 +26,7 @@ from train.optim.levels import periods
 from train.parallel.data_parallel import DataParallel
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names, malloc.h
-_SMALL = 128 * 1024
+_SMALL = 128 * 1024  # smaller tensors stay in malloc's arenas
 
 
 def peak_of_training(rank: int, raw: dict[str, Any], warm_up: dict[str, Any], steps: int) -> int:
@@ -135,6 +135,12 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {"pp": 2, "micro_batches": 4, "schedule": "zbv"}, {}),
     (2, {"dp_replicate": 1, "dp_shard": 2}, {}),
     (2, {"dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, "precision": "bf16"}, {}),
+    (2, {"dp_replicate": 1, "dp_shard": 2, "activation_checkpointing": "full"}, {}),
     (2, {"cp": 2}, {}),
+    (2, {"cp": 2, "micro_batches": 2}, {"pattern": ["titans", "attention"]}),
+    (4, {"dp_replicate": 2, "dp_shard": 2}, {}),
+    (4, {"tp": 2, "dp_replicate": 1, "dp_shard": 2, "sequence_parallel": True}, {}),
+    (4, {"tp": 2, "cp": 2}, {}),
+    (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}, {}),
 ]
 """Ranks, the section `parallel` and what differs in the model: every case that is measured."""
