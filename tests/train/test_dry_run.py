@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from hope import HopeModel
 from tools.parity import STEP, make_config
 from train.__main__ import main
-from train.dry_run.build import dry_run
+from train.dry_run.build import dry_run, fake_ranks
 from train.dry_run.memory import (
     Action,
     held_bytes,
@@ -24,6 +25,7 @@ from train.dry_run.tracing import LiveBytes, PartBytes
 from train.dry_run.traffic import steps_of_periods
 from train.optim.build import build_cadence
 from train.optim.cadence import ACCUMULATOR
+from train.parallel.counting import CollectiveBytes
 from train.parallel.mesh import alone
 
 CONFIG = "configs/quickstart.yaml"
@@ -200,3 +202,17 @@ def test_micro_batches_under_way(stage: int, schedule: str, under_way: int) -> N
 )
 def test_sizes_are_readable(number: int, text: str) -> None:
     assert size(number) == text
+
+
+def test_collectives_are_counted_by_ring_algorithms_and_unknown_ones_refused() -> None:
+    """40 bytes over four ranks."""
+    tensor = torch.ones(10)
+    with fake_ranks(4, 0), CollectiveBytes() as counted:
+        dist.all_reduce(tensor)
+        dist.broadcast(tensor, 0)
+        dist.all_gather([torch.ones(10) for _ in range(4)], tensor)
+        dist.send(tensor, 1)
+        assert counted.bytes == {"all-reduce": 60, "broadcast": 30, "all-gather": 120, "send": 40}
+        assert sum(counted.calls.values()) == 4
+        with pytest.raises(AssertionError, match="not counted: c10d::reduce_"):
+            dist.reduce(tensor, 0)
