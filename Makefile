@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-data bench-forgetting bench-model bench-parallel bench-recall bench-stability clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-parallel bench-recall bench-stability faults nodes clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ compare: install ## Hope against its controls and a Transformer++ of equal size,
 bench-cadence: install ## what levels of different periods cost in time, traffic and memory (three minutes)
 	$(BIN)/python -m tools.bench_cadence
 
+bench-checkpoint: install ## how long training waits for a checkpoint, and what reuse saves (three minutes)
+	$(BIN)/python -m tools.bench_checkpoint
+
 bench-data: install ## our token shards beside MDS, litdata and Megatron: speed, seek, memory, size (ten minutes)
 	$(BIN)/python -m tools.bench_data
 
@@ -48,6 +51,12 @@ bench-parallel: install ## every layout against one process: parity, memory, spe
 
 bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and without the memories' writes
 	$(BIN)/python -m tools.bench_recall
+
+nodes: install ## 2 and 4 nodes (network namespaces), one killed in the middle; DeepSpeed over ssh (ten minutes)
+	$(BIN)/python -m tools.nodes
+
+faults: install ## more than 200 faults on 2 and 4 processes, each survived to the bit? (ten minutes)
+	$(BIN)/python -m tools.faults
 
 test: install-dev ## the tests
 	$(BIN)/python -m pytest -m "not slow"

@@ -16,7 +16,7 @@ FlopCounterMode, which otherwise counts them as nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -233,29 +233,43 @@ def _bound(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def _scan_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flops:
+def _scan_call(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], executed: bool = True
+) -> Flops:
     """All heads and rows of a call of one of the scan's operators."""
     bound = _bound(operator, args, kwargs)
     options = {f.name: bound[f.name] for f in fields(ScanConfig) if f.name in bound}
     rows, heads, tokens, width = bound["x"].shape
     memories, _, _, hidden = bound["w1"].shape
-    call = _call_flops(ScanConfig(**options), width, hidden, memories, tokens, executed=True)
+    call = _call_flops(ScanConfig(**options), width, hidden, memories, tokens, executed)
     return Flops(*(rows * heads * flops for flops in call))
 
 
+def _triton_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flops:
+    """The same for the kernels' operators: backward runs forward twice again, once to have every
+    block's state and once inside each block. Their triangular inverses are not counted."""
+    once = _scan_call(operator, args, kwargs, executed=False)
+    return Flops(once.forward, once.backward + 2 * once.forward)
+
+
+def _formula(operator: Any, call: Callable[..., Flops], backward: bool) -> Callable[..., float]:
+    def formula(*args: Any, out_val: Any = None, **kwargs: Any) -> float:
+        flops = call(operator, args, kwargs)
+        return flops.backward if backward else flops.forward
+
+    return formula
+
+
 def _register() -> None:
-    scan, scan_backward = torch.ops.hope.scan_chunked, torch.ops.hope.scan_chunked_backward
-    aten = torch.ops.aten
-
-    def forward(*args: Any, out_val: Any = None, **kwargs: Any) -> float:
-        return _scan_call(scan, args, kwargs).forward
-
-    def backward(*args: Any, out_val: Any = None, **kwargs: Any) -> float:
-        return _scan_call(scan_backward, args, kwargs).backward
-
+    hope, aten = torch.ops.hope, torch.ops.aten
     for operator, formula in (
-        (scan, forward),
-        (scan_backward, backward),
+        (hope.scan_chunked, _formula(hope.scan_chunked, _scan_call, False)),
+        (
+            hope.scan_chunked_backward,
+            _formula(hope.scan_chunked_backward, _scan_call, True),
+        ),
+        (hope.scan_triton, _formula(hope.scan_triton, _triton_call, False)),
+        (hope.scan_triton_backward, _formula(hope.scan_triton_backward, _triton_call, True)),
         (aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),
         (aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop),
     ):

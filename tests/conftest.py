@@ -40,8 +40,13 @@ def corpora(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture
 def raw_config(corpora: dict[str, Path], tmp_path: Path) -> dict[str, Any]:
     """A tiny Hope with three levels that fire every 1, 3 and 5 steps, as plain data."""
+    return tiny_config(corpora, tmp_path / "run")
+
+
+def tiny_config(corpora: dict[str, Path], run_dir: Path) -> dict[str, Any]:
+    """See `raw_config`."""
     return {
-        "run_dir": str(tmp_path / "run"),
+        "run_dir": str(run_dir),
         "num_threads": 1,
         "model": {
             "dim": 16,

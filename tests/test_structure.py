@@ -1,4 +1,4 @@
-"""Dependencies point one way: hope <- train <- tools; data_pipeline depends on none of them."""
+"""Dependencies point one way: hope <- train <- launch, tools; data_pipeline depends on none."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ALLOWED = {
     "hope": {"hope"},
     "data_pipeline": {"data_pipeline"},
     "train": {"train", "hope", "data_pipeline"},
+    "launch": {"launch", "train", "hope", "data_pipeline"},
     "tools": {"tools", "train", "hope", "data_pipeline"},
 }
 FORBIDDEN_IN_HOPE = {"os", "io", "pathlib", "time", "pydantic", "yaml", "torch.distributed"}

@@ -16,11 +16,11 @@ from tools.figures import table
 from tools.prepare import prepare_sotu, run
 from train.callbacks.metrics import read_metrics
 from train.callbacks.mlflow import tracking_location
-from train.checkpoint import CheckpointStore
+from train.checkpoint import CheckpointStore, open_store
 from train.config import RunConfig, load_config
 from train.evaluate.unigram import count_labels, unigram_loss
 from train.parallel.data_parallel import DataParallel
-from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+from train.run_folder import CONFIG, METRICS
 
 CONFIG_FILE = Path("configs/quickstart.yaml")
 PROMPT = "Fellow citizens, the state of our Union is"
@@ -110,9 +110,7 @@ def held_out_unigram(config: RunConfig) -> float:
 
 def checkpoints(config: RunConfig) -> CheckpointStore:
     """The checkpoints of a run, as the only rank sees them."""
-    return CheckpointStore(
-        config.run_dir / CHECKPOINTS, DataParallel(), config.checkpoint.keep_last
-    )
+    return open_store(config, DataParallel())
 
 
 def _tokens(config: RunConfig) -> int:

@@ -1,4 +1,4 @@
-"""python -m train CONFIG [key=value ...] [--resume]: train, or continue, one run.
+"""python -m train CONFIG [key=value ...] [--resume | --resume-or-start]: one run.
 
 With --dry-run --world-size N [--rank R]: say what a rank would hold and send, and train nothing.
 """
@@ -7,33 +7,52 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import sys
-from contextlib import ExitStack, nullcontext
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 
 from data_pipeline import Corpus, CorruptDataError, DataError
 from train.callbacks.base import Callback
+from train.callbacks.faults import Faults
 from train.callbacks.metrics import Metrics
 from train.callbacks.mlflow import MLflow
 from train.callbacks.progress import Progress
-from train.checkpoint import CheckpointError
+from train.checkpoint import CheckpointError, SaveError
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
 from train.dry_run.report import print_dry_run
 from train.engines import layout_of, open_engine
+from train.memory import OutOfMemoryError, is_out_of_memory, memory_report
 from train.parallel.data_parallel import DataParallel
-from train.run_folder import RunFolderError, check_fresh, check_same_run, run_lock, save_config
-from train.signals import stop_signals
-from train.trainer import Corpora, NonFiniteError, Trainer
+from train.parallel.pulse import RankLostError
+from train.records import Corpora, NonFiniteError
+from train.redaction import redact, redact_logging
+from train.run_folder import RunFolderError, claim, continues, save_config
+from train.signals import (
+    StoppedError,
+    StopSignals,
+    agreed_status,
+    stop_signals,
+    walltime_deadline,
+)
+from train.trainer import Trainer
+from train.watchdog import HANG, Watchdog
 
+FAILED = 1
 USER_ERROR = 2
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
+DISK_HINT = "what was saved before is whole, and --resume goes on from it"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input (one line on stderr), 1 failed, 128 + n on signal n."""
+    """Exit status: 0 done; 2 bad input (one line on stderr); 128 + n on signal n, but 75 (start me
+    again) on SIGUSR1 and at the walltime; 76 a rank hangs or was lost; 1 failed otherwise."""
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a model of the Hope family from a YAML configuration.",
@@ -42,19 +61,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4 run_dir=runs/a"
     )
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--resume", action="store_true", help="continue the run in run_dir from its last checkpoint"
     )
-    parser.add_argument(
-        "--dry-run",
+    how.add_argument(
+        "--resume-or-start",
         action="store_true",
-        help="say what a rank would hold and send; don't train",
+        help="for launchers that restart: continue where run_dir has a checkpoint, else start",
+    )
+    how.add_argument(
+        "--resume-from",
+        metavar="NAME",
+        help="continue from this checkpoint, e.g. tokens-000000001048576; later ones are set aside",
+    )
+    how.add_argument(
+        "--dry-run", action="store_true", help="say what a rank would hold and send; don't train"
     )
     parser.add_argument("--world-size", type=int, default=1, help="ranks of the dry run")
     parser.add_argument("--rank", type=int, default=0, help="which of them it is (default 0)")
+    # The deepspeed launcher passes it; LOCAL_RANK in the environment is what counts.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.world_size, options.rank) != (1, 0):
         parser.error("--world-size and --rank belong to --dry-run; torchrun sets those of a run")
+    redact_logging()
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
@@ -62,48 +93,101 @@ def main(arguments: list[str] | None = None) -> int:
                 config = with_vocabulary(config, open_corpora(config))
             print_dry_run(config, options.world_size, options.rank)
             return 0
-        return train(config, options.resume)
+        named = options.resume_from
+        resume = options.resume or named is not None
+        return train(config, resume, options.resume_or_start, named)
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except NonFiniteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _tell(error, USER_ERROR, int(os.environ.get("RANK", "0")) == 0)
+    except RankLostError as error:
+        return _tell(error, HANG)
+    except (NonFiniteError, OutOfMemoryError, SaveError) as error:
+        return _tell(error, FAILED)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            return _tell(f"{error}; {DISK_HINT}", FAILED)
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        return FAILED
 
 
-def train(config: RunConfig, resume: bool) -> int:
-    """Run `config` to its end or to a signal; returns the exit status."""
+def _tell(error: Exception | str, status: int, here: bool = True) -> int:
+    if here:
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+    return status
+
+
+def train(
+    config: RunConfig,
+    resume: bool,
+    or_start: bool = False,
+    resume_from: str | None = None,
+) -> int:
+    """Run `config` to its end or until it is asked to stop; returns the exit status.
+
+    resume: continue the run in run_dir; or_start: where it has a checkpoint, else begin.
+    resume_from: the name of the checkpoint to resume from; None: the newest that verifies.
+    """
     prepare_torch(config.num_threads)
-    corpora = open_corpora(config)
-    config = with_total_tokens(with_vocabulary(config, corpora), corpora)
     with ExitStack() as stack:
         signals = stack.enter_context(stop_signals())
+        training = config.training
+        signals.deadline = walltime_deadline(training.walltime_s, training.walltime_margin_s)
         ranks = stack.enter_context(DataParallel())
-        layout_of(config, ranks.size)
-        initial = None
-        if config.init_from is not None and not resume:
-            tokenizer = corpora.validation.tokenizer_sha256
-            initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
-        stack.enter_context(run_lock(config.run_dir) if ranks.is_first else nullcontext())
-        if resume:
-            check_same_run(config)
-        elif ranks.is_first:
-            check_fresh(config.run_dir)
-        engine = open_engine(config, ranks, initial)
-        callbacks: list[Callback] = []
+        watchdog = stack.enter_context(Watchdog(config.watchdog, config.run_dir, ranks))
+        faults = Faults(config, ranks)
+        try:
+            trainer, goes_on = _prepare(config, resume, or_start, ranks, signals, watchdog, stack)
+        except StoppedError as stopped:
+            return stopped.status
+        if goes_on:
+            trainer.resume(resume_from)
         if ranks.is_first:
-            callbacks = [Progress(), Metrics(config.run_dir)]
-            if config.mlflow.enabled:
-                callbacks.append(MLflow(config.mlflow, config.run_dir))
-        trainer = Trainer(config, corpora, signals, engine, callbacks)
-        stack.callback(trainer.loader.close)
-        if resume:
-            trainer.resume()
-        if ranks.is_first:
-            save_config(config)
-        stopped_by = trainer.fit()
-    return 0 if stopped_by is None else 128 + stopped_by
+            save_config(trainer.config)
+        trainer.callbacks = [*trainer.callbacks, faults]
+        try:
+            return trainer.fit() or 0
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(f"{error}\n{memory_report(trainer)}") from None
+
+
+def _prepare(
+    config: RunConfig,
+    resume: bool,
+    or_start: bool,
+    ranks: DataParallel,
+    signals: StopSignals,
+    watchdog: Watchdog,
+    stack: ExitStack,
+) -> tuple[Trainer, bool]:
+    """A trainer before its first step, and whether it is to resume. Raises StoppedError when asked
+    to stop meanwhile."""
+
+    def poll() -> None:
+        ranks.pulse.enter("open")
+        if status := agreed_status(signals, ranks):
+            raise StoppedError(status)
+
+    corpora = open_corpora(config, poll)
+    config = with_total_tokens(with_vocabulary(config, corpora), corpora)
+    layout_of(config, ranks.size)
+    initial = None
+    if config.init_from is not None and not continues(config, resume, or_start):
+        tokenizer = corpora.validation.tokenizer_sha256
+        initial = initial_parameters(config.init_from, config.model, config.seed, tokenizer)
+    resume = stack.enter_context(claim(config, ranks, resume, or_start))
+    watchdog.share()
+    poll()
+    engine = open_engine(config, ranks, initial)
+    callbacks: list[Callback] = []
+    if ranks.is_first:
+        callbacks = [Progress(), Metrics(config.run_dir)]
+        if config.mlflow.enabled:
+            callbacks.append(MLflow(config.mlflow, config.run_dir))
+    trainer = Trainer(config, corpora, signals, engine, callbacks)
+    stack.callback(trainer.loader.close)
+    stack.callback(trainer.store.close)
+    return trainer, resume
 
 
 def prepare_torch(num_threads: int | None) -> None:
@@ -113,13 +197,20 @@ def prepare_torch(num_threads: int | None) -> None:
         torch.set_num_threads(num_threads)
 
 
-def open_corpora(config: RunConfig) -> Corpora:
-    """Open the shards that `data` names. Raises DataError when one is missing or damaged."""
-    where = config.data.where
-    train_corpora = [Corpus.open(**where(source.path)) for source in config.data.train]
-    validation = Corpus.open(**where(config.data.validation))
+def open_corpora(config: RunConfig, poll: Callable[[], None] = lambda: None) -> Corpora:
+    """Open the shards that `data` names. Raises DataError when one is missing or damaged.
+
+    poll: called before each of them.
+    """
+
+    def open_one(location: str) -> Corpus:
+        poll()
+        return Corpus.open(**config.data.where(location))
+
+    train_corpora = [open_one(source.path) for source in config.data.train]
+    validation = open_one(config.data.validation)
     domains = {
-        source.domain: Corpus.open(**where(source.validation))
+        source.domain: open_one(source.validation)
         for source in config.data.train
         if source.validation is not None
     }

@@ -11,28 +11,35 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import Field, model_validator
 
 from hope.config import HopeConfig
+from train.callbacks.faults import FaultConfig
 from train.data import DataConfig
 from train.optim.config import OptimizerConfig
 from train.parallel.config import ParallelConfig
+from train.parallel.pulse import FIRST_RANK_PHASES
 from train.section import ConfigError, Section
+from train.spikes import SpikesConfig
+from train.watchdog import WatchdogConfig
 
 __all__ = [
     "CheckpointConfig",
     "ConfigError",
     "DataConfig",
     "EvaluationConfig",
+    "FaultConfig",
     "InitFromConfig",
     "MLflowConfig",
     "OptimizerConfig",
     "RunConfig",
+    "SpikesConfig",
     "TrainingConfig",
+    "WatchdogConfig",
     "dump_config",
     "flatten",
     "load_config",
@@ -44,14 +51,15 @@ class TrainingConfig(Section):
     """Length and shape of training.
 
     total_tokens: of the whole run; mode continual finds it from the domains when it is left out.
-    batch_tokens: tokens of one step over all ranks; micro_batch_rows: rows a forward pass takes
-    at once on a rank (None: all of them), with no effect on the result beyond round-off.
+    batch_tokens: tokens of one step over all ranks.
     stop_at_tokens: stop early, with a checkpoint, without changing any schedule.
     flush: at the end, levels in the middle of a period take a last step on what they have.
     max_skipped_in_a_row: a step whose loss or gradient is not finite on any rank is skipped on
         all of them; after more than so many in a row the run stops with a checkpoint.
     state_carry: "stream" carries fast weights from step to step along each row (data.order:
     stream), detached at the step.
+    walltime_s: seconds that this process may take, or "slurm" for what Slurm says is left;
+        walltime_margin_s before that it stops as on a signal, with exit status 75.
     """
 
     total_tokens: int = Field(0, ge=0)
@@ -60,6 +68,8 @@ class TrainingConfig(Section):
     state_carry: Literal["none", "stream"] = "none"
     flush: bool = False
     max_skipped_in_a_row: int = Field(10, ge=0)
+    walltime_s: Annotated[float, Field(gt=0)] | Literal["slurm"] | None = None
+    walltime_margin_s: float = Field(120.0, ge=0)
 
 
 class InitFromConfig(Section):
@@ -91,19 +101,34 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """A checkpoint every so many tokens, at the end, and on SIGINT or SIGTERM."""
+    """A checkpoint every so many tokens, at the end, and when the run is asked to stop.
+
+    keep_last: the newest so many stay; keep_every_tokens: and the first at or after each multiple
+        of it; keep_best: and so many with the lowest held-out loss; and all that have a tag.
+    asynchronous: training waits for a copy in memory only, and a process beside it writes; false
+        saves that memory, as much as the checkpoint has on the rank.
+    url: an fsspec URL of the folder that takes them, in place of `checkpoints` in the run folder.
+    """
 
     every_tokens: int = Field(1_000_000, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every_tokens: int | None = Field(None, ge=1)
+    keep_best: int = Field(0, ge=0)
+    asynchronous: bool = True
+    url: str | None = Field(None, pattern=r"^\w[\w+.-]*://.")
 
 
 class MLflowConfig(Section):
-    """Experiment tracking. tracking_uri None: MLFLOW_TRACKING_URI, else SQLite beside the runs."""
+    """Experiment tracking. tracking_uri None: MLFLOW_TRACKING_URI, else SQLite beside the runs.
+
+    flush_s: how long the end of a run waits for MLflow to take what it has not yet.
+    """
 
     enabled: bool = True
     experiment: str = "hope"
     tracking_uri: str | None = None
     every_steps: int = Field(10, ge=1)
+    flush_s: float = Field(60.0, ge=0)
 
 
 class RunConfig(Section):
@@ -126,6 +151,9 @@ class RunConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     mlflow: MLflowConfig = MLflowConfig()
+    spikes: SpikesConfig = SpikesConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    faults: tuple[FaultConfig, ...] = ()
 
     @property
     def batch_rows(self) -> int:
@@ -169,6 +197,12 @@ class RunConfig(Section):
                     f"the schedule of level {name!r} warms up and decays for {needed} tokens, more "
                     f"than training.total_tokens={total}"
                 )
+        beside = {str(fault.phase) for fault in self.faults} & set(FIRST_RANK_PHASES)
+        if beside and self.checkpoint.asynchronous:
+            raise ValueError(
+                f"faults: {', '.join(sorted(beside))} happen in another process while checkpoints "
+                "are written beside training: set checkpoint.asynchronous=false"
+            )
         placed = set(self.init_from.levels or ()) if self.init_from else set()
         if unknown := placed - (known - {"fast"}):
             raise ValueError(
@@ -301,9 +335,12 @@ def _index(node: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
+_TYPES = ("int", "float", "constrained-float", "literal['step']", "literal['slurm']")
+
+
 def _where(problem: Any) -> str:
     """The dotted key of a problem, without the names of the alternatives of a union."""
-    return ".".join(str(part) for part in problem["loc"] if part not in ("int", "literal['step']"))
+    return ".".join(str(part) for part in problem["loc"] if str(part) not in _TYPES)
 
 
 def _describe(problem: Any) -> str:

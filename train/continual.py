@@ -122,6 +122,8 @@ class DomainStream:
         if state["loader"] is not None:
             self._loaders[self.finished].load_state_dict(state["loader"])
             self._done = self._loaders[self.finished].position // self._rows
+        for later in self._loaders[self.finished + 1 :]:
+            later.seek(0)  # after a return from them
 
     def close(self) -> None:
         """Stop the background threads."""

@@ -5,26 +5,39 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
+from train.checkpoint.places import as_place
+from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
+from train.parallel.data_parallel import DataParallel
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 PLOTS = "plots"
 MLFLOW_RUN_ID = "mlflow_run_id"
+MLFLOW_BACKLOG = "mlflow_backlog.jsonl"
+MLFLOW_SENT = "mlflow_sent"
+JOB = ".job"
 
-# May differ between a run and its resumption: none of them changes what is computed.
-FREE_SECTIONS = ("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow", "parallel")
+# May differ between a run and its resumption: none of them changes what is computed, but for
+# what is done about steps that went wrong.
+FREE_SECTIONS = (
+    *("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow", "parallel"),
+    *("spikes", "watchdog", "faults"),
+)
 FREE_KEYS = (
     "training.stop_at_tokens",
     "training.flush",
     "training.max_skipped_in_a_row",
+    "training.walltime_s",
+    "training.walltime_margin_s",
     "data.prefetch",
     "data.on_corrupt",
     "data.cache_dir",
@@ -63,19 +76,70 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def check_fresh(folder: Path) -> None:
-    """Raises RunFolderError when the folder already holds a checkpoint; clears what is left of a
-    run that never reached one."""
+@contextmanager
+def claim(config: RunConfig, ranks: DataParallel, resume: bool, auto: bool) -> Iterator[bool]:
+    """Hold the run folder for all ranks; yields whether its run is to be continued.
+
+    auto: continue it if it has a checkpoint, begin it if not. A restart by torchrun of what this
+    very job began is always `auto`. Raises RunFolderError, on every rank, when another job holds
+    the folder or it has a run that is not to be continued.
+    """
+    folder, refused = config.run_dir, None
+    with ExitStack() as stack:
+        if ranks.is_first:
+            try:
+                stack.enter_context(run_lock(folder))
+                resume = continues(config, resume, auto)
+                if resume:
+                    if accepted := check_same_run(config):
+                        settings = ", ".join(accepted)
+                        print(f"resuming with other settings: {settings}", file=sys.stderr)
+                else:
+                    check_fresh(folder, config.checkpoint.url)
+                write_whole(folder / JOB, _job())
+            except RunFolderError as error:
+                refused = str(error)
+            except OSError as error:
+                refused = f"can't write to run folder {folder}: {error.strerror}"
+        refused, resume = ranks.broadcast((refused, resume))
+        if refused is not None:
+            raise RunFolderError(refused)
+        yield resume
+
+
+def continues(config: RunConfig, resume: bool, auto: bool) -> bool:
+    """Whether the run of a folder is to be continued, by what was asked for and what is there."""
+    if resume or not (auto or _restarted(config.run_dir)):
+        return resume
+    return bool(complete(as_place(config.checkpoint.url or config.run_dir / CHECKPOINTS)))
+
+
+def _job() -> str:
+    """What names this job, the same in all its restarts by torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return name if name != "none" else f"child of process {os.getppid()}"
+
+
+def _restarted(folder: Path) -> bool:
+    """Whether torchrun started this process again, after the same job had taken the folder."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return again and (folder / JOB).exists() and (folder / JOB).read_text() == _job()
+
+
+def check_fresh(folder: Path, url: str | None = None) -> None:
+    """Raises RunFolderError when the folder already holds a checkpoint, or `url`, where the run's
+    are to go; clears what is left of a run that never reached one."""
     if any((folder / CHECKPOINTS).glob(f"*/{MARKER}")):
         raise RunFolderError(
             f"{folder} already holds a run; add --resume to continue it, or choose another run_dir"
         )
-    for leftover in (METRICS, MLFLOW_RUN_ID):
+    for leftover in (METRICS, MLFLOW_RUN_ID, MLFLOW_BACKLOG, MLFLOW_SENT):
         (folder / leftover).unlink(missing_ok=True)
 
 
-def check_same_run(config: RunConfig) -> None:
-    """Raises RunFolderError when `config` would not continue the run in its folder.
+def check_same_run(config: RunConfig) -> list[str]:
+    """The settings in which `config` differs from the run in its folder, without changing what it
+    computes. Raises RunFolderError, with the list of keys, when it would not continue that run.
 
     Levels may be added and change their periods, as `train.checkpoint.levels` says; rows read in
     shuffled order may come in batches of another size.
@@ -95,16 +159,18 @@ def check_same_run(config: RunConfig) -> None:
     free = {f"optimizer.levels.{name}" for name in added}
     if config.data.order != "stream":
         free.add("training.batch_tokens")
-    changed = [
-        f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not _is_free(key, free)
-    ]
+    changed: list[str] = []
+    accepted: list[str] = []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            change = f"{key} ({before.get(key)!r} -> {now.get(key)!r})"
+            (accepted if _is_free(key, free) else changed).append(change)
     if changed:
         raise RunFolderError(
             f"{config.run_dir} was trained with another configuration: {', '.join(changed)}; "
             "resume with the saved one or choose another run_dir"
         )
+    return accepted
 
 
 def _is_free(key: str, free: set[str]) -> bool:
@@ -119,4 +185,14 @@ def _is_free(key: str, free: set[str]) -> bool:
 
 def save_config(config: RunConfig) -> None:
     """Write the resolved configuration into the run folder."""
-    (config.run_dir / CONFIG).write_text(dump_config(config), encoding="utf-8")
+    write_whole(config.run_dir / CONFIG, dump_config(config))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a kill, at any moment, leaves the old text or the new one."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)

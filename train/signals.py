@@ -1,35 +1,102 @@
-"""SIGINT and SIGTERM as a request to stop at the next safe place."""
+"""SIGINT, SIGTERM, SIGUSR1 and the walltime as a request to stop at the next safe place.
+
+Exit statuses: 128 + n on SIGINT and SIGTERM; 75 (EX_TEMPFAIL) on SIGUSR1 and at the walltime, with
+which a scheduler starts the job again.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+from train.section import ConfigError
+
+if TYPE_CHECKING:
+    from train.parallel.data_parallel import DataParallel
+
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+WALLTIME = 0  # where a signal's number would stand
+REASONS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, WALLTIME)
+REQUEUE = 75
+
+# torchrun and schedulers send one request twice: to the launcher, which passes it on, and to all.
+SAME_REQUEST_S = 2.0
+
+
+class StoppedError(Exception):
+    """Asked to stop before there was anything to save."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"stopped with exit status {status}")
+        self.status = status
 
 
 @dataclass
 class StopSignals:
-    """The number of the signal that asked this process to stop, or None."""
+    """What asked this process to stop: a signal's number, or a deadline by time.monotonic()."""
 
     received: int | None = None
+    deadline: float | None = None
+
+    @property
+    def reason(self) -> int | None:
+        """The number of the signal, WALLTIME, or None while there is no reason to stop."""
+        if self.received is None and self.deadline is not None:
+            return WALLTIME if time.monotonic() >= self.deadline else None
+        return self.received
+
+
+def agreed_status(signals: StopSignals, ranks: DataParallel) -> int | None:
+    """The exit status that any rank was asked to stop with, the same on all; None to go on."""
+    told = ranks.sum([float(signals.reason == reason) for reason in REASONS])
+    for reason, count in zip(REASONS, told, strict=True):
+        if count > 0:
+            return REQUEUE if reason in (signal.SIGUSR1, WALLTIME) else 128 + int(reason)
+    return None
+
+
+def walltime_deadline(walltime_s: float | Literal["slurm"] | None, margin_s: float) -> float | None:
+    """When to stop, by time.monotonic(), so that margin_s are left to save in.
+
+    walltime_s: seconds from now, or "slurm" for the end of the job that Slurm tells. Raises
+    ConfigError when it tells none.
+    """
+    if walltime_s is None:
+        return None
+    if walltime_s == "slurm":
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if not end.isdigit():
+            raise ConfigError(
+                "training.walltime_s=slurm needs SLURM_JOB_END_TIME, which is not set here; give "
+                "the seconds instead"
+            )
+        walltime_s = int(end) - time.time()
+    return time.monotonic() + walltime_s - margin_s
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Remember the first SIGINT or SIGTERM instead of dying of it.
+    """Remember the first signal instead of dying of it.
 
-    A second signal of the same kind has its usual effect at once.
+    A further SIGINT or SIGTERM has its usual effect at once when it comes two seconds later or
+    more: what comes sooner is the same request, passed on by a launcher.
     """
     signals = StopSignals()
+    first = 0.0
 
-    def remember(number: int, _frame: FrameType | None) -> None:
-        signals.received = number
-        signal.signal(number, previous[number])
+    def remember(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if signals.received is None:
+            signals.received, first = number, time.monotonic()
+        elif number != signal.SIGUSR1 and time.monotonic() - first >= SAME_REQUEST_S:
+            signal.signal(number, previous[number])
+            os.kill(os.getpid(), number)
 
     previous: dict[int, Any] = {number: signal.signal(number, remember) for number in HANDLED}
     try:

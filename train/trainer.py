@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
-from data_pipeline import Corpus, Loader, evaluation_batches
+from data_pipeline import Corpus, DataError, Loader, evaluation_batches
 from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
+from train.checkpoint import CheckpointError, load_parameters, open_store
 from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock
+from train.code_version import code_version
 from train.config import RunConfig
 from train.continual import DomainStream, open_loader
 from train.engines.native import Engine
@@ -23,46 +25,9 @@ from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
-from train.run_folder import CHECKPOINTS
-from train.signals import StopSignals
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had an infinite or NaN loss or gradient; no weight moved by it."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one step did. Rates and counts are over all ranks.
-
-    level_norms, learning_rates: of the levels that fired; level_norms before clipping.
-    """
-
-    step: int
-    tokens: int
-    loss: float  # nats per token that counts
-    grad_norm: float
-    level_norms: dict[str, float]
-    learning_rates: dict[str, float]
-    tokens_per_second: float
-
-
-@dataclass(frozen=True)
-class SkippedStep:
-    """A step whose loss or gradient was not finite: read, and not trained on."""
-
-    tokens: int  # trained on before it
-    step_tokens: int
-    problem: NonFinite
-
-
-@dataclass
-class Corpora:
-    """The opened data of a run."""
-
-    train: list[Corpus]
-    validation: Corpus
-    domains: dict[str, Corpus] = field(default_factory=dict)  # held out, of a continual run
+from train.records import Corpora, NonFiniteError, SkippedStep, StepRecord
+from train.signals import StopSignals, agreed_status
+from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
 
 
 @dataclass
@@ -77,8 +42,11 @@ class Trainer:
     carried: Carried | None = None
     trained_seconds: float = 0.0
     last_evaluation: HeldOut | None = None
+    evaluated_tokens: int = 0  # when the last evaluation was done
     domains_evaluated: int = 0  # at how many ends of domains every domain was evaluated
     level_changes: tuple[str, ...] = ()  # since the checkpoint, one line each
+    stop_status: int | None = None  # exit status that the ranks agreed to stop with
+    evaluation_unsaved: bool = False
 
     def __post_init__(self) -> None:
         config = self.config
@@ -88,9 +56,8 @@ class Trainer:
         self.cadence = build_cadence(
             self.engine.parameters, config.model, config.optimizer, self.mesh
         )
-        self.store = CheckpointStore(
-            config.run_dir / CHECKPOINTS, ranks, config.checkpoint.keep_last
-        )
+        self.store = open_store(config, ranks)
+        self.spikes = SpikeWatch(config.spikes)
         self.domains: DomainStream | None = None
         self.loader: Loader | DomainStream
         if config.mode == "continual":
@@ -113,21 +80,23 @@ class Trainer:
 
     def step(self) -> StepRecord | SkippedStep:
         """One training step over the next global batch; skipped by all ranks if it is not finite
-        on any of them."""
+        on any of them, or where spikes of the loss are looked after."""
         started = time.perf_counter()
+        pulse = self.ranks.pulse
+        pulse.enter("data", self.clock.steps + self.clock.skipped_steps + 1)
+        position = self.loader.position
         batch = next(self.loader)
+        if left_out := self.spikes.leaves_out(position):
+            return self._skip(position, left_out)
         loss_sum, carried = self.engine.forward_backward(batch, self.carried)
         finite = carried is None or all(bool(t.isfinite().all()) for t in carried.values())
-        counts = [
-            loss_sum,
-            self.engine.spoken_for(batch.labels).numel(),
-            0.0 if finite else math.nan,
-        ]
-        (loss_sum, valid, _), problem = self.cadence.agree(counts)
-        if problem:
-            self.cadence.drop()
-            self.clock.skip(self.config.training.batch_tokens)
-            return SkippedStep(self.clock.tokens, self.config.training.batch_tokens, problem)
+        counted = self.engine.spoken_for(batch.labels).numel()
+        pulse.enter("reduce")
+        told = [loss_sum, counted, 0.0 if finite else math.nan]
+        (loss_sum, valid, _), problem = self.cadence.agree(told)
+        if unfit := problem or (self.spikes.check(loss_sum / valid) if valid else None):
+            return self._skip(position, unfit)
+        pulse.enter("optimizer")
         self.carried = carried
         firing = self.clock.advance(self.config.training.batch_tokens)
         report = self.cadence.step(firing, int(valid), self._rate, self.clock.tokens)
@@ -143,22 +112,34 @@ class Trainer:
             tokens_per_second=self.config.training.batch_tokens / seconds,
         )
 
+    def _skip(self, position: int, problem: NonFinite | Spike | LeftOut) -> SkippedStep:
+        """End a step without any effect but the count of it."""
+        tokens = self.config.training.batch_tokens
+        self.cadence.drop()
+        self.clock.skip(tokens)
+        return SkippedStep(self.clock.tokens, tokens, position, problem)
+
     def _rate(self, level: str) -> float:
         """The learning rate of a level at the clock's token count."""
         total = self.config.training.total_tokens
         return self.clock.learning_rate(self.config.optimizer.level(level), total)
 
     def fit(self) -> int | None:
-        """Train to the target; returns the signal that stopped it early, or None.
+        """Train to the target; returns the exit status that it was asked to stop with, or None.
 
-        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped.
+        Raises NonFiniteError, after a checkpoint, when too many steps in a row were skipped, or
+        undone in all, and SaveError when the last checkpoint could not be written.
         """
+        self.ranks.pulse.enter("start", self.clock.steps + self.clock.skipped_steps)
         self._notify("on_start")
+        self.store.clean()
+        self.store.on_complete = self._saved
         if self.level_changes:
             self.save(replace=True)  # from here on the folder's configuration is the new one
         evaluated = self.domains_evaluated
         if not self.finished:
             self._evaluate_domains()
+            self._evaluate_if_due()
         while self._has_more() and not self._stop_requested():
             before = self.clock.tokens
             record = self.step()
@@ -170,18 +151,19 @@ class Trainer:
             if self.finished:
                 break  # the last evaluation and checkpoint are below
             self._evaluate_domains()
-            if self._crossed(self.config.evaluation.every_tokens, before):
-                self._evaluate(self.config.evaluation.max_tokens)
+            self._evaluate_if_due()
             if self._crossed(self.config.checkpoint.every_tokens, before):
                 self.save()
         stopped = self._stop_requested()
         flushed = False
         if self.finished and not stopped:
             flushed = self.config.training.flush and self._flush()
-            stopped = not (self._evaluate_domains(last=True) and self._evaluate(None))
-        self.save(replace=flushed or self.domains_evaluated > evaluated)
+            stopped = not (self._evaluate_domains(last=True) and self._evaluate_finally())
+        unsaved = self.evaluation_unsaved or self.domains_evaluated > evaluated
+        self.save(replace=flushed or unsaved)
+        self.store.finish()
         self._notify("on_end")
-        return self.signals.received if stopped else None
+        return self.stop_status if stopped else None
 
     def _has_more(self) -> bool:
         """Whether there is a step to take in this call of `fit`."""
@@ -191,17 +173,26 @@ class Trainer:
         """Tell of a skipped step; after too many in a row, save and give up."""
         for callback in self.callbacks:
             callback.on_skip(self, record)
+        if isinstance(record.problem, LeftOut):
+            self.clock.skipped_in_a_row = 0  # meant, and no sign of trouble
+        if isinstance(record.problem, Spike) and record.problem.undo:
+            roll_back(self, record.position, record.problem)
         in_a_row = self.clock.skipped_in_a_row
         if in_a_row <= self.config.training.max_skipped_in_a_row:
             return
         self.clock.skipped_in_a_row = 0  # a resume may try as often again
-        self.save()
-        self._notify("on_end")
-        raise NonFiniteError(
+        self.give_up(
             f"{in_a_row} steps in a row were skipped after {self.clock.tokens:,} tokens: "
             f"{record.problem}. Lower optimizer.lr or model.titans.scan.eta_max, or raise "
             "training.max_skipped_in_a_row; a checkpoint was saved, and no weight was moved"
         )
+
+    def give_up(self, why: str) -> NoReturn:
+        """Save, and raise NonFiniteError."""
+        self.save()
+        self.store.finish()
+        self._notify("on_end")
+        raise NonFiniteError(why)
 
     def _flush(self) -> bool:
         """Fire what is pending at the end of training; whether anything was."""
@@ -214,13 +205,25 @@ class Trainer:
         return True
 
     def _crossed(self, every: int, before: int) -> bool:
-        """Whether this step passed a multiple of `every` tokens."""
+        """Whether a multiple of `every` tokens was passed since there were `before`."""
         return self.clock.tokens // every > before // every
 
     def _stop_requested(self) -> bool:
         """Whether any rank was told to stop; the ranks agree on the answer."""
-        flag = float(self.signals.received is not None)
-        return self.ranks.sum([flag])[0] > 0
+        self.stop_status = self.stop_status or agreed_status(self.signals, self.ranks)
+        return self.stop_status is not None
+
+    def _evaluate_if_due(self) -> None:
+        """Evaluate once for every multiple of evaluation.every_tokens, also one that a signal had
+        no time for."""
+        if not self.finished and self._crossed(
+            self.config.evaluation.every_tokens, self.evaluated_tokens
+        ):
+            self._evaluate(self.config.evaluation.max_tokens)
+
+    def _evaluate_finally(self) -> bool:
+        """Evaluate over everything, unless the checkpoint resumed from has that already."""
+        return self.evaluated_tokens == self.clock.tokens or self._evaluate(None)
 
     def _evaluate(self, max_tokens: int | None) -> bool:
         """Evaluate and tell the callbacks; False when a signal interrupted it."""
@@ -228,6 +231,7 @@ class Trainer:
             self.last_evaluation = self.evaluate(max_tokens)
         except EvaluationInterruptedError:
             return False
+        self.evaluated_tokens, self.evaluation_unsaved = self.clock.tokens, True
         for callback in self.callbacks:
             callback.on_evaluation(self, self.last_evaluation)
         return True
@@ -285,6 +289,9 @@ class Trainer:
         tensors |= self.engine.carried_rows(self.carried, self._own_rows())
         evaluation = self.last_evaluation
         plain: dict[str, Any] = {
+            "config": self.config.model_dump(mode="json"),
+            "code": code_version(),
+            "data": self._fingerprints(),
             "clock": self.clock.state_dict(),
             "cadence": cadence_plain,
             "cms": describe_levels(self.config.model.cms),
@@ -292,24 +299,53 @@ class Trainer:
             "tokenizer": self.corpora.validation.tokenizer_sha256,
             "trained_seconds": self.trained_seconds,
             "evaluation": vars(evaluation) if evaluation else None,
+            "evaluated_tokens": self.evaluated_tokens,
             "domains_evaluated": self.domains_evaluated,
+            "spikes": self.spikes.state_dict(),
             "streams": self.config.training.state_carry == "stream" and self.clock.steps > 0,
         }
-        folder = self.store.save(self.clock.tokens_read, tensors, plain, replace)
+        self.evaluation_unsaved = False
+        self.store.save(self.clock.tokens_read, tensors, plain, replace)
+
+    def _saved(self, folder: Any) -> None:
+        """Tell of a checkpoint that is complete; of one written beside training, some steps on."""
         for callback in self.callbacks:
             callback.on_checkpoint(self, folder)
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint that verifies, to the bit.
+    def resume(self, name: str | None = None) -> None:
+        """Continue, to the bit, from the checkpoint of that name, or the newest that verifies.
 
-        Raises CheckpointError when its levels can't become this model's.
+        Later ones are set aside. Raises CheckpointError when there is none, when the one that was
+        named is damaged, and when its levels can't become this model's.
         """
-        folder = self.store.newest()
+        self.load(self.store.newest() if name is None else self.store.find(name))
+
+    def load(self, folder: Any) -> None:
+        """Take up the state that a checkpoint holds, whatever this one is in; set later ones
+        aside."""
+        self.carried, self.last_evaluation = None, None
         plain = self.store.plain(folder)
         try:
-            mapping = map_levels(plain["cms"], self.config.model.cms)
+            self._take_up(folder, plain)
+        except (CheckpointError, DataError):
+            raise
         except ValueError as error:
             raise CheckpointError(f"{folder} can't be resumed: {error}") from None
+        except (LookupError, TypeError, AttributeError) as error:
+            reason = f"it does not hold what a run needs ({type(error).__name__}: {error})"
+            raise CheckpointError(f"{folder} can't be resumed: {reason}") from error
+        later = self.store.rewind_to(folder)
+        if later and self.ranks.is_first:
+            warnings.warn(
+                f"set aside what is after {folder.name}: {', '.join(later)}", stacklevel=2
+            )
+        code = plain.get("code")
+        if code != code_version() and self.ranks.is_first:
+            warnings.warn(f"the checkpoint was written by other code: {code}", stacklevel=2)
+
+    def _take_up(self, folder: Any, plain: dict[str, Any]) -> None:
+        """Become what a checkpoint says."""
+        mapping = map_levels(plain["cms"], self.config.model.cms)
         parameters = mapping.rename(self.store.tensors(folder, "model/"))
         parameters |= mapping.start_added(self.config.model, self.config.seed)
         load_parameters(self.engine.parameters, parameters, self._elsewhere)
@@ -323,6 +359,8 @@ class Trainer:
         self.loader.load_state_dict(plain["loader"])
         self.trained_seconds = plain["trained_seconds"]
         self.domains_evaluated = plain["domains_evaluated"]
+        self.evaluated_tokens = plain["evaluated_tokens"]
+        self.spikes.load_state_dict(plain["spikes"])
         if plain["evaluation"]:
             self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:
@@ -335,6 +373,15 @@ class Trainer:
     def _elsewhere(self) -> set[str]:
         """Names of the model's parameters of which this rank has nothing."""
         return parameter_names(self.config.model) - self.engine.parameters.keys()
+
+    def _fingerprints(self) -> dict[str, Any]:
+        """What the corpora hold, whatever their folders are called."""
+        corpora = self.corpora
+        return {
+            "train": [corpus.fingerprint for corpus in corpora.train],
+            "validation": corpora.validation.fingerprint,
+            "domains": {name: corpus.fingerprint for name, corpus in corpora.domains.items()},
+        }
 
     def _own_rows(self) -> range:
         """The global batch rows that this rank holds."""

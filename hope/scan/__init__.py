@@ -17,6 +17,7 @@ from hope.scan.contract import (
     no_autocast,
 )
 from hope.scan.reference import scan_reference
+from hope.scan.triton import scan_triton, warn_once, why_not
 
 __all__ = ["MEMORIES", "MemoryState", "ScanConfig", "ScanWeights", "initial_state", "scan"]
 
@@ -52,4 +53,14 @@ def scan(
     with no_autocast(x):
         if config.implementation == "reference":
             return scan_reference(x, q, weights, config, state, reset)
+        if config.implementation == "triton" or (config.implementation == "auto" and x.is_cuda):
+            reason = why_not(x, weights.w1.shape[3], config)
+            if not reason:
+                return scan_triton(x, q, weights, config, state, reset)
+            if config.implementation == "triton":
+                raise ValueError(
+                    f"scan: implementation=triton can't be used: {reason}; take auto or chunked"
+                )
+            if not torch.compiler.is_compiling():
+                warn_once(reason)
         return scan_chunked(x, q, weights, config, state, reset)

@@ -13,7 +13,7 @@ from torch import Tensor
 DeltaRule = Literal["normalised", "input", "off", "target"]
 DecayTarget = Literal["initial", "zero"]
 Read = Literal["causal", "chunk_start"]
-Implementation = Literal["auto", "reference", "chunked"]
+Implementation = Literal["auto", "reference", "chunked", "triton"]
 
 MEMORIES = ("k", "v", "eta", "alpha", "mem", "q")
 """Order of the memories along the first dimension of the fast weights; q only when adaptive."""
@@ -62,7 +62,9 @@ class ScanConfig:
         the start of the token's memory chunk (Eq. 90).
     checkpoint_chunks: one fast-weight state is kept for backward in this many projection chunks,
         the rest is recomputed; None keeps one in about 256 tokens.
-    implementation: "auto", "reference" (a token loop, slow) or "chunked" (the closed form).
+    implementation: "reference" (a token loop, slow), "chunked" (the closed form in PyTorch),
+        "triton" (the closed form in GPU kernels), or "auto": triton on a CUDA device for what its
+        kernels take, chunked for the rest.
 
     Raises ValueError when a value is not allowed.
     """

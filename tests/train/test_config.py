@@ -52,6 +52,12 @@ MISTAKES = [
     ),
     (["data.order=stream", "data.packing=best-fit"], "data.order=stream needs aligned or concat"),
     (["optimizer.lr=[1"], "not valid YAML"),
+    (["training.walltime_s=0"], "training.walltime_s: input should be greater than 0, got 0"),
+    (["training.walltime_s=soon"], "training.walltime_s: input should be a valid number"),
+    (["spikes.action=undo"], "spikes.action: input should be 'none', 'skip' or 'rollback'"),
+    (["faults=[{kind: nan_loss, phase: save}]"], "nan_loss happens in forward only"),
+    (["faults=[{kind: kill, phase: delete, rank: 1}]"], "phase delete is of rank 0 alone"),
+    (["faults=[{kind: kil}]"], "faults.0.kind: input should be 'kill', 'term'"),
 ]
 
 

@@ -1,17 +1,22 @@
-"""MLflow's embedded store: where it lies, and that runs may start on it together."""
+"""MLflow: its embedded store, and that no server's state is ever felt by a run, or secret in it."""
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from train.__main__ import train
 from train.callbacks.mlflow import tracking_location
+from train.callbacks.mlflow_sender import Backlog, Sender
 from train.config import MLflowConfig
 
 
@@ -52,3 +57,75 @@ def test_the_tracking_uri_of_the_environment_is_honoured(monkeypatch: pytest.Mon
     assert tracking_location(MLflowConfig(), run_dir) == ("http://127.0.0.1:5000", None)
     own = MLflowConfig(tracking_uri="sqlite:///elsewhere.db")
     assert tracking_location(own, run_dir) == ("sqlite:///elsewhere.db", None)
+
+
+SECRET = "hunter2-s3cr3t"
+QUICK = {"model.mixer": "attention", "training.total_tokens": 4 * 256}
+
+
+def test_a_server_that_is_down_stops_nothing_and_gets_everything_later(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and never listens
+        uri = f"http://me:{SECRET}@127.0.0.1:{nobody.getsockname()[1]}"
+        settings = {"every_steps": 1, "tracking_uri": uri, "experiment": "e"}
+        config = make_config(**QUICK, mlflow={**settings, "flush_s": 30.0})
+        assert train(config, resume=False) == 0
+    told = capsys.readouterr().err
+    assert "training goes on, sending later" in told
+    assert "has not taken" in told
+    assert SECRET not in told
+    backlog = config.run_dir / "mlflow_backlog.jsonl"
+    assert SECRET not in backlog.read_text()
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = make_config(mlflow={**settings, "tracking_uri": store})
+    assert train(config, resume=True) == 0  # done already: what was kept is sent
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(store)
+    run_id = (config.run_dir / "mlflow_run_id").read_text()
+    steps = [point.step for point in client.get_metric_history(run_id, "train/loss")]
+    assert steps == [256, 512, 768, 1024]
+    found = client.get_run(run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["training.batch_tokens"] == "256"
+    assert "***" in found.data.params["mlflow.tracking_uri"]
+    assert int((config.run_dir / "mlflow_sent").read_text()) == backlog.stat().st_size
+    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    mine = (config.run_dir / "config.yaml").read_bytes()
+    assert not any(SECRET.encode() in content for content in everything if content != mine)
+
+
+def test_a_server_that_never_answers_takes_no_time(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        backlog = Backlog(tmp_path)
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        sender = Sender(backlog, uri, None, "e", tmp_path)
+        sender.start()
+        started = time.monotonic()
+        for step in range(1000):
+            backlog.add({"metrics": {"x": 1.0}, "step": step, "time": 0})
+        assert time.monotonic() - started < 5  # 5 ms each would be slow
+        assert sender.finish(0.5) == 1000
+
+
+def test_a_backlog_goes_on_after_half_a_line(tmp_path: Path) -> None:
+    backlog = Backlog(tmp_path)
+    assert backlog.is_new
+    assert backlog.next() == ([], 0)
+    for step in range(3):
+        backlog.add({"step": step})
+    records, sent = backlog.next()
+    assert [record["step"] for record in records] == [0, 1, 2]
+    backlog.mark(sent)
+    backlog.add({"step": 3})
+    with backlog.path.open("a") as file:
+        file.write(json.dumps({"step": 4})[:-2])
+    again = Backlog(tmp_path)
+    assert not again.is_new
+    assert again.left() == 1
+    again.add({"step": 5})
+    assert [record["step"] for record in again.next()[0]] == [3, 5]

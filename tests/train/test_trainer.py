@@ -311,7 +311,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(make_config) -> Non
     train(config, resume=False)
     store = store_of(config)
     older, newest = store.complete()[-2:]
-    victim = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    victim = max(newest.glob("*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
     from train.optim.cadence import StepReport
-    from train.trainer import SkippedStep, StepRecord, Trainer
+    from train.records import SkippedStep, StepRecord
+    from train.spikes import Rollback
+    from train.trainer import Trainer
 
 
 class Callback:
-    """Every hook does nothing unless a subclass says otherwise. Runs on the first rank only."""
+    """Every hook does nothing unless a subclass says otherwise. Runs on the first rank only,
+    faults on purpose excepted."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process."""
@@ -21,7 +24,10 @@ class Callback:
         """After every training step."""
 
     def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
-        """After a step that was skipped because something was not finite."""
+        """After a step that was skipped: something was not finite, or its loss was a spike."""
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
+        """After the run went back to an earlier checkpoint because of a loss spike."""
 
     def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:
         """After levels fired at the end of training; pending: the tokens that each still had."""
@@ -33,7 +39,7 @@ class Callback:
         """At the end of each domain of a continual run, for every domain."""
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        """After every save."""
+        """When a checkpoint is complete: of one written beside training, at the next save."""
 
     def on_end(self, trainer: Trainer) -> None:
         """After the last step, evaluation and save."""

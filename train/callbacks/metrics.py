@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -12,29 +13,34 @@ from train.run_folder import METRICS, PLOTS
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
     from train.optim.cadence import StepReport
-    from train.trainer import SkippedStep, StepRecord, Trainer
+    from train.records import SkippedStep, StepRecord
+    from train.spikes import Rollback
+    from train.trainer import Trainer
 
 LOSS_CURVE = "loss.png"
+DRAWN_EVERY_S = 300.0
 
 
 class Metrics(Callback):
-    """One JSON object a line: {"kind": "step" | "skip" | "flush" | "evaluation" |
+    """One JSON object a line: {"kind": "step" | "skip" | "rollback" | "flush" | "evaluation" |
     "domain_evaluation", "tokens": n, ...}.
 
-    On resume, lines past the checkpoint are dropped: those steps are about to happen again.
+    On resume and on a return to a checkpoint, lines past it are dropped: those steps are about to
+    happen again. "position": the row of the stream with which a skipped batch begins. The curve is
+    drawn with a checkpoint, every five minutes at most, and at the end.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS
         self.plot_path = run_dir / PLOTS / LOSS_CURVE
         self._file: IO[str] | None = None
+        self._drawn = time.monotonic()
 
     def on_start(self, trainer: Trainer) -> None:
-        clock = trainer.clock
-        now = (clock.tokens, clock.skipped_tokens)
-        rows = read_metrics(self.path)
-        kept = [row for row in rows if (row["tokens"], row.get("skipped_tokens", 0)) <= now]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        kept = [row for row in read_metrics(self.path) if _stays(row, trainer)]
+        draft = self.path.with_suffix(".draft")
+        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        draft.replace(self.path)
         self._file = self.path.open("a")
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
@@ -59,8 +65,26 @@ class Metrics(Callback):
                 "tokens": record.tokens,
                 "step_tokens": record.step_tokens,
                 "skipped_tokens": trainer.clock.skipped_tokens,
-                "ranks": record.problem.ranks,
-                "levels": record.problem.levels,
+                "position": record.position,
+                "why": str(record.problem),
+                "ranks": getattr(record.problem, "ranks", []),
+                "levels": getattr(record.problem, "levels", []),
+            }
+        )
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
+        self._close()
+        self.on_start(trainer)
+        self._append(
+            {
+                "kind": "rollback",
+                "tokens": trainer.clock.tokens,
+                "skipped_tokens": trainer.clock.skipped_tokens,
+                "number": rollback.number,
+                "checkpoint": rollback.checkpoint,
+                "from_tokens": rollback.from_tokens,
+                "left_out_positions": rollback.positions,
+                "why": str(rollback.spike),
             }
         )
 
@@ -105,9 +129,18 @@ class Metrics(Callback):
         )
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        plot_loss({trainer.config.run_dir.name: read_metrics(self.path)}, self.plot_path)
+        if time.monotonic() - self._drawn > DRAWN_EVERY_S:
+            self._draw()
 
     def on_end(self, trainer: Trainer) -> None:
+        self._close()
+        self._draw()
+
+    def _draw(self) -> None:
+        plot_loss({self.path.parent.name: read_metrics(self.path)}, self.plot_path)
+        self._drawn = time.monotonic()
+
+    def _close(self) -> None:
         if self._file is not None:
             self._file.close()
 
@@ -115,6 +148,19 @@ class Metrics(Callback):
         assert self._file is not None
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
+
+
+def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
+    """Whether a line tells of something that the trainer, as it is now, has behind it."""
+    clock = trainer.clock
+    if row["kind"] == "evaluation":
+        return bool(row["tokens"] <= trainer.evaluated_tokens)
+    if row["kind"] == "domain_evaluation":
+        return len(row["domains_trained"]) <= trainer.domains_evaluated
+    if row["kind"] == "rollback" and row["number"] > trainer.spikes.rollbacks:
+        return False
+    at = (row["tokens"], row.get("skipped_tokens", 0))
+    return at <= (clock.tokens, clock.skipped_tokens)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -156,7 +202,9 @@ def plot_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
             )
     axes[0].set(xlabel="tokens", ylabel="loss, nats per token")
     axes[1].set(xlabel="seconds of training")
-    axes[0].legend(title="dots: held out, thin: training", fontsize=8, title_fontsize=8)
+    axes[0].legend(
+        loc="upper right", title="dots: held out, thin: training", fontsize=8, title_fontsize=8
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 

@@ -1,78 +1,68 @@
-"""MLflow tracking: parameters, metrics by token count, the configuration and the loss curve."""
+"""MLflow tracking: parameters, metrics by token count, the configuration and the loss curve.
+
+The training thread only appends to a file in the run folder; a thread of its own sends what is
+there (`train.callbacks.mlflow_sender`). So a server that is slow or down costs nothing, and what it
+missed is sent later in the run, or when the run is resumed.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hope.model import num_parameters
 from train.callbacks.base import Callback
 from train.callbacks.metrics import LOSS_CURVE
-from train.config import ConfigError, MLflowConfig, flatten
-from train.run_folder import CONFIG, MLFLOW_RUN_ID, PLOTS
+from train.callbacks.mlflow_sender import Backlog, Sender
+from train.config import ConfigError, MLflowConfig, dump_config, flatten
+from train.redaction import redact
+from train.run_folder import PLOTS
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
     from train.optim.cadence import StepReport
-    from train.trainer import SkippedStep, StepRecord, Trainer
+    from train.records import SkippedStep, StepRecord
+    from train.spikes import Rollback
+    from train.trainer import Trainer
+
+REDACTED_CONFIG = "config.yaml"
+AFTER_A_SIGNAL_S = 5.0  # launchers kill 30 s after SIGTERM
 
 
 class MLflow(Callback):
-    """Logs asynchronously to the given URI, to MLFLOW_TRACKING_URI, or to SQLite beside the runs.
+    """Logs to the given URI, to MLFLOW_TRACKING_URI, or to SQLite beside the runs.
 
     A resumed run goes on in the same MLflow run. Raises ConfigError when mlflow is not installed.
     """
 
     def __init__(self, config: MLflowConfig, run_dir: Path) -> None:
         try:
-            import mlflow
+            import mlflow  # noqa: F401
         except ImportError:
             raise ConfigError(
                 "mlflow is not installed: pip install mlflow, or set mlflow.enabled=false"
             ) from None
-        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-        self._mlflow = mlflow
-        self.every_steps = config.every_steps
-        self.run_dir = run_dir
-        self.uri, self.artifacts = tracking_location(config, run_dir)
-        self.experiment = config.experiment
+        self.config, self.run_dir = config, run_dir
+        uri, artifacts = tracking_location(config, run_dir)
+        self.backlog = Backlog(run_dir)
+        self.sender = Sender(self.backlog, uri, artifacts, config.experiment, run_dir)
 
     def on_start(self, trainer: Trainer) -> None:
-        mlflow = self._mlflow
-        with self._alone():
-            mlflow.set_tracking_uri(self.uri)
-            if mlflow.get_experiment_by_name(self.experiment) is None:
-                location = self.artifacts.as_uri() if self.artifacts else None
-                mlflow.create_experiment(self.experiment, artifact_location=location)
-            mlflow.set_experiment(self.experiment)
-        id_file = self.run_dir / MLFLOW_RUN_ID
-        run_id = id_file.read_text().strip() if id_file.exists() else None
-        run = mlflow.start_run(run_id=run_id, run_name=None if run_id else self.run_dir.name)
-        if run_id is None:
-            id_file.write_text(run.info.run_id)
+        if self.backlog.is_new:
             flat = flatten(trainer.config.model_dump(mode="json"))
-            mlflow.log_params({key: str(value)[:500] for key, value in flat.items()})
-            mlflow.log_param("num_parameters", num_parameters(trainer.config.model))
-            mlflow.log_artifact(str(self.run_dir / CONFIG))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Runs that start together must not create the embedded store twice."""
-        if self.artifacts is None:
-            yield
-            return
-        self.artifacts.mkdir(parents=True, exist_ok=True)
-        with (self.artifacts / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+            parameters = {key: redact(str(value))[:500] for key, value in flat.items()}
+            size = num_parameters(trainer.config.model)
+            self.backlog.add({"params": {**parameters, "num_parameters": str(size)}})
+            text = redact(dump_config(trainer.config))
+            self.backlog.add({"text": text, "name": REDACTED_CONFIG})
+        self.backlog.add({"status": "RUNNING"})
+        self.sender.start()
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step % self.every_steps:
+        if record.step % self.config.every_steps:
             return
         values = {
             "train/loss": record.loss,
@@ -86,6 +76,9 @@ class MLflow(Callback):
 
     def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
         self._log({"train/skipped_tokens": float(trainer.clock.skipped_tokens)}, record.tokens)
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
+        self._log({"train/rollbacks": float(rollback.number)}, rollback.from_tokens)
 
     def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:
         values = {f"flush/pending_tokens/{name}": float(n) for name, n in pending.items() if n}
@@ -108,16 +101,26 @@ class MLflow(Callback):
         self._log(values, trainer.clock.tokens)
 
     def on_checkpoint(self, trainer: Trainer, folder: Path) -> None:
-        curve = self.run_dir / PLOTS / LOSS_CURVE
-        if curve.exists():
-            self._mlflow.log_artifact(str(curve), artifact_path=PLOTS)
+        self._send_curve()
+
+    def _send_curve(self) -> None:
+        if (self.run_dir / PLOTS / LOSS_CURVE).exists():
+            self.backlog.add({"file": f"{PLOTS}/{LOSS_CURVE}", "folder": PLOTS})
 
     def on_end(self, trainer: Trainer) -> None:
-        self._mlflow.flush_async_logging()
-        self._mlflow.end_run("FINISHED" if trainer.finished else "KILLED")
+        self._send_curve()
+        self.backlog.add({"status": "FINISHED" if trainer.finished else "KILLED"})
+        stopped = trainer.stop_status is not None
+        left = self.sender.finish(AFTER_A_SIGNAL_S if stopped else self.config.flush_s)
+        if left:
+            print(
+                f"MLflow has not taken {left} records ({self.sender.trouble or 'slow'}); they are "
+                f"kept in {self.backlog.path} and sent when the run is resumed",
+                file=sys.stderr,
+            )
 
     def _log(self, values: dict[str, float], tokens: int) -> None:
-        self._mlflow.log_metrics(values, step=tokens, synchronous=False)
+        self.backlog.add({"metrics": values, "step": tokens, "time": int(time.time() * 1000)})
 
 
 def tracking_location(config: MLflowConfig, run_dir: Path) -> tuple[str, Path | None]:

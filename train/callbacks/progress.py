@@ -14,7 +14,9 @@ from train.callbacks.base import Callback
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut
     from train.optim.cadence import StepReport
-    from train.trainer import SkippedStep, StepRecord, Trainer
+    from train.records import SkippedStep, StepRecord
+    from train.spikes import Rollback
+    from train.trainer import Trainer
 
 LINE_EVERY_SECONDS = 15.0
 
@@ -65,6 +67,13 @@ class Progress(Callback):
         self._write(
             f"step skipped after {record.tokens:,} tokens: {record.problem} "
             f"({trainer.clock.skipped_tokens:,} tokens skipped so far)"
+        )
+
+    def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
+        self._write(
+            f"back from {rollback.from_tokens:,} tokens to checkpoint {rollback.checkpoint}: "
+            f"{rollback.spike}; {len(rollback.positions)} batches will be left out, from row "
+            f"{rollback.positions[0]:,} on"
         )
 
     def on_flush(self, trainer: Trainer, pending: dict[str, int], report: StepReport) -> None:

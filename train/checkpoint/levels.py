@@ -20,7 +20,7 @@ from hope import HopeConfig, HopeModel
 from hope.config import CMSConfig, LevelConfig
 from hope.init import initial_value
 
-_LEVEL = re.compile(r"\bcms\.levels\.(\d+)\.")
+LEVEL = re.compile(r"\bcms\.levels\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LevelMapping:
         def moved(match: re.Match[str]) -> str:
             return f"cms.levels.{self.positions[int(match[1])]}."
 
-        return {_LEVEL.sub(moved, name): tensor for name, tensor in tensors.items()}
+        return {LEVEL.sub(moved, name): tensor for name, tensor in tensors.items()}
 
     def start_added(self, config: HopeConfig, seed: int) -> dict[str, Tensor]:
         """`model/NAME` tensors of added levels: as a fresh model has them, down projection zero."""
@@ -49,7 +49,7 @@ class LevelMapping:
             model = HopeModel(config, seed=None)
         found = {}
         for name, parameter in model.named_parameters():
-            match = _LEVEL.search(name)
+            match = LEVEL.search(name)
             if match is None or int(match[1]) in self.positions:
                 continue
             found[f"model/{name}"] = initial_value(model, name, parameter.shape, seed)

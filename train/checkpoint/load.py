@@ -10,8 +10,9 @@ from torch import Tensor
 from hope import HopeConfig, HopeModel
 from hope.stacking import stack_levels
 from train.checkpoint.manifest import MARKER, damage
+from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointError, CheckpointStore, load_parameters
-from train.config import ConfigError, InitFromConfig, RunConfig, load_config
+from train.config import ConfigError, InitFromConfig, RunConfig, load_config, validate_config
 from train.parallel.data_parallel import DataParallel
 from train.run_folder import CHECKPOINTS, CONFIG
 
@@ -50,14 +51,23 @@ def initial_parameters(
 
 
 def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]:
-    """Configuration, `model/NAME` tensors and plain data of a run folder or one checkpoint."""
-    single = (path / MARKER).exists()
-    run_dir = path.resolve().parents[1] if single else path
-    if not (run_dir / CONFIG).exists():
-        raise CheckpointError(f"{run_dir} holds no run ({CONFIG} is missing)")
-    config = load_config(run_dir / CONFIG)
-    store = CheckpointStore(run_dir / CHECKPOINTS, DataParallel(), config.checkpoint.keep_last)
-    if single and (reason := damage(path)):
-        raise CheckpointError(f"{path}: {reason}")
-    checkpoint = path if single else store.newest()
-    return config, store.tensors(checkpoint, "model/"), store.plain(checkpoint)
+    """Configuration, `model/NAME` tensors and plain data of a run folder or one checkpoint.
+
+    The configuration is the one that the checkpoint holds: its model has these tensors.
+    """
+    if (path / MARKER).exists():
+        if reason := damage(path):
+            raise CheckpointError(f"{path}: {reason}")
+        checkpoint: Any = path
+    elif (path / CONFIG).exists():
+        config = load_config(path / CONFIG)
+        folder = config.checkpoint.url or path / CHECKPOINTS
+        checkpoint = CheckpointStore(folder, DataParallel.alone()).newest()
+    else:
+        raise CheckpointError(f"{path} holds no run ({CONFIG} is missing)")
+    plain = read_plain(checkpoint)
+    if not isinstance(plain.get("config"), dict):
+        raise CheckpointError(f"{checkpoint} holds no configuration")
+    reader = TensorReader(checkpoint)
+    tensors = {name: reader.whole(name) for name in reader.names("model/")}
+    return validate_config(plain["config"], str(checkpoint)), tensors, plain

@@ -1,48 +1,81 @@
-"""The checkpoints of one run folder: save, list, verify, load, and delete old ones.
+"""The checkpoints of one run: save, list, verify, load, and delete old ones.
 
-A checkpoint is a folder `tokens-000000001234` of torch DCP files with the tensors, `trainer.json`
-with everything else, a manifest of checksums and, written last, the marker that makes it count.
+A checkpoint is a folder `tokens-000000000001234` of safetensors files, `trainer.json` with
+everything that is not a tensor, a manifest of checksums and, written last, the marker that makes
+it count: docs/checkpoint-format.md.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import time
 import warnings
-from collections.abc import Container, Mapping
+import weakref
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
-from train.checkpoint.manifest import MARKER, damage, write_manifest, write_marker
+from train.checkpoint import retention
+from train.checkpoint.background import BackgroundWriter, DirectWriter, Save, Writer
+from train.checkpoint.errors import CheckpointError, SaveError
+from train.checkpoint.manifest import MARKER, damage, position
+from train.checkpoint.pieces import Described, Owners, assign, local_pieces, plan_files
+from train.checkpoint.places import Place, as_place, make_folder, names, remove, rename
+from train.checkpoint.reading import TensorReader, read_plain
+from train.checkpoint.retention import DRAFT, Retention
+from train.checkpoint.writer import Target, attempt
 from train.parallel.data_parallel import DataParallel
 from train.parallel.placement import fill
+from train.run_folder import CHECKPOINTS
 
-PLAIN = "trainer.json"
+if TYPE_CHECKING:
+    from train.config import RunConfig
 
+WORTH_SAYING = 1.0  # seconds that training waited for the save before
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that can't be saved, found or trusted; the message is one line."""
+__all__ = ["CheckpointError", "CheckpointStore", "SaveError", "load_parameters", "open_store"]
 
 
 class CheckpointStore:
-    """The `checkpoints` folder of a run, shared by all ranks; the first one writes what is common.
+    """The checkpoints of a run, shared by all ranks.
 
-    keep_last: how many complete checkpoints stay; older ones are deleted after a save.
+    folder: local, or an fsspec URL. keep_last, keep_every_tokens, keep_best: see `Retention`.
+    asynchronous: a save returns when the tensors are copied; a process beside this one writes.
+    At most one save is under way: the next one waits for it.
+
+    `save`, `wait`, `finish`, `newest`, `find` and `rewind_to` are called by all ranks together.
     """
 
-    def __init__(self, folder: Path, ranks: DataParallel, keep_last: int) -> None:
-        self.folder, self.ranks, self.keep_last = folder, ranks, keep_last
+    def __init__(
+        self,
+        folder: Place | str,
+        ranks: DataParallel,
+        keep_last: int = 2,
+        *,
+        keep_every_tokens: int | None = None,
+        keep_best: int = 0,
+        asynchronous: bool = False,
+    ) -> None:
+        self.folder, self.ranks = as_place(folder), ranks
+        self.rules = Retention(keep_last, keep_every_tokens, keep_best)
+        self.asynchronous = asynchronous
+        self.failure: str | None = None  # of the last save
+        self.report: dict[str, Any] = {}  # bytes that the last save wrote and reused, first rank
+        self.on_complete: Callable[[Any], None] | None = None  # told of each folder that counts
+        self._writer: Writer = (
+            BackgroundWriter() if asynchronous else DirectWriter(ranks.pulse.enter)
+        )
+        weakref.finalize(self, self._writer.close)  # at the latest when the program ends
+        self._under_way: Target | None = None
+        self._described: list[Described] | None = None
+        self._owners: Owners = {}
 
-    def complete(self) -> list[Path]:
-        """Checkpoints whose marker stands, oldest first."""
-        return sorted(marker.parent for marker in self.folder.glob(f"tokens-*/{MARKER}"))
+    def complete(self) -> list[Any]:
+        """Checkpoints whose marker stands, oldest first: paths, or what stands for them in URLs."""
+        return retention.complete(self.folder)
 
     def save(
         self,
@@ -50,77 +83,205 @@ class CheckpointStore:
         tensors: dict[str, Tensor],
         plain: dict[str, Any],
         replace: bool = False,
-    ) -> Path:
-        """Save under a token count. Ranks pass the same tensors or, under other names, their own.
+    ) -> Any:
+        """Save under a token count; returns the checkpoint's folder, or None where that failed.
 
-        The folder appears under its name only when all files are on disk; a save that dies leaves
-        every earlier checkpoint as it was. One that is there already, and verifies, stays unless
-        `replace`.
+        Asynchronous, the folder is there and counts once `wait` returns it.
+
+        tensors: each rank's own, under names that only it passes, or the same on all ranks that
+        pass a name, or DTensors of which each rank has its part. A checkpoint that is there
+        already, and verifies, stays unless `replace`; then the new one takes its place when it is
+        complete. Until then, whatever happens, every earlier checkpoint stays as it was.
+
+        A save that fails (disk full, quota, permission) warns, here or when the next one is
+        asked for. Raises ValueError where the ranks' tensors do not fit together.
         """
-        final = self.folder / f"tokens-{tokens:015d}"
-        there = not replace and (final / MARKER).exists() and damage(final) is None
-        if self.ranks.broadcast(there):
-            return final
-        draft = self.folder / f".saving-{final.name}"
+        self.wait()
+        self.ranks.pulse.enter("save")
+        pieces = local_pieces(tensors)
+        owners = self._assign([piece.describe() for piece in pieces])
+        answer: dict[str, Any] = {}
         if self.ranks.is_first:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-        self.ranks.barrier()
-        alone = self.ranks.size == 1
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DCP warns of the single-process mode that is meant
-            save(tensors, storage_writer=FileSystemWriter(draft), no_dist=alone)
-        if self.ranks.is_first:
-            (draft / PLAIN).write_text(json.dumps(plain))
-            write_manifest(draft)
-            _delete(final)
-            draft.rename(final)
-            write_marker(final)
-            for old in self.complete()[: -self.keep_last]:
-                _delete(old)
-        self.ranks.barrier()
-        return final
+            answer = attempt(lambda: self._begin(tokens, replace))
+        answer = self.ranks.broadcast(answer)
+        if "error" in answer:
+            return self._failed(f"tokens-{tokens:015d}", answer["error"])
+        final, draft, there = answer["result"]
+        self.failure = None
+        if there:
+            return as_place(final)
+        target = Target(as_place(draft), as_place(final), self.ranks.rank, self.ranks.size)
+        files = plan_files(pieces, owners, self.ranks.rank)
+        self._under_way = target
+        self._writer.start(Save(target, files, plain, self.rules))
+        return target.final if self.asynchronous else self.wait()
 
-    def newest(self) -> Path:
-        """The newest checkpoint that verifies, agreed by all ranks.
+    def wait(self) -> Any:
+        """Wait for the save under way; its folder, or None when there is none or it failed."""
+        target, self._under_way = self._under_way, None
+        if target is None:
+            return None
+        started = time.perf_counter()
+        parts = _gather(self.ranks, self._writer.part())
+        error = None
+        for rank, answer in enumerate(parts):
+            if error is None and "error" in answer:
+                error = answer["error"] if len(parts) == 1 else f"rank {rank}: {answer['error']}"
+        if error is None:
+            answer = self.ranks.broadcast(self._writer.outcome() if self.ranks.is_first else None)
+            error = answer.get("error")
+            self.report = answer.get("result", {})
+        seconds = time.perf_counter() - started
+        if error is not None:
+            self._writer.abandon()
+            if self.ranks.is_first:
+                attempt(lambda: self._discard(target))
+            return self._failed(target.final.name, error)
+        if self.asynchronous and seconds > WORTH_SAYING and self.ranks.is_first:
+            warnings.warn(
+                f"training waited {seconds:.1f} s for checkpoint {target.final.name}", stacklevel=2
+            )
+        if self.on_complete is not None:
+            self.on_complete(target.final)
+        return target.final
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises SaveError when the last save failed."""
+        self.wait()
+        if self.failure is not None:
+            raise SaveError(f"the last checkpoint could not be written: {self.failure}")
+
+    def close(self) -> None:
+        """End the process that writes, once it has written what it was given; not collective."""
+        self._writer.close()
+
+    def clean(self) -> None:
+        """On the first rank, before the first save: remove what a run that died has left."""
+        if self.ranks.is_first:
+            attempt(lambda: retention.sweep(self.folder, drafts=True))
+
+    def newest(self, at_most: int | None = None) -> Any:
+        """The newest checkpoint that verifies, agreed by all ranks; of at most so many tokens.
 
         Damaged ones are passed over with a warning that says why. Raises CheckpointError when
         none is left: a resume never turns into a fresh start.
         """
-        found: str | None = None
         reasons: list[str] = []
+        for name in self._agreed_names():
+            if at_most is not None and (position(name) or (0, 0))[0] > at_most:
+                continue
+            reason = self._damage(self.folder / name)
+            if reason is None:
+                return self.folder / name
+            reasons.append(f"{name}: {reason}")
+            if self.ranks.is_first:
+                warnings.warn(f"skipping damaged checkpoint {reasons[-1]}", stacklevel=2)
+        why = "; ".join(reasons) if reasons else "there is none"
+        raise CheckpointError(f"no usable checkpoint under {self.folder}: {why}")
+
+    def find(self, name: str) -> Any:
+        """The checkpoint of that name. Raises CheckpointError when it is missing or damaged."""
+        there = self._agreed_names()
+        if name not in there:
+            listed = f"there are {', '.join(reversed(there))}" if there else "there is none"
+            raise CheckpointError(f"no checkpoint {name!r} under {self.folder}: {listed}")
+        if reason := self._damage(self.folder / name):
+            raise CheckpointError(f"{self.folder / name}: {reason}")
+        return self.folder / name
+
+    def rewind_to(self, folder: Any) -> list[str]:
+        """Set aside every checkpoint after this one, as `aside-NAME`; the names of those.
+
+        The run goes on from here, and another past must not be found by a later resume.
+        """
+        moved: list[str] = []
         if self.ranks.is_first:
-            for folder in reversed(self.complete()):
-                reason = damage(folder)
-                if reason is None:
-                    found = str(folder)
-                    break
-                reasons.append(f"{folder.name}: {reason}")
-        found, reasons = self.ranks.broadcast((found, reasons))
-        for reason in reasons:
-            warnings.warn(f"skipping damaged checkpoint {reason}", stacklevel=2)
-        if found is None:
-            why = "; ".join(reasons) if reasons else "there is none"
-            raise CheckpointError(f"no usable checkpoint under {self.folder}: {why}")
-        return Path(found)
+            for one in self.complete():
+                if (position(one.name) or (0, 0)) > (position(folder.name) or (0, 0)):
+                    aside = self.folder / f"aside-{one.name}"
+                    remove(aside)
+                    rename(one, aside)
+                    moved.append(one.name)
+        return list(self.ranks.broadcast(moved))
 
-    def plain(self, folder: Path) -> dict[str, Any]:
+    def plain(self, folder: Any) -> dict[str, Any]:
         """Everything of a checkpoint that is not a tensor."""
-        content: dict[str, Any] = json.loads((folder / PLAIN).read_text())
-        return content
+        return read_plain(folder)
 
-    def tensors(self, folder: Path, prefix: str = "") -> dict[str, Tensor]:
-        """All tensors whose names start with `prefix`, on the CPU, whatever saved them."""
-        reader = FileSystemReader(folder)
-        wanted = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in reader.read_metadata().state_dict_metadata.items()
-            if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in save
-            load(wanted, storage_reader=reader, no_dist=True)
-        return wanted
+    def tensors(self, folder: Any, prefix: str = "") -> dict[str, Tensor]:
+        """All tensors whose names start with `prefix`, whole, on the CPU, whatever saved them."""
+        reader = TensorReader(folder)
+        return {name: reader.whole(name) for name in reader.names(prefix)}
+
+    def load_into(self, folder: Any, targets: dict[str, Tensor]) -> None:
+        """Fill tensors, and local parts of DTensors, of these names; see `TensorReader`."""
+        TensorReader(folder).load_into(targets)
+
+    def _begin(self, tokens: int, replace: bool) -> tuple[str, str, bool]:
+        """(final folder, draft folder, whether there is nothing to do), on the first rank."""
+        name = f"tokens-{tokens:015d}"
+        there = [position(one) for one in names(self.folder)]
+        generations = [found[1] for found in there if found is not None and found[0] == tokens]
+        whole = [one for one in self.complete() if (position(one.name) or (0, 0))[0] == tokens]
+        if whole and not replace and damage(whole[-1]) is None:
+            return str(whole[-1]), "", True
+        if generations:
+            name = f"{name}-{max(generations) + 1}"
+        final = self.folder / name
+        if not isinstance(final, Path):
+            return str(final), str(final), False
+        draft = self.folder / f"{DRAFT}{name}"
+        remove(draft)
+        make_folder(draft)
+        return str(final), str(draft), False
+
+    def _discard(self, target: Target) -> None:
+        remove(target.draft)
+        if not (target.final / MARKER).exists():
+            remove(target.final)
+
+    def _failed(self, name: str, error: str) -> None:
+        self.failure = f"{name}: {error}"
+        if self.ranks.is_first:
+            warnings.warn(
+                f"checkpoint {self.failure}; training goes on, and the next save tries again",
+                stacklevel=3,
+            )
+
+    def _assign(self, described: list[Described]) -> Owners:
+        """Who writes what; asked of all ranks only when some rank's tensors are not as before."""
+        if self.ranks.sum([float(described != self._described)])[0] > 0:
+            self._described = described
+            self._owners = assign(_gather(self.ranks, described))
+        return self._owners
+
+    def _agreed_names(self) -> list[str]:
+        """Names of the complete checkpoints as the first rank sees them, newest first."""
+        mine = [one.name for one in self.complete()] if self.ranks.is_first else []
+        return list(reversed(self.ranks.broadcast(mine)))
+
+    def _damage(self, folder: Place) -> str | None:
+        """Why a checkpoint can't be trusted, each rank having looked at its share of the files."""
+        found = _gather(self.ranks, damage(folder, self.ranks.rank, self.ranks.size))
+        return next((reason for reason in found if reason is not None), None)
+
+
+def open_store(config: RunConfig, ranks: DataParallel) -> CheckpointStore:
+    """The checkpoints of a run as its configuration says."""
+    settings = config.checkpoint
+    return CheckpointStore(
+        settings.url or config.run_dir / CHECKPOINTS,
+        ranks,
+        settings.keep_last,
+        keep_every_tokens=settings.keep_every_tokens,
+        keep_best=settings.keep_best,
+        asynchronous=settings.asynchronous,
+    )
+
+
+def tokens_of(folder: Path) -> int:
+    """The tokens read, from the name of a checkpoint."""
+    return int(folder.name.removeprefix("tokens-"))
 
 
 @torch.no_grad()
@@ -140,7 +301,11 @@ def load_parameters(
         fill(parameter, saved[name])
 
 
-def _delete(folder: Path) -> None:
-    """Remove a checkpoint, marker first, so that half of one never counts."""
-    (folder / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def _gather(ranks: DataParallel, value: Any) -> list[Any]:
+    """Every rank's value, in the order of ranks, on all of them; plain data only."""
+    if ranks.size == 1:
+        return [value]
+    found: list[Any] = [None] * ranks.size
+    with ranks.pulse.collective("gathering of plain data"):
+        dist.all_gather_object(found, value)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +28,7 @@ class Engine(Protocol):
     """What the trainer needs of whatever computes its gradients.
 
     parameters: those that this rank holds (parts of), by their names in the whole model.
+    modules: what it calls, first to last.
     speaks: whether this rank's loss and counts are to be added to those of the others; of the ranks
     that compute the same tokens one does.
     """
@@ -35,6 +36,9 @@ class Engine(Protocol):
     mesh: Mesh
     parameters: dict[str, nn.Parameter]
     speaks: bool
+
+    @property
+    def modules(self) -> Sequence[nn.Module]: ...
 
     def forward_backward(
         self, batch: Batch, carried: Carried | None
@@ -79,6 +83,11 @@ class NativeEngine:
         self._tied = self._tied_group()
 
     @property
+    def modules(self) -> Sequence[nn.Module]:
+        """The parts of the model, first to last."""
+        return self.parts
+
+    @property
     def _activations(self) -> torch.dtype:
         precision = PRECISIONS[self.config.parallel.precision]
         return precision or next(iter(self.parts[0].parameters())).dtype
@@ -100,7 +109,9 @@ class NativeEngine:
         for part in self.parts:
             part.before = None if carried is None else state_of(carried, part.layers)
         if self._pipeline is not None:
+            self.mesh.world.pulse.enter("forward")
             total = self._pipeline.step(tokens, labels, starts)
+            self.mesh.world.pulse.enter("backward")
         else:
             total = self._in_order(tokens, labels, starts)
         for part in self.parts:
@@ -113,17 +124,20 @@ class NativeEngine:
         """Micro-batch after micro-batch. Where ranks wait for each other along the sequence, the
         next one's forward pass comes before the backward pass of the one before."""
         (part,) = self.parts
-        rows = torch.arange(tokens.shape[0])
+        pulse, rows = self.mesh.world.pulse, torch.arange(tokens.shape[0])
         ahead = 1 if self.mesh.cp.size > 1 else 0
         total, waiting = 0.0, []
         for own in rows.tensor_split(self.config.parallel.micro_batches):
             documents = None if starts is None else starts[own]
+            pulse.enter("forward")
             loss = self.loss(part(tokens[own], own, documents), labels[own])
             total += float(loss.detach())
             waiting.append(loss)
             if len(waiting) > ahead:
+                pulse.enter("backward")
                 waiting.pop(0).backward()
         for loss in waiting:
+            pulse.enter("backward")
             loss.backward()
         return total
 

@@ -72,6 +72,7 @@ def evaluate(
     for batch in batches:
         if should_stop():
             raise EvaluationInterruptedError
+        ranks.pulse.enter("evaluation")
         nats += engine.held_out(batch)
         counted = engine.spoken_for(batch.labels)
         count += counted.numel()

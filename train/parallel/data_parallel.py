@@ -8,18 +8,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from train.parallel.pulse import Pulse
 
 
 class DataParallel:
     """This process's place among a group of ranks; by default all, as torchrun's environment tells.
 
     A context manager: the process group is made on entry and destroyed on exit. One process needs
-    no group, and every collective is then the identity.
+    no group, and every collective is then the identity. pulse: where this process is.
 
     group: a part of the job (`DataParallel.of`); None for all of it.
     """
 
     def __init__(self) -> None:
+        self.pulse = Pulse()
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         self.group: dist.ProcessGroup | None = None
@@ -32,9 +37,10 @@ class DataParallel:
         return ranks
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup) -> DataParallel:
-        """The ranks of a process group that this process is in."""
+    def of(cls, group: dist.ProcessGroup, pulse: Pulse) -> DataParallel:
+        """The ranks of a process group that this process is in; pulse: the process's."""
         ranks = cls()
+        ranks.pulse = pulse
         ranks.group, ranks.size, ranks.rank = (
             group,
             dist.get_world_size(group),
@@ -48,7 +54,12 @@ class DataParallel:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
                 backend = "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend)
+            with self.pulse.collective("init_process_group"):
+                store, rank, size = next(rendezvous("env://"))
+                # torchrun keeps one store over its restarts, with the addresses of ranks that died.
+                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+                store = PrefixStore(f"restart {restart} of {size} ranks", store)
+                dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         return self
 
     def __exit__(
@@ -74,7 +85,8 @@ class DataParallel:
         if self.size == 1:
             return values
         total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, group=self.group)
+        with self.pulse.collective("all_reduce of numbers"):
+            dist.all_reduce(total, group=self.group)
         return [float(value) for value in total]
 
     def broadcast(self, value: Any) -> Any:
@@ -82,10 +94,12 @@ class DataParallel:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=self.global_rank(0), group=self.group)
+        with self.pulse.collective("broadcast of plain data"):
+            dist.broadcast_object_list(box, src=self.global_rank(0), group=self.group)
         return box[0]
 
     def barrier(self) -> None:
         """Wait for every rank."""
         if self.size > 1:
-            dist.barrier(group=self.group)
+            with self.pulse.collective("barrier"):
+                dist.barrier(group=self.group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -205,19 +206,36 @@ def _fill_in(asked: Layout, world: int) -> Layout | None:
     return asked if asked.world == world else None
 
 
-def nearest(parallel: ParallelConfig, asked: Layout, world: int, job: Job) -> list[Layout]:
-    """Up to three possible layouts of `world` ranks, those with the fewest changed axes first."""
+def nearest(parallel: ParallelConfig, asked: Layout, world: int, job: Job) -> list[str]:
+    """Up to three possible layouts, those with the fewest changes first.
+
+    Of `world` ranks with any number of micro-batches; of fewer ranks where there is none.
+    """
+    for size in range(world, 0, -1):
+        if found := sorted(_possible(parallel, asked, size, job)):
+            return [text for *_, text in found[:_SUGGESTED]]
+    return []
+
+
+def _possible(
+    parallel: ParallelConfig, asked: Layout, world: int, job: Job
+) -> Iterator[tuple[int, int, str]]:
+    """(number of changes, how far they go, the layout in words)."""
+    axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
     divisors = [n for n in range(1, world + 1) if world % n == 0]
-    found = []
+    parts = {n for n in (1, 2, 4, 8, 16, 32, job.rows) if n <= job.rows} | {parallel.micro_batches}
     for pp, shard, cp, tp in product(divisors, repeat=4):
         if world % (pp * shard * cp * tp):
             continue
-        one = replace(
-            asked, pp=pp, dp_shard=shard, cp=cp, tp=tp, dp_replicate=world // (pp * shard * cp * tp)
-        )
-        if not problems(parallel, one, job):
-            axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-            changed = sum(getattr(one, axis) != getattr(asked, axis) for axis in axes)
-            far = sum(abs(getattr(one, axis) - getattr(asked, axis)) for axis in axes)
-            found.append((changed, far, str(one), one))
-    return [one for *_, one in sorted(found, key=lambda item: item[:3])[:_SUGGESTED]]
+        replicas = world // (pp * shard * cp * tp)
+        one = replace(asked, pp=pp, dp_shard=shard, cp=cp, tp=tp, dp_replicate=replicas)
+        far = [abs(getattr(one, axis) - getattr(asked, axis)) for axis in axes]
+        for micro_batches in parts:
+            changed = parallel.model_copy(update={"micro_batches": micro_batches})
+            if problems(changed, one, job):
+                continue
+            away = [*far, abs(micro_batches - parallel.micro_batches)]
+            text = f"{world} ranks as {one}" if world > 1 else str(one)
+            if micro_batches != parallel.micro_batches:
+                text += f" micro_batches={micro_batches}"
+            yield sum(n > 0 for n in away), sum(away), text

@@ -86,7 +86,7 @@ def make_mesh(layout: Layout, world: DataParallel) -> Mesh:
             return world
         group, _ = dist.new_subgroups_by_enumeration(members)
         assert group is not None
-        return DataParallel.of(group)
+        return DataParallel.of(group, world.pulse)
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     devices = init_device_mesh(

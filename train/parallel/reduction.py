@@ -47,7 +47,8 @@ class GradientReduction:
         shared = [tensor for tensor in tensors if self.is_shared(tensor)]
         for bucket in _buckets(shared, [tensor.numel() for tensor in shared]):
             flat = torch.cat([tensor.reshape(-1).to(_precise(tensor)) for tensor in shared[bucket]])
-            dist.all_reduce(flat, group=self.ranks.group)
+            with self.ranks.pulse.collective("all_reduce of gradients"):
+                dist.all_reduce(flat, group=self.ranks.group)
             sizes = [tensor.numel() for tensor in shared[bucket]]
             for tensor, part in zip(shared[bucket], flat.split(sizes), strict=True):
                 tensor.copy_(part.view_as(tensor))
@@ -102,7 +103,8 @@ class GradientReduction:
                 flat = tensor[first : first + rows].reshape(-1)
                 part[rank, : flat.numel()].copy_(flat)
         own = torch.empty(sum(lengths), dtype=dtype, device=device)
-        _reduce_scatter(own, everything.view(-1), group=self.ranks.group)
+        with self.ranks.pulse.collective("reduce_scatter of gradients"):
+            _reduce_scatter(own, everything.view(-1), group=self.ranks.group)
         shares = []
         for tensor, part in zip(bucket, own.split(lengths), strict=True):
             rows, _ = self._rows(tensor.shape)
@@ -117,7 +119,8 @@ class GradientReduction:
         for share, part in zip(shares, own.split(lengths), strict=True):
             part[: share.numel()].copy_(share.reshape(-1))
         everything = own.new_empty(size * own.numel())
-        _all_gather(everything, own, group=self.ranks.group)
+        with self.ranks.pulse.collective("all_gather of gradients"):
+            _all_gather(everything, own, group=self.ranks.group)
         whole = []
         for shape, part in zip(
             shapes, everything.view(size, -1).split(lengths, dim=1), strict=True

@@ -1,0 +1,186 @@
+"""What the scan's kernels are built from: products, activations, decays, triangular inverses.
+
+Everything is computed in the dtype of the buffers (float32, float64 under the interpreter); DOT
+says how products are taken: "bf16" rounds the operands to bfloat16 and accumulates in float32,
+otherwise it is Triton's input_precision. Letters: C tokens of a block, D the head's width, H the
+memory's hidden width.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+NORM_EPS = tl.constexpr(1e-6)
+STEP_FLOOR = tl.constexpr(0.01)
+_GELU_1 = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
+_GELU_3 = tl.constexpr(0.07135481627260025)  # that times 0.044715
+
+
+@triton.jit
+def dot(a, b, DOT: tl.constexpr):
+    """a [i, j] @ b [j, l]."""
+    if DOT == "bf16":
+        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+    else:
+        product = tl.dot(a, b, input_precision=DOT)
+    return product
+
+
+@triton.jit
+def exact_dot(a, b, DOT: tl.constexpr):
+    """The same for triangular systems. With bfloat16 inputs they are solved in float32, except for
+    blocks of 64, which multiply in TF32: three products for one would not fit in registers."""
+    if DOT != "bf16":
+        product = tl.dot(a, b, input_precision=DOT)
+    elif len(a.shape) == 2 and a.shape[0] > 32:
+        product = tl.dot(a, b, input_precision="tf32")
+    else:
+        product = tl.dot(a, b, input_precision="tf32x3")
+    return product
+
+
+@triton.jit
+def gelu(z):
+    """tanh-GELU of z, z * sigmoid(w(z)), and its first and second derivative."""
+    square = z * z
+    gate = 1.0 / (1.0 + tl.exp(-z * (_GELU_1 + _GELU_3 * square)))
+    rise = _GELU_1 + 3.0 * _GELU_3 * square
+    tilt = gate * (1.0 - gate)
+    slope = gate + z * tilt * rise
+    curvature = tilt * (rise * (2.0 + z * rise * (1.0 - 2.0 * gate)) + 6.0 * _GELU_3 * square)
+    return z * gate, slope, curvature
+
+
+@triton.jit
+def inverse_length(z):
+    """1 / |z| of each row of z [C, i], with |z| at least NORM_EPS -> [C]."""
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(z * z, 1)), NORM_EPS)
+
+
+@triton.jit
+def unit_backward(grad, e, inverse):
+    """Gradient of z from that of e = z * inverse [C, i], inverse = `inverse_length(z)` [C]."""
+    along = tl.where(inverse > 0.999 / NORM_EPS, 0.0, tl.sum(grad * e, 1))
+    return (grad - e * along[:, None]) * inverse[:, None]
+
+
+@triton.jit
+def log_sigmoid(z):
+    """ln(sigmoid(z)), accurate where it is close to 0: ln(1 + y) as a series in y / (2 + y)."""
+    y = tl.exp(-tl.abs(z))
+    s = y / (2.0 + y)
+    t = s * s
+    series = 1 / 11 + t * (1 / 13 + t * (1 / 15 + t * (1 / 17 + t * (1 / 19 + t / 21))))
+    series = 1 / 3 + t * (1 / 5 + t * (1 / 7 + t * (1 / 9 + t * series)))
+    return tl.minimum(z, 0.0) - 2.0 * s * (1.0 + t * series)
+
+
+@triton.jit
+def lost(log_share):
+    """1 - exp(log_share) for log_share <= 0, accurate where it is close to 0."""
+    y = -log_share
+    series = 1 / 720 - y * (1 / 5040 - y * (1 / 40320 - y * (1 / 362880 - y / 3628800)))
+    series = 1.0 - y * (1 / 2 - y * (1 / 6 - y * (1 / 24 - y * (1 / 120 - y * series))))
+    return tl.where(y < 0.5, y * series, 1.0 - tl.exp(log_share))
+
+
+@triton.jit
+def decays(log_alpha, C: tl.constexpr):
+    """Of log_alpha [C]: decay from the block's start to before t [C], from t to its end [C], over
+    the block (scalar); what the first and the third lose; ratio [C, C], A_{t-1} / A_s for s < t."""
+    i = tl.arange(0, C)
+    before = i[None, :] < i[:, None]
+    row = log_alpha[None, :]
+    # A masked sum, not a difference: exactly independent of the token's own decay.
+    log_prev = tl.sum(tl.where(before, row, 0.0), 1)
+    log_end = tl.sum(tl.where(i[None, :] <= i[:, None], row, 0.0), 1)
+    log_after = tl.sum(tl.where(i[None, :] > i[:, None], row, 0.0), 1)
+    log_total = tl.sum(log_alpha, 0)
+    between = log_prev[:, None] - log_end[None, :]
+    ratio = tl.where(before, tl.exp(tl.where(before, between, 0.0)), 0.0)
+    return (
+        tl.exp(log_prev),
+        tl.exp(log_after),
+        tl.exp(log_total),
+        lost(log_prev),
+        lost(log_total),
+        ratio,
+    )
+
+
+@triton.jit
+def log_decay_gradient(p, rows, boundary, C: tl.constexpr):
+    """Gradient of log_alpha [C]; see `hope.scan.closed_form.log_decay_gradient`."""
+    i = tl.arange(0, C)
+    later = tl.sum(tl.where(i[None, :] > i[:, None], rows[None, :], 0.0), 1)
+    return later - p + boundary
+
+
+@triton.jit
+def diagonal_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
+    """(I + strict)^-1 of the blocks of 16 on the diagonal of strictly lower [C, C], zero around
+    them; see `unit_lower_inverse`."""
+    COUNT: tl.constexpr = C // 16
+    at = tl.arange(0, COUNT)
+    on_diagonal = at[:, None, None, None] == at[None, None, :, None]
+    blocks = tl.reshape(strict, (COUNT, 16, COUNT, 16))
+    blocks = tl.sum(tl.where(on_diagonal, blocks, 0.0), 2)
+    row, column = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    eye = tl.where(row == column, 1.0, 0.0).to(strict.dtype)
+    near = row // 4 == column // 4
+    x = tl.where(near, blocks, 0.0)
+    square = exact_dot(x, x, DOT)
+    inverse = eye - x + square - exact_dot(x, square, DOT)
+    x = exact_dot(inverse, tl.where(near, 0.0, blocks), DOT)
+    square = exact_dot(x, x, DOT)
+    inverse = exact_dot(eye - x + square - exact_dot(x, square, DOT), inverse, DOT)
+    whole = tl.where(on_diagonal, inverse[:, :, None, :], 0.0)
+    return tl.reshape(whole, (C, C))
+
+
+@triton.jit
+def unit_lower_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
+    """(I + strict)^-1 for strictly lower triangular [C, C], C = 16, 32 or 64.
+
+    By blocks of 4, 16 and 64: with the inverse V of the diagonal blocks known and L what is
+    below them in blocks four times as large, (I + V L)^-1 V = (I - X + X^2 - X^3) V for X = V L,
+    because X^4 = 0. Higher powers, whose terms grow and cancel, never appear.
+    """
+    inverse = diagonal_inverse(strict, C, DOT)
+    if C > 16:
+        row, column = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        eye = tl.where(row == column, 1.0, 0.0).to(strict.dtype)
+        x = exact_dot(inverse, tl.where(row // 16 == column // 16, 0.0, strict), DOT)
+        series = eye - x
+        if C > 32:
+            square = exact_dot(x, x, DOT)
+            series += square - exact_dot(x, square, DOT)
+        inverse = exact_dot(series, inverse, DOT)
+    return inverse
+
+
+@triton.jit
+def tile(D: tl.constexpr, H: tl.constexpr):
+    """Offsets of a matrix [D, H] that lies row after row."""
+    return tl.arange(0, D)[:, None] * H + tl.arange(0, H)[None, :]
+
+
+@triton.jit
+def load_state(pointer, D: tl.constexpr, H: tl.constexpr):
+    """W1 [D, H] and W2 transposed [D, H], which lie behind each other."""
+    return tl.load(pointer + tile(D, H)), tl.load(pointer + D * H + tile(D, H))
+
+
+@triton.jit
+def store_state(pointer, w1, w2, D: tl.constexpr, H: tl.constexpr):
+    """The inverse of `load_state`."""
+    tl.store(pointer + tile(D, H), w1)
+    tl.store(pointer + D * H + tile(D, H), w2)
+
+
+@triton.jit
+def add_state(pointer, w1, w2, D: tl.constexpr, H: tl.constexpr):
+    """Add to what `load_state` would give."""
+    old1, old2 = load_state(pointer, D, H)
+    store_state(pointer, old1 + w1, old2 + w2, D, H)

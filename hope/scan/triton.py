@@ -1,0 +1,274 @@
+"""The scan in Triton kernels: operators for autograd and compilers; the kernels are launched by
+`hope.scan.launch`.
+
+Why these kernels: M_mem never feeds back into the memories that project, so the sequence is run
+in two passes over every segment. The projection memories need each other at every chunk; one
+program per row and head takes them in turns, which needs no exchange between programs. M_mem's
+many short chunks run in one program per row and head too, its state on chip from chunk to chunk.
+Both are launched once per segment of `checkpoint_chunks` projection chunks, not once per chunk.
+Parallel over rows and heads alone: below about 130 of them (an H100's processors) some idle.
+
+Neither this module nor `import hope` imports triton; the first call does.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
+
+HEAD_WIDTHS = (64, 96, 128)
+"""Heads of 96 are run as heads of 128 whose last features are zero, which changes nothing else."""
+MAX_STATE = 128 * 128
+"""Most elements of a fast-weight matrix, d * h, that the kernels are compiled for. In float32, with
+three TF32 products for each, it is 64 * 64: compiling larger ones takes minutes."""
+_AVAILABLE = find_spec("triton") is not None
+
+
+def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
+    """Why the kernels can't take a call on activations x [B, N, T, d] and memories of that hidden
+    width, as a clause; empty if they can."""
+    width = x.shape[3]
+    if not _AVAILABLE:
+        return "triton is not installed"
+    if config.memory_chunk % 16:
+        return f"memory_chunk is {config.memory_chunk}, not a multiple of 16"
+    if x.is_cuda:
+        if x.dtype == torch.float64:
+            return "float64 is for the CPU"
+        if width not in HEAD_WIDTHS:
+            return f"heads are {width} wide, not 64, 96 or 128"
+        size = padded(width) * padded(hidden)
+        most = MAX_STATE if x.dtype == torch.bfloat16 else 64 * 64
+        if hidden not in (width, 2 * width, 4 * width) or size > most:
+            return f"memories of {width} x {hidden} in {x.dtype} are not among the sizes compiled"
+        return ""
+    if not _interpreted():
+        return "x is on the CPU, where kernels run under TRITON_INTERPRET=1 only"
+    if x.dtype == torch.bfloat16:
+        return "Triton's interpreter computes wrongly in bfloat16"
+    return ""
+
+
+def padded(size: int) -> int:
+    """The width that the kernels run for one of `size`: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _interpreted() -> bool:
+    from hope.scan.launch import is_interpreted
+
+    return is_interpreted()
+
+
+@cache
+def warn_once(reason: str) -> None:
+    """Say once that "auto" takes the slower implementation on a GPU, and why."""
+    warnings.warn(f"scan: chunked instead of triton: {reason}", stacklevel=3)
+
+
+def _config(options: tuple[Any, ...]) -> ScanConfig:
+    names = (
+        "memory_chunk", "projection_chunk", "eta_max", "delta_rule", "decay_to", "read",
+        "checkpoint_chunks",
+    )  # fmt: skip
+    return ScanConfig(**dict(zip(names, options, strict=True)))
+
+
+@torch.library.custom_op("hope::scan_triton", mutates_args=())
+def _scan_triton(
+    x: Tensor,
+    q: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_eta: Tensor,
+    b_eta: Tensor,
+    w_alpha: Tensor,
+    b_alpha: Tensor,
+    state1: Tensor | None,
+    state2: Tensor | None,
+    reset: Tensor | None,
+    memory_chunk: int,
+    projection_chunk: int,
+    eta_max: float,
+    delta_rule: str,
+    decay_to: str,
+    read: str,
+    checkpoint_chunks: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(out, final w1, final w2, Deltas between segments [S, M, G, 2, d, h]); see `Launcher`."""
+    from hope.scan.launch import Launcher
+
+    options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
+    config = _config((*options, checkpoint_chunks))
+    launcher = Launcher(config, x, q, [w1, w2, w_eta, b_eta, w_alpha, b_alpha], reset)
+    out, _, _, saved = _empty_outputs(x, w1, config, save)
+    state = None if state1 is None or state2 is None else (state1, state2)
+    with torch.cuda.device_of(x):
+        delta = launcher.forward(state, out, saved)
+    base = launcher.base if decay_to == "initial" else None
+    return out, *launcher.unpack(delta, base), saved
+
+
+def _empty_outputs(
+    x: Tensor, w1: Tensor, config: ScanConfig, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, heads, tokens, width = x.shape
+    memories, _, _, hidden = w1.shape
+    length = config.projection_chunk * config.segment_chunks
+    saved = (tokens + length - 1) // length - 1 if save else 0
+    dtype = compute_dtype(x)
+
+    def empty(*shape: int) -> Tensor:
+        return x.new_empty(shape, dtype=dtype)
+
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        empty(memories, rows, heads, width, hidden),
+        empty(memories, rows, heads, hidden, width),
+        empty(saved, memories, rows * heads, 2, width, hidden),
+    )
+
+
+@_scan_triton.register_fake
+def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
+    return _empty_outputs(x, w1, _config(options[:-1]), options[-1])
+
+
+@torch.library.custom_op("hope::scan_triton_backward", mutates_args=())
+def _scan_triton_backward(
+    d_out: Tensor | None,
+    d_final1: Tensor | None,
+    d_final2: Tensor | None,
+    saved: Tensor,
+    x: Tensor,
+    q: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w_eta: Tensor,
+    b_eta: Tensor,
+    w_alpha: Tensor,
+    b_alpha: Tensor,
+    state1: Tensor | None,
+    state2: Tensor | None,
+    reset: Tensor | None,
+    memory_chunk: int,
+    projection_chunk: int,
+    eta_max: float,
+    delta_rule: str,
+    decay_to: str,
+    read: str,
+    checkpoint_chunks: int,
+) -> list[Tensor]:
+    """Gradients of x, q, the six weights and, if there was one, the incoming state."""
+    from hope.scan.launch import Launcher
+
+    options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
+    config = _config((*options, checkpoint_chunks))
+    weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
+    launcher = Launcher(config, x, q, weights, reset)
+    dx, dq = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x, q))
+    state = None if state1 is None or state2 is None else (state1, state2)
+    d_state = launcher.pack_gradient(d_final1, d_final2)
+    d_out = torch.zeros_like(dx) if d_out is None else d_out.contiguous()
+    with torch.cuda.device_of(x):
+        d_base, d_readout, d_bias = launcher.backward(state, d_out, d_state, saved, dx, dq)
+    states: list[Tensor] = []
+    if state is None:
+        d_base += d_state
+    else:
+        states = list(launcher.unpack(d_state, None))
+    d_w1, d_w2 = (z.sum(1) for z in launcher.unpack(d_base, None))
+    (d_w_eta, d_w_alpha), (d_b_eta, d_b_alpha) = (
+        [part.view(launcher.rows, launcher.heads, *part.shape[1:]).sum(0) for part in z]
+        for z in (d_readout, d_bias)
+    )
+    grads = (d_w1, d_w2, d_w_eta, d_b_eta, d_w_alpha, d_b_alpha)
+    return [dx, dq, *(z.to(w.dtype) for z, w in zip(grads, weights, strict=True)), *states]
+
+
+@_scan_triton_backward.register_fake
+def _(d_out, d_final1, d_final2, saved, x, q, *rest):  # type: ignore[no-untyped-def]
+    states = [] if rest[6] is None else [rest[6], rest[7]]
+    inputs = [x, q, *rest[:6], *states]
+    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    saved = output[-1]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(saved)
+    ctx.save_for_backward(saved, *inputs[:11])
+    ctx.options = inputs[11:-1]
+
+
+def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = _scan_triton_backward(*d_outputs[:3], *ctx.saved_tensors, *ctx.options)
+    states = grads[8:] or (None, None)
+    return (*grads[:8], *states, None, *([None] * (len(ctx.options) + 1)))
+
+
+def _refuse(ctx: Any, *gradients: Any) -> None:
+    raise RuntimeError("scan: no second derivative of the Triton scan; use the reference")
+
+
+_scan_triton_backward.register_autograd(_refuse)
+_scan_triton.register_autograd(_backward, setup_context=_setup_context)
+
+
+def scan_triton(
+    x: Tensor,
+    q: Tensor,
+    weights: ScanWeights,
+    config: ScanConfig,
+    state: MemoryState | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, MemoryState]:
+    """The scan by Triton's kernels: on a CUDA device, or anywhere under TRITON_INTERPRET=1.
+
+    Shapes as in `hope.scan.scan`; inputs are expected to have passed
+    `hope.scan.contract.check_inputs` and `why_not`. Differentiable once, in every tensor but
+    reset.
+    """
+    tensors = [x, q, *weights, *(state or ())]
+    save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
+    width, hidden = weights.w1.shape[2:]
+    more_d, more_h = padded(width) - width, padded(hidden) - hidden
+
+    def wider(z: Tensor, last: int, before: int = 0) -> Tensor:
+        return pad(z, (0, last, 0, before)) if last or before else z
+
+    states = (None, None) if state is None else state
+    out, final1, final2, _ = _scan_triton(
+        wider(x, more_d),
+        wider(q, more_d),
+        wider(weights.w1, more_h, more_d),
+        wider(weights.w2, more_d, more_h),
+        wider(weights.w_eta, more_d),
+        weights.b_eta,
+        wider(weights.w_alpha, more_d),
+        weights.b_alpha,
+        None if states[0] is None else wider(states[0], more_h, more_d),
+        None if states[1] is None else wider(states[1], more_d, more_h),
+        reset,
+        config.memory_chunk,
+        config.projection_chunk,
+        config.eta_max,
+        config.delta_rule,
+        config.decay_to,
+        config.read,
+        config.segment_chunks,
+        save,
+    )
+    if more_d or more_h:
+        out = out[..., :width]
+        final1, final2 = final1[..., :width, :hidden], final2[..., :hidden, :width]
+    return out, MemoryState(final1, final2)

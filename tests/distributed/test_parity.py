@@ -1,0 +1,158 @@
+"""No layout changes the mathematics: every one follows one process, step after step."""
+
+from __future__ import annotations
+
+import random
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+
+from hope.config import HopeConfig
+from tools.parity import (
+    LAYOUTS,
+    LENGTH,
+    MODELS,
+    ROWS,
+    SP,
+    TOLERANCE,
+    Trace,
+    make_config,
+    several,
+    trained,
+    worst_error,
+)
+from tools.processes import run
+from train.engines import layout_of
+from train.parallel.config import ParallelConfig
+from train.parallel.layout import Job, resolve
+from train.section import ConfigError
+
+QUICK = {"hope": (2,), "hope-attention": (4,), "transformer": ()}
+
+
+@cache
+def alone(model: str, schedule: str | None = None) -> Trace:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        return trained(0, make_config(model))
+
+
+def compare(model: str, world: int, layouts: list[dict[str, Any]]) -> None:
+    found = run(world, several, model, layouts, seconds=900)
+    errors = {
+        str(layout): worst_error([traces[number] for traces in found], alone(model))
+        for number, layout in enumerate(layouts)
+    }
+    assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
+
+
+CASES = [
+    pytest.param(
+        model, world, marks=[] if world in QUICK[model] else pytest.mark.slow, id=f"{model}-{world}"
+    )
+    for model in MODELS
+    for world in (2, 4, 8)
+]
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize(("model", "world"), CASES)
+def test_every_layout_follows_one_process(model: str, world: int) -> None:
+    """Losses, the norm of every level, a held-out loss and all parameters over eight steps, in
+    which every level fires, with memories carried, documents and padding."""
+    compare(model, world, [layout for size, layout in LAYOUTS if size == world])
+
+
+def random_layouts(count: int, seed: int) -> list[tuple[str, int, dict[str, Any]]]:
+    """Possible ones, drawn among all axes, models and options."""
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        model, world = rng.choice(list(MODELS)), rng.choice((2, 4, 4, 8))
+        sizes = {axis: rng.choice((1, 1, 2, 4)) for axis in ("pp", "tp", "cp", "dp_shard")}
+        schedules = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv")
+        raw = {
+            **sizes,
+            "dp_replicate": -1,
+            "schedule": rng.choice(schedules) if sizes["pp"] > 1 else "1f1b",
+            "micro_batches": rng.choice((1, 2, 4)),
+            "sequence_parallel": sizes["tp"] > 1 and rng.random() < 0.5,
+            "activation_checkpointing": rng.choice(("none", "none", "selective", "full")),
+        }
+        try:
+            config = make_config(model, raw)
+            layout_of(config, world)
+        except ConfigError:
+            continue
+        found.append((model, world, raw))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(5))
+def test_random_layouts_follow_one_process(seed: int) -> None:
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for model, world, layout in random_layouts(10, seed):
+        groups.setdefault((model, world), []).append(layout)
+    for (model, world), layouts in groups.items():
+        compare(model, world, layouts)
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """Rounded to 8 bits: losses within 2 %, whatever the layout; parameters stay float32."""
+    layouts = [
+        {"precision": "bf16"},
+        {"precision": "bf16", "dp_replicate": 1, "dp_shard": 2},
+        {"precision": "bf16", "tp": 2, **SP},
+        {"precision": "bf16", "pp": 2, "micro_batches": 2},
+    ]
+    expected = alone("hope").losses
+    for traces in run(2, several, "hope", layouts, seconds=300):
+        for trace in traces:
+            assert trace.losses == pytest.approx(expected, rel=0.02)
+            assert trace.losses != expected
+            assert all(p.dtype.itemsize == 4 for p in trace.parameters.values())
+
+
+JOB = Job(HopeConfig(vocab_size=48, dim=32, num_layers=4, num_heads=4), ROWS, LENGTH)
+IMPOSSIBLE = [
+    ({"tp": 3, "dp_replicate": 1}, 3, "tp=3 must divide the heads"),
+    ({"pp": 8, "dp_replicate": 1, "micro_batches": 8}, 8, "8 pipeline stages need as many layers"),
+    ({"pp": 2, "dp_replicate": 3}, 4, "its axes multiply to 6, and there are 4 ranks"),
+    ({"pp": 2, "schedule": "interleaved", "micro_batches": 3}, 2, "equal micro-batches"),
+    ({"pp": 4, "micro_batches": 2}, 4, "needs micro_batches of at least pp=4"),
+    ({"cp": 3}, 3, "cp=3 must divide data.seq_len=32"),
+    ({"cp": 4}, 4, "multiple of projection_chunk=64"),
+    ({"cp": 2, "activation_checkpointing": "full"}, 2, "send everything twice"),
+    ({}, 16, "8 rows of data.seq_len tokens, fewer than the 16"),
+    ({"dp_shard": -1}, 2, "only one of dp_replicate and dp_shard"),
+    ({"micro_batches": 9}, 1, "micro_batches=9 of only 8 rows"),
+    ({"tensor_backend": "megatron"}, 1, "needs tp above 1"),
+    ({"cpu_offload": True}, 2, "cpu_offload needs dp_shard"),
+]
+
+
+@pytest.mark.parametrize(("raw", "world", "reason"), IMPOSSIBLE)
+def test_impossible_layouts_are_refused_with_what_would_do(
+    raw: dict[str, Any], world: int, reason: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(ParallelConfig(**raw), world, JOB)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_reason_is_given_and_what_is_proposed_is_possible() -> None:
+    parallel = ParallelConfig(tp=3, pp=2, schedule="interleaved", micro_batches=3)
+    with pytest.raises(ConfigError) as caught:
+        resolve(parallel, 6, JOB)
+    message = str(caught.value)
+    assert message.count(";") == 2
+    proposed = re.findall(r"\((\d) ranks as ([^)]*)\)", message)
+    assert len(proposed) == 3
+    for world, text in proposed:
+        changes = dict(pair.split("=") for pair in text.split())
+        raw = {"schedule": "interleaved", "micro_batches": 3, "dp_replicate": 1, **changes}
+        assert resolve(ParallelConfig.model_validate(raw, strict=False), int(world), JOB)

@@ -1,0 +1,318 @@
+"""The scan's Triton kernels against the float64 token loop, and as operators.
+
+Without a GPU they run in Triton's interpreter (tests/conftest.py), also in float64, where the
+agreement is to round-off; on a GPU in float32, at the widths compiled for.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from hope import CMSConfig, HopeConfig, LevelConfig, TitansConfig
+from hope.flops import scan_flops
+from hope.init import initialise
+from hope.layer import HopeLayer
+from hope.scan import ScanConfig, scan
+from hope.scan.triton import _scan_triton, warn_once, why_not
+from tests.hope.scan.cases import Problem, everything, make_problem, worst_error
+
+pytest.importorskip("triton")
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+WIDTH = 64 if ON_GPU else 16
+SINGLE, DOUBLE = {torch.float32: 1e-4}, {torch.float64: 1e-10}
+EXACT = SINGLE if ON_GPU else DOUBLE
+RESETS = ((0, 32), (1, 0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_device_functions() -> Iterator[None]:
+    """The interpreter patches triton.language anew in every call of a device function, which the
+    launch has done already: that is most of its time."""
+    if ON_GPU:
+        yield
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", lambda f, *a, **k: f.rewrite()(*a, **k))
+        yield
+
+
+def small(tokens: int = 37, width: int = WIDTH, **options: object) -> Problem:
+    return make_problem(2, 1, tokens, width, **options)  # type: ignore[arg-type]
+
+
+def check_parity(
+    problem: Problem,
+    config: ScanConfig,
+    precisions: dict[torch.dtype, float] = EXACT,
+    floor: float = 1e-12,
+) -> None:
+    expected = everything(problem, replace(config, implementation="reference"))
+    for dtype, tolerance in precisions.items():
+        moved = Problem(*(to_device(part, dtype) for part in problem))
+        actual = everything(moved, replace(config, implementation="triton"))
+        actual = {name: z.cpu() for name, z in actual.items()}
+        error, name = worst_error(expected, actual, floor)
+        assert error < tolerance, f"{name} is off by {error:.1e} in {dtype}"
+
+
+def to_device(part: object, dtype: torch.dtype) -> object:
+    if isinstance(part, torch.Tensor):
+        if part.dtype == torch.bool:
+            return part.to(DEVICE)
+        return part.detach().to(DEVICE, dtype).requires_grad_()
+    return None if part is None else type(part)(*(to_device(z, dtype) for z in part))  # type: ignore
+
+
+@pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
+@pytest.mark.parametrize("decay_to", ["initial", "zero"])
+@pytest.mark.parametrize("read", ["causal", "chunk_start"])
+def test_every_option(rule: str, decay_to: str, read: str) -> None:
+    """With resets and a partial last chunk; six memories and a carried state half the time."""
+    number = ["normalised", "target", "input", "off"].index(rule)
+    eta_max = 0.5 if rule in ("normalised", "target") else 0.1
+    config = ScanConfig(16, 32, eta_max, rule, decay_to, read, checkpoint_chunks=1)
+    memories = 5 + (number + (decay_to == "zero")) % 2
+    with_state = (number // 2 + (read == "causal")) % 2 == 0
+    check_parity(small(memories=memories, with_state=with_state, resets=RESETS), config)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "checkpoint_chunks", "shape"),
+    [
+        ((16, 16), 2, {"tokens": 5}),
+        ((16, 48), 1, {"tokens": 60, "rows": 1}),
+        ((16, 16), 2, {"tokens": 70, "rows": 1, "expansion": 2}),
+        ((32, 64), None, {"tokens": 70, "rows": 1, "expansion": 2, "resets": ((0, 64),)}),
+        ((48, 48), 1, {"tokens": 65, "rows": 1}),
+        ((64, 64), 1, {"tokens": 30, "rows": 1}),
+        ((16, 16), 1, {"tokens": 20, "width": 12, "expansion": 2}),
+        ((16, 32), 2, {"tokens": 33, "rows": 3, "heads": 2, "resets": ((0, 32), (2, 0))}),
+    ],
+)
+def test_shapes_and_chunks(
+    chunks: tuple[int, int], checkpoint_chunks: int | None, shape: dict
+) -> None:
+    config = ScanConfig(*chunks, checkpoint_chunks=checkpoint_chunks)
+    shape = {"rows": 2, "heads": 1, "width": WIDTH, **shape}
+    if ON_GPU:
+        shape |= {"width": WIDTH, "expansion": 1}
+    check_parity(make_problem(**shape), config)
+
+
+@pytest.mark.parametrize("read", ["causal", "chunk_start"])
+@pytest.mark.parametrize("block", [32, 64])
+def test_longer_blocks(block: int, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hope.scan.launch.BLOCK", block)
+    config = ScanConfig(64, 64, read=read)  # type: ignore[arg-type]
+    check_parity(make_problem(1, 1, 70, WIDTH), config)
+
+
+@pytest.mark.parametrize("rule", ["normalised", "target"])
+def test_single_precision(rule: str) -> None:
+    check_parity(small(resets=RESETS), ScanConfig(16, 32, delta_rule=rule), SINGLE)
+
+
+@pytest.mark.parametrize(("b_eta", "b_alpha"), [(-200.0, 3.0), (0.0, -200.0), (60.0, 60.0)])
+def test_saturated_gates(b_eta: float, b_alpha: float) -> None:
+    """Steps of exactly zero, decays that underflow, and neither: finite, and the loop's values."""
+    problem = small(tokens=17)
+    weights = problem.weights._replace(
+        b_eta=torch.full_like(problem.weights.b_eta, b_eta).requires_grad_(),
+        b_alpha=torch.full_like(problem.weights.b_alpha, b_alpha).requires_grad_(),
+    )
+    check_parity(problem._replace(weights=weights), ScanConfig(16, 16), SINGLE, floor=1.0)
+
+
+def test_slow_decay_keeps_its_precision() -> None:
+    """At alpha = 0.99999 with a carried state, M_0 matters through a sum of tiny terms only."""
+    problem = small()
+    weights = problem.weights._replace(
+        w_alpha=(0.1 * problem.weights.w_alpha).detach().requires_grad_(),
+        b_alpha=torch.full_like(problem.weights.b_alpha, 12.0).requires_grad_(),
+    )
+    check_parity(problem._replace(weights=weights), ScanConfig(16, 32), SINGLE)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+@pytest.mark.parametrize("c", [16, 32, 64])
+def test_triangular_inverse_of_equal_keys(c: int, eta: float) -> None:
+    """Where every key is the same and every step full, the worst system a chunk can have; powers
+    of T, summed one by one, have terms of 1e17 there."""
+    from tests.hope.scan.inverse_kernel import invert
+
+    strict = eta * torch.ones(c, c, device=DEVICE).tril(-1)
+    out = torch.empty_like(strict)
+    invert[(1,)](strict, out, c, "tf32x3")
+    eye = torch.eye(c, dtype=torch.float64)
+    error = out.double().cpu() @ (eye + strict.double().cpu()) - eye
+    assert error.abs().max() < 1e-4
+
+
+def problem_on_device(**options: object) -> Problem:
+    problem = small(**options)  # type: ignore[arg-type]
+    return Problem(*(to_device(part, torch.float32) for part in problem))  # type: ignore[arg-type]
+
+
+CONFIG = ScanConfig(16, 16, checkpoint_chunks=1, implementation="triton")
+
+
+@pytest.mark.parametrize("with_state", [True, False])
+def test_operators_pass_torchs_own_checks(with_state: bool) -> None:
+    p = problem_on_device(tokens=17, with_state=with_state, resets=((1, 16),))
+    options = (16, 16, 0.5, "normalised", "initial", "causal", 1, True)
+    arguments = (p.x, p.q, *p.weights, *(p.state or (None, None)), p.reset, *options)
+    torch.library.opcheck(_scan_triton, arguments)
+
+
+def test_a_layer_compiles_to_one_graph() -> None:
+    scan_config = replace(CONFIG, checkpoint_chunks=None)
+    config = HopeConfig(
+        dim=2 * WIDTH,
+        num_layers=1,
+        num_heads=2,
+        titans=TitansConfig(scan=scan_config),
+        cms=CMSConfig(levels=(LevelConfig(name="a", hidden_size=16),)),
+    )
+    layer = HopeLayer(config, "titans")
+    initialise(layer, seed=0)
+    layer.to(DEVICE)
+    x = torch.randn(1, 16, 2 * WIDTH, device=DEVICE)
+    parameters = [z for z in layer.parameters() if z.requires_grad]
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return layer(x)[0].square().sum()
+
+    plain = loss(x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, plain)
+    expected = torch.autograd.grad(plain, parameters)
+    torch.testing.assert_close(torch.autograd.grad(compiled, parameters), expected)
+
+
+def test_activation_checkpointing_and_no_gradients() -> None:
+    p = problem_on_device(tokens=20)
+    leaves = [p.x, p.weights.w1]
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        out, final = scan(x, p.q, p.weights, CONFIG, p.state)
+        return out.square().sum() + final.w1.sum()
+
+    plain = call(p.x)
+    again = torch.utils.checkpoint.checkpoint(call, p.x, use_reentrant=False)
+    gradients = torch.autograd.grad(again, leaves)
+    assert all(map(torch.equal, torch.autograd.grad(plain, leaves), gradients))
+    with torch.no_grad():
+        assert torch.equal(call(p.x), plain)
+
+
+def test_double_backward_is_refused() -> None:
+    p = problem_on_device(tokens=8)
+    out, _ = scan(p.x, p.q, p.weights, CONFIG, p.state)
+    (gradient,) = torch.autograd.grad(out.square().sum(), p.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="scan: no second derivative"):
+        gradient.sum().backward()
+
+
+def test_operations_are_counted() -> None:
+    """Backward: its own, and forward twice again."""
+    p = problem_on_device(tokens=16, with_state=False)
+    with FlopCounterMode(display=False) as counter:
+        out, _ = scan(p.x, p.q, p.weights, CONFIG)
+        torch.autograd.grad(out.sum(), p.x)
+    counts = {str(name): n for name, n in counter.get_flop_counts()["Global"].items()}
+    once = scan_flops(CONFIG, 1, WIDTH, WIDTH, 5, 16, executed=False)
+    assert counts["hope.scan_triton"] == 2 * 16 * once.forward
+    assert counts["hope.scan_triton_backward"] == 2 * 16 * (once.backward + 2 * once.forward)
+
+
+@pytest.mark.skipif(ON_GPU, reason="what kernels take on a CPU")
+def test_what_the_kernels_do_not_take_is_said_in_one_line() -> None:
+    p = small()
+    with pytest.raises(ValueError, match="memory_chunk is 8, not a multiple of 16") as error:
+        scan(p.x, p.q, p.weights, ScanConfig(8, 16, implementation="triton"))
+    assert "\n" not in str(error.value)
+
+
+class OnGpu:
+    """As much of activations on a GPU as is looked at."""
+
+    is_cuda = True
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (1, 1, 64, width), dtype
+
+
+def test_what_the_dispatcher_takes_on_a_gpu() -> None:
+    taken = {
+        (str(dtype), d, expansion, chunk)
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+        for d in (32, 64, 96, 128, 256)
+        for expansion in (1, 2, 3, 4)
+        for chunk in (8, 16, 24, 64)
+        if not why_not(OnGpu(d, dtype), d * expansion, ScanConfig(chunk, 192))  # type: ignore[arg-type]
+    }
+    sizes = ((64, 1), (64, 2), (64, 4), (96, 1), (128, 1))
+    expected = {("torch.bfloat16", *size, chunk) for size in sizes for chunk in (16, 64)}
+    assert taken == expected | {("torch.float32", 64, 1, chunk) for chunk in (16, 64)}
+
+
+def test_falling_back_is_said_once() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            warn_once("a reason of this test")
+    assert [str(one.message) for one in caught] == [
+        "scan: chunked instead of triton: a reason of this test"
+    ]
+
+
+CALL = """
+import sys, torch
+sys.modules["triton"] = {triton}
+from hope import HopeModel
+from hope.scan import ScanConfig, ScanWeights, scan
+shapes = ((5, 1, 16, 16), (5, 1, 16, 16), (1, 16), 1, (1, 16), 1)
+weights = ScanWeights(*(torch.zeros(shape) for shape in shapes))
+x = torch.randn(1, 1, 1, 16)
+scan(x, x, weights, ScanConfig(16, 16))
+try:
+    scan(x, x, weights, ScanConfig(16, 16, implementation="triton"))
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("triton", "words"),
+    [
+        (
+            "__import__('triton')",
+            "x is on the CPU, where kernels run under TRITON_INTERPRET=1 only",
+        ),
+        ("None", "triton is not installed"),
+    ],
+)
+def test_where_there_is_nothing_to_run_kernels_on(triton: str, words: str) -> None:
+    """hope and the scan work; asking for triton is one clear ValueError."""
+    result = subprocess.run(
+        [sys.executable, "-c", CALL.format(triton=triton)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    expected = f"scan: implementation=triton can't be used: {words}; take auto or chunked\n"
+    assert result.stdout == expected

@@ -1,0 +1,133 @@
+"""torchrun's agent with our exit statuses, restarts and messages; ranks are small scripts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from train.callbacks.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+def agent(folder: Path, body: str, *options: str, ranks: int = 2) -> subprocess.Popen:
+    """Start `python -m launch.agent` over a module that appends a line to `log` and runs `body`."""
+    (folder / "rank_program.py").write_text(
+        "import os, signal, sys, time\n"
+        "rank, attempt = os.environ['RANK'], int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        f"with open({str(folder / 'log')!r}, 'a') as log:\n"
+        "    log.write(f'{rank} {attempt}\\n')\n"
+        f"while len(open({str(folder / 'log')!r}).readlines()) < {ranks} * (attempt + 1):\n"
+        "    time.sleep(0.02)\n" + textwrap.dedent(body)
+    )
+    where = () if "--rdzv-backend" in options else ("--standalone",)
+    command = [sys.executable, "-m", "launch.agent", "--no-preflight", *where, *options]
+    command += ["--nproc-per-node", str(ranks), "-m", "rank_program"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen, folder: Path) -> tuple[int, str, list[str]]:
+    _, errors = process.communicate(timeout=120)
+    log = folder / "log"
+    return process.returncode, errors, sorted(log.read_text().split("\n")[:-1])
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_bad_input_is_not_tried_again(tmp_path: Path) -> None:
+    body = "sys.exit(2) if rank == '1' else time.sleep(60)"
+    status, errors, log = finish(agent(tmp_path, body, "--max-restarts", "3"), tmp_path)
+    assert (status, log) == (2, ["0 0", "1 0"])
+    assert errors == ""
+
+
+def test_a_rank_that_is_killed_is_started_again_and_named(tmp_path: Path) -> None:
+    body = "rank == '0' and attempt == 0 and os.kill(os.getpid(), signal.SIGKILL)"
+    status, _, log = finish(agent(tmp_path, body, "--max-restarts", "1"), tmp_path)
+    assert (status, log) == (0, ["0 0", "0 1", "1 0", "1 1"])
+    (tmp_path / "log").unlink()
+    body = "rank == '0' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
+    status, errors, _ = finish(agent(tmp_path, body, "--max-restarts", "0"), tmp_path)
+    assert status == 137
+    assert errors.startswith("error: rank 0 on ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_at_once_leaves_ranks_time_to_save(
+    tmp_path: Path, number: int
+) -> None:
+    """As Slurm signals a step: ranks are signalled, and once more by their agent."""
+    log = str(tmp_path / "log")
+    body = f"""
+        from train.signals import stop_signals
+        with stop_signals() as signals:
+            open({str(tmp_path / "pid")!r} + rank, 'w').write(str(os.getpid()))
+            while signals.received is None:
+                time.sleep(0.02)
+            open({str(tmp_path / "asked")!r} + rank, 'w').close()
+            time.sleep(3)
+            open({log!r}, 'a').write(f'{{rank}} saved\\n')
+        sys.exit(143)
+    """
+    process = agent(tmp_path, body, "--max-restarts", "3")
+    pids = [tmp_path / f"pid{rank}" for rank in (0, 1)]
+    wait_for(lambda: all(path.exists() and path.read_text() for path in pids))
+    for path in pids:
+        os.kill(int(path.read_text()), number)
+    wait_for(lambda: all((tmp_path / f"asked{rank}").exists() for rank in (0, 1)))
+    process.send_signal(number)
+    status, _, lines = finish(process, tmp_path)
+    assert (status, lines) == (128 + number, ["0 0", "0 saved", "1 0", "1 saved"])
+
+
+def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
+    options = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    options += ["--rdzv-conf", "is_host=1,join_timeout=2,read_timeout=5", "--rdzv-id", "test"]
+    process = agent(tmp_path, "", *options, "--this-node", "0")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert errors == (
+        "error: 2 nodes did not come together at 127.0.0.1:0 within 2 s: node 1 is missing; "
+        f"node 0 ({socket.gethostname()}) came\n"
+    )
+    assert not (tmp_path / "log").exists()
+
+
+def test_checks_come_first_then_the_training(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    """launch/torchrun.sh with nothing replaced, two ranks."""
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(raw_config))
+
+    def start(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = ["bash", str(ROOT / "launch/torchrun.sh"), "2", str(config), *overrides]
+        environment = {**os.environ, "PYTHON": sys.executable}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    refused = start("data.validation=/nowhere")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: node 0 (")
+    assert refused.stderr.count("\n") == 1
+    assert not list((tmp_path / "run").iterdir())
+    trained = start()
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.startswith("pre-flight, 1 node, 2 ranks: python")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert sum(row["kind"] == "step" for row in rows) == 12

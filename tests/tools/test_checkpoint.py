@@ -1,0 +1,130 @@
+"""python -m tools.checkpoint: what it says, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
+from tools.checkpoint import main
+from train.checkpoint.manifest import damage
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three checkpoints, of which the middle one is the best."""
+    store = store_in(tmp_path / "checkpoints", keep_last=9)
+    for tokens, loss in ((100, 3.0), (200, 2.0), (300, 2.5)):
+        store.save(
+            tokens,
+            state({"fast": tokens}),
+            {**PLAIN, "evaluation": {"loss": loss}, "config": {"seed": tokens}},
+        )
+    return tmp_path / "checkpoints"
+
+
+def names(folder: Path) -> list[int]:
+    return [int(path.name[7:]) for path in sorted(folder.iterdir())]
+
+
+def name(tokens: int) -> str:
+    return f"tokens-{tokens:015d}"
+
+
+def test_list(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tag", str(folder), name(100), "released"]) == 0
+    assert main(["list", str(folder)]) == 0
+    first, second, third = capsys.readouterr().out.splitlines()[2:]
+    assert first.split()[:3] == [name(100), "100", "3.0000"]
+    assert first.endswith("released")
+    assert second.split()[2] == "2.0000"
+    assert not third.endswith("released")
+
+
+def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(folder), str(folder)]) == 0
+    assert capsys.readouterr().out.count(": good\n") == 6
+    (folder / name(200) / "stream-00000.safetensors").unlink()
+    assert main(["verify", str(folder)]) == 1
+    out = capsys.readouterr().out
+    assert f"{name(200)}: stream-00000.safetensors is missing" in out
+    assert out.count(": good\n") == 2
+
+
+def test_diff(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = str(folder / name(100)), str(folder / name(200))
+    assert main(["diff", one, one]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["diff", one, other]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    first, second = state({"fast": 100}), state({"fast": 200})
+    moved = {key for key in first if not torch.equal(first[key], second[key])}
+    assert {line.split(":")[0] for line in lines if not line.startswith("trainer.json")} == moved
+    assert "trainer.json evaluation.loss: 3.0 and 2.0" in lines
+    assert "optimizer/layers.0.mixer.w/step: differs by up to 100" in lines
+
+
+def test_export_is_read_by_the_library(folder: Path, tmp_path: Path) -> None:
+    """The newest that verifies, or the one that was named."""
+    output = tmp_path / "model.safetensors"
+    assert main(["export", str(folder), str(output)]) == 0
+    expected = {k[6:]: v for k, v in state({"fast": 300}).items() if k.startswith("model/")}
+    assert_equal(load_file(output), expected)
+    with safe_open(output, "pt") as opened:
+        assert json.loads(opened.metadata()["config"]) == {"seed": 300}
+    assert main(["export", str(folder / name(200)), str(output), "--prefix", "optimizer/"]) == 0
+    assert all(key.startswith("layers.0.") for key in load_file(output))
+
+
+def test_every_file_of_a_checkpoint_is_read_by_the_library(folder: Path) -> None:
+    found = {}
+    for path in (folder / name(200)).glob("*.safetensors"):
+        found |= load_file(path)
+    assert_equal(found, state({"fast": 200}))
+
+
+def test_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = ["--keep-last", "1", "--keep-best", "1"]
+    assert main(["prune", str(folder), *rules, "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"would delete {folder / name(100)}\n"
+    assert names(folder) == [100, 200, 300]
+    assert main(["prune", str(folder), *rules]) == 0
+    assert names(folder) == [200, 300]
+    assert main(["tag", str(folder), name(200), "kept"]) == 0
+    assert main(["prune", str(folder), "--keep-last", "1"]) == 0
+    assert names(folder) == [200, 300]
+    assert main(["tag", str(folder), name(200)]) == 0
+    assert main(["prune", str(folder), "--keep-last", "1"]) == 0
+    assert names(folder) == [300]
+    assert damage(folder / name(300)) is None
+
+
+def test_bad_input_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / name(100) / "trainer.json").write_text("{}")
+    output = str(tmp_path / "x")
+    cases = [
+        (["list", output], 2, "neither a run folder nor a folder of checkpoints"),
+        (["verify", "nosuch://x/y"], 2, "can't use nosuch://x/y"),
+        (["tag", str(folder), "tokens-1", "x"], 2, "no checkpoint 'tokens-1'"),
+        (["tag", str(folder), "../x", "x"], 2, "no checkpoint '../x'"),
+        (["export", str(folder), output, "--prefix", "x/"], 2, "whose name starts with 'x/'"),
+        (["export", str(folder), "/nosuch/x"], 2, "No such file or directory"),
+        (["export", str(folder / name(100)), output], 1, "trainer.json has 2 bytes"),
+        (["diff", str(folder / name(100)), str(folder)], 1, "trainer.json has 2 bytes"),
+    ]
+    for arguments, status, message in cases:
+        assert main(arguments) == status, arguments
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert message in error
+    with pytest.raises(SystemExit) as stopped:
+        main(["prune", str(folder), "--keep-last", "0"])
+    assert stopped.value.code == 2

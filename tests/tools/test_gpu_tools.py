@@ -1,0 +1,125 @@
+"""The tools for GPUs, as far as they go without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hope.flops import forward_products
+from hope.scan import ScanConfig
+from tests.test_sizes import twin_of
+from tools import bench_gpu, kernel_costs
+from tools.kernel_costs import Shape
+from train.config import load_config
+
+SPILLS = {"memory_forward": 512, "memory_backward": 2048}
+"""Bytes a thread that a kernel of the main configuration may spill: what it does now, and a bit."""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_benchmark_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_gpu.main([]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "bench_gpu: this machine has no CUDA device that torch can use\n"
+
+
+@pytest.mark.parametrize("size", ["340m", "760m", "1b3"])
+def test_the_twin_that_is_timed_is_the_configurations_own(size: str) -> None:
+    config = load_config(Path("configs") / f"{size}.yaml").model
+    variants = bench_gpu.variants(config, bench_gpu.MLP_OF_TWIN[size])
+    assert variants["hope"] == config
+    assert variants["hope_attention"].cms == config.cms
+    mlp = [level.hidden_size for level in twin_of(size).model.cms.levels]
+    assert [level.hidden_size for level in variants["transformer"].cms.levels] == mlp
+    assert set(variants["transformer"].mixers) == set(variants["hope_attention"].mixers)
+
+
+def test_parity_is_against_the_same_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, in float64: the two implementations that run there agree."""
+    inputs = bench_gpu.scan_inputs
+    monkeypatch.setattr(bench_gpu, "scan_inputs", lambda shape, dtype: inputs(shape, dtype, "cpu"))
+    shape = Shape(1, 2, 40, 8, 8)
+    reference, chunked = (
+        bench_gpu.results(shape, ScanConfig(8, 16, implementation=name), torch.float64)  # type: ignore[arg-type]
+        for name in ("reference", "chunked")
+    )
+    assert len(reference) == 9
+    for expected, actual in zip(reference, chunked, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_operations_of_the_kernels_are_those_of_the_scan(width: int) -> None:
+    config = ScanConfig()
+    costs = kernel_costs.kernel_costs(config, Shape(2, 3, 256, width, width))
+    products = forward_products(config, width, width, 5, 64)
+    whole = 2 * 2 * 3 * 4 * sum(products.values())
+    forward = [cost.flops for name, cost in costs.items() if name.startswith("forward")]
+    # Each of the two kernels has W2's k k^T of its own.
+    assert sum(forward) == pytest.approx(whole, rel=0.01)
+    assert all(cost.floor > 0 for cost in costs.values())
+
+
+def test_the_table_in_the_documentation_is_what_the_tool_prints(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert kernel_costs.main([]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    text = Path("docs/gpu.md").read_text()
+    for words in printed:
+        cells = [" ".join(words[:2]), *words[2:]]
+        assert f"| {' | '.join(cells)} |" in text
+    block = re.search(r"^BLOCK = (\d+)", Path("hope/scan/launch.py").read_text(), re.MULTILINE)
+    assert block is not None
+    assert int(block[1]) == kernel_costs.BLOCK
+
+
+@pytest.mark.parametrize("arguments", [["--rows", "0"], ["--chunks", "16", "40"]])
+def test_bad_sizes_of_the_table(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        kernel_costs.main(arguments)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    ["memory_forward", pytest.param("memory_backward", marks=pytest.mark.slow)],
+)
+def test_kernels_compile_for_an_h100(kernel: str, tmp_path: Path) -> None:
+    """In a process of its own, where kernels are not interpreted."""
+    pytest.importorskip("triton")
+    key = f"{kernel}_d64_h64_b16_bf16"
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.compile_kernels", "--only", key],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "runs/bench/kernels.json").read_text())["figures"]
+    assert 32 < figures[f"registers_{key}"] <= 255
+    assert figures[f"spill_bytes_{key}"] <= SPILLS[kernel]
+    assert figures[f"shared_bytes_{key}"] <= 232_448
+
+
+def test_interpreted_kernels_are_not_compiled() -> None:
+    pytest.importorskip("triton")
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.compile_kernels", "--only", "memory_forward_d64_h64_b16_b"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    assert result.returncode == 2
+    expected = "compile_kernels: kernels are interpreted: unset TRITON_INTERPRET to compile them\n"
+    assert result.stderr == expected

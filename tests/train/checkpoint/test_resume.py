@@ -1,0 +1,201 @@
+"""Runs that are taken up from a checkpoint: which one, exactly, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data_pipeline import DataError
+from tests.conftest import tiny_config
+from tests.train.checkpoint.test_manifest import _make_right
+from tests.train.test_trainer import assert_same_run, losses
+from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.checkpoint import CheckpointError, CheckpointStore, open_store
+from train.checkpoint.load import load_run
+from train.checkpoint.manifest import MARKER
+from train.config import RunConfig, dump_config, validate_config
+from train.engines import open_engine
+from train.parallel.data_parallel import DataParallel
+from train.signals import StopSignals
+from train.trainer import Trainer
+
+
+def named(tokens: int) -> str:
+    return f"tokens-{tokens:015d}"
+
+
+def store_of(config: RunConfig) -> CheckpointStore:
+    return open_store(config, DataParallel.alone())
+
+
+@pytest.fixture(scope="module")
+def straight(corpora: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """A run that was never stopped, with checkpoints every two steps, all kept."""
+    raw = tiny_config(corpora, tmp_path_factory.mktemp("straight") / "run")
+    raw["training"]["total_tokens"] = 8 * 256
+    raw["checkpoint"] = {"every_tokens": 512, "keep_last": 9}
+    config = validate_config(raw, "test")
+    assert train(config, resume=False) == 0
+    return config
+
+
+def config_file(config: RunConfig, tmp_path: Path) -> str:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(config))
+    return str(path)
+
+
+def copy_of(run: RunConfig, tmp_path: Path) -> RunConfig:
+    """Its folder under another name."""
+    copied = run.model_copy(update={"run_dir": tmp_path / "copy"})
+    shutil.copytree(run.run_dir, copied.run_dir)
+    return copied
+
+
+def test_back_to_one_by_name_and_on_to_the_same_end(straight: RunConfig, tmp_path: Path) -> None:
+    """In the middle of both periods; whatever state torch's own generator is in."""
+    run = copy_of(straight, tmp_path)
+    for older in (512, 1024):
+        torch.manual_seed(older)
+        assert train(run, resume=True, resume_from=named(older)) == 0
+        assert_same_run(straight, run)
+    folder = run.run_dir / "checkpoints"
+    assert (folder / f"aside-{named(1536)}" / MARKER).exists()
+    assert [one.name for one in store_of(run).complete()] == [
+        named(tokens) for tokens in (512, 1024, 1536, 2048)
+    ]
+
+
+def test_the_newest_that_verifies_is_resumed(
+    straight: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of(straight, tmp_path)
+    command = [config_file(run, tmp_path), "--resume"]
+    for one in store_of(run).complete()[-2:]:
+        (one / "trainer.json").write_text("{}")
+    assert main([*command, "--resume-from", named(2048)]) == 2
+    assert f"{named(2048)}: trainer.json has 2 bytes" in capsys.readouterr().err
+    assert main([*command, "--resume-from", named(7)]) == 2
+    assert f"no checkpoint '{named(7)}'" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match=f"skipping damaged checkpoint {named(2048)}"):
+        assert main(command) == 0
+    assert_same_run(straight, run)
+    for one in store_of(run).complete():
+        (one / "trainer.json").write_text("{}")
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="skipping damaged"):
+        assert main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no usable checkpoint under")
+    assert error.count("\n") == 1
+
+
+def test_what_does_not_change_the_mathematics_is_accepted_and_logged(
+    straight: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [config_file(copy_of(straight, tmp_path), tmp_path), "--resume"]
+    capsys.readouterr()
+    assert main([*command, "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]) == 0
+    expected = "checkpoint.asynchronous (True -> False), checkpoint.keep_last (9 -> 1)"
+    assert f"resuming with other settings: {expected}, run_dir (" in capsys.readouterr().err
+    assert main([*command, "optimizer.lr=0.5", "seed=3"]) == 2
+    assert "optimizer.lr (0.01 -> 0.5), seed (0 -> 3)" in capsys.readouterr().err
+
+
+def test_checkpoints_behind_a_url(straight: RunConfig, tmp_path: Path) -> None:
+    """Written by a process of their own, read back by whoever knows the run folder."""
+    settings = straight.checkpoint.model_copy(update={"url": f"file://{tmp_path}/bucket"})
+    run = straight.model_copy(update={"run_dir": tmp_path / "run", "checkpoint": settings})
+    stopped = run.training.model_copy(update={"stop_at_tokens": 1280})
+    file = config_file(run, tmp_path)
+    assert train(run.model_copy(update={"training": stopped}), resume=False) == 0
+    assert not (run.run_dir / "checkpoints").exists()
+    assert main([file]) == 2  # the bucket is in use
+    assert train(run, resume=True) == 0
+    assert_same_run_tensors(straight, run)
+    assert load_run(run.run_dir)[0].checkpoint.url == settings.url
+
+
+def assert_same_run_tensors(one: RunConfig, other: RunConfig) -> None:
+    found = [store.tensors(store.newest()) for store in map(store_of, (one, other))]
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert losses(one) == losses(other)
+
+
+def test_a_run_whose_disk_is_full_trains_to_its_end_and_says_so(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(**{"training.total_tokens": 5 * 256, "checkpoint.every_tokens": 512})
+    config.run_dir.mkdir()
+    (config.run_dir / "checkpoints").write_text("in the way")
+    with pytest.warns(UserWarning, match="training goes on, and the next save tries again"):
+        assert main([config_file(config, tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert "error: the last checkpoint could not be written: tokens-000000000001280" in error
+    assert [tokens for kind, tokens, _ in losses(config) if kind == "step"][-1] == 1280
+
+
+def trainer_of(config: RunConfig) -> Trainer:
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
+    engine = open_engine(config, DataParallel.alone())
+    return Trainer(config, corpora, StopSignals(), engine)
+
+
+def test_everything_that_a_run_depends_on_is_there(straight: RunConfig) -> None:
+    store = store_of(straight)
+    plain = store.plain(store.newest())
+    trainer = trainer_of(straight)
+    assert plain["config"] == yaml.safe_load((straight.run_dir / "config.yaml").read_text())
+    assert plain["tokenizer"] == trainer.corpora.validation.tokenizer_sha256
+    assert plain["data"]["train"] == [corpus.fingerprint for corpus in trainer.corpora.train]
+    assert plain["code"]["torch"] == torch.__version__
+    assert plain["clock"]["steps"] == 8
+    assert plain["cadence"]["tokens"] == {"fast": 0, "a": 0, "b": 512, "c": 768}
+    kinds = {name.partition("/")[0] for name in store.tensors(store.newest())}
+    assert kinds == {"model", "optimizer"}
+    trainer.resume()
+    assert trainer.cadence.pending_tokens == plain["cadence"]["tokens"]
+    trainer.store.close()
+    trainer.loader.close()
+
+
+NEEDED = (
+    "clock",
+    "cadence",
+    "cms",
+    "loader",
+    "trained_seconds",
+    "evaluated_tokens",
+    "spikes",
+    "streams",
+)
+
+
+def test_a_checkpoint_that_lacks_something_is_refused_in_one_line(
+    straight: RunConfig, tmp_path: Path
+) -> None:
+    """With right checksums: left out, of another kind, empty."""
+    run = copy_of(straight, tmp_path)
+    folder = store_of(run).newest()
+    plain = json.loads((folder / "trainer.json").read_text())
+    trainer = trainer_of(run)
+    changes: list[dict[str, Any]] = []
+    for key in NEEDED:
+        changes.append({k: v for k, v in plain.items() if k != key})
+        if isinstance(plain[key], dict):
+            changes += [{**plain, key: value} for value in ([], "text", {}, None)]
+    for changed in changes:
+        (folder / "trainer.json").write_text(json.dumps(changed))
+        _make_right(folder, folder / "trainer.json")
+        with pytest.raises((CheckpointError, DataError)) as caught:
+            trainer.resume()
+        assert str(caught.value).count("\n") == 0
+    trainer.loader.close()

@@ -1,0 +1,71 @@
+"""Activation checkpointing: the same gradients to the bit, less kept, no recurrence run again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
+from hope.scan import ScanConfig
+from train.parallel.activations import checkpoint_activations
+
+CONFIG = HopeConfig(
+    vocab_size=31,
+    dim=32,
+    num_layers=3,
+    num_heads=2,
+    pattern=("titans", "attention", "titans"),
+    titans=TitansConfig(scan=ScanConfig(memory_chunk=8, projection_chunk=16)),
+    cms=CMSConfig(levels=(LevelConfig(name="a", hidden_size=48),)),
+)
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def step(how: Any) -> tuple[dict[str, Tensor], Counter[str], int]:
+    """(gradients, operators called, bytes held for backward)."""
+    model = HopeModel(CONFIG)
+    checkpoint_activations(model, how)
+    tokens = torch.randint(0, 31, (2, 65), generator=torch.Generator().manual_seed(0))
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with Calls() as calls, saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, _ = model(tokens[:, :-1])
+        loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+        loss.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return gradients, calls.counts, sum(held.values())
+
+
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_gradients_are_the_same_and_no_scan_runs_twice(how: str) -> None:
+    plain, plain_calls, _ = step("none")
+    gradients, calls, _ = step(how)
+    assert gradients.keys() == plain.keys()
+    assert all(torch.equal(gradients[name], plain[name]) for name in plain)
+    assert calls["hope::scan_chunked"] == plain_calls["hope::scan_chunked"] == 2
+    assert calls["hope::scan_chunked_backward"] == 2
+    again = calls["aten::mm"] - plain_calls["aten::mm"]
+    assert again > 0 if how == "full" else again == 0
+    assert calls["aten::silu"] > plain_calls["aten::silu"]

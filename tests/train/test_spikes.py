@@ -1,0 +1,178 @@
+"""Loss spikes: what is one, and runs that skip it or go back behind it, as if its batches had not
+been there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from data_pipeline import Loader
+from tests.train.test_skipping import leave_out, losses_and_skips
+from tests.train.test_trainer import final_tensors, store_of
+from tools.processes import run
+from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.callbacks.metrics import read_metrics
+from train.config import validate_config
+from train.engines import open_engine
+from train.engines.native import NativeEngine
+from train.parallel.data_parallel import DataParallel
+from train.signals import StopSignals
+from train.spikes import SpikesConfig, SpikeWatch
+from train.trainer import Trainer
+
+SPIKES = {"window": 8, "threshold": 8.0, "skip_batches": 2}
+CHANGES = {
+    "model.mixer": "attention",
+    "training.total_tokens": 20 * 256,
+    "checkpoint.every_tokens": 4 * 256,
+    "evaluation.every_tokens": 5 * 256,
+}
+
+
+def spike(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
+    """The loss of the given batches is three times what it is."""
+    honest, honest_next = NativeEngine.forward_backward, Loader.__next__
+    read = -1
+
+    def counted(self: Loader) -> Any:
+        nonlocal read
+        batch = honest_next(self)
+        read = self.position // self.batch_size - 1
+        return batch
+
+    def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
+        total, state = honest(self, batch, carried)
+        return (3 * total if read in batches else total), state
+
+    patch.setattr(Loader, "__next__", counted)
+    patch.setattr(NativeEngine, "forward_backward", spoiled)
+
+
+def test_what_is_a_spike() -> None:
+    watch = SpikeWatch(SpikesConfig(action="skip", window=8, threshold=8.0))
+    noisy = [3.0, 3.2, 2.9, 3.1, 3.05, 2.95, 3.3, 2.8]
+    assert [watch.check(loss) for loss in [*noisy[:4], 50.0, *noisy[5:]]] == [None] * 8  # too early
+    assert watch.check(4.0) is None
+    assert watch.check(2.0) is None  # a fall is none
+    found = watch.check(6.0)
+    assert found is not None
+    assert found.deviations > 8
+    assert not found.undo
+    assert 6.0 not in watch.losses
+    other = SpikeWatch(watch.config)
+    other.load_state_dict(watch.state_dict())
+    assert other.check(6.0) == found
+    flat = SpikeWatch(SpikesConfig(action="rollback", window=8))
+    assert [flat.check(2.0) for _ in range(8)] == [None] * 8
+    assert flat.check(2.05) is None  # losses that agree by chance make no spikes
+    assert flat.check(2.2) is not None
+    off = SpikeWatch(SpikesConfig(window=8))
+    assert [off.check(x) for x in [1.0] * 9 + [1e6]] == [None] * 10
+
+
+def same(one: Any, other: Any) -> None:
+    first, second = final_tensors(one), final_tensors(other)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def without(make_config: Any, tmp_path: Path, batches: set[int]) -> Any:
+    config = make_config(**CHANGES, run_dir=str(tmp_path / "without"))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch, batches)
+        assert train(config, resume=False) == 0
+    return config
+
+
+def test_a_skipped_spike_is_as_if_its_batch_had_not_been_there(make_config, tmp_path: Path) -> None:
+    other = without(make_config, tmp_path, {11})
+    config = make_config(run_dir=str(tmp_path / "run"), spikes={**SPIKES, "action": "skip"})
+    with pytest.MonkeyPatch.context() as patch:
+        spike(patch, {11})
+        assert train(config, resume=False) == 0
+    same(config, other)
+    (row,) = [r for r in read_metrics(config.run_dir / "metrics.jsonl") if r["kind"] == "skip"]
+    assert row["position"] == 11 * config.batch_rows
+    assert "robust deviations above the median" in row["why"]
+
+
+def test_a_rollback_leaves_out_what_is_blamed_and_resumes_to_the_bit(
+    make_config, tmp_path: Path
+) -> None:
+    """The spike at batch 12 is blamed on 11 and 12; checkpoints lie at 4, 8 and, undone, at 12."""
+    other = without(make_config, tmp_path, {11, 12})
+    action = {**SPIKES, "action": "rollback"}
+    with pytest.MonkeyPatch.context() as patch:
+        spike(patch, {12})
+        straight = make_config(run_dir=str(tmp_path / "straight"), spikes=action)
+        assert train(straight, resume=False) == 0
+        kill = [{"kind": "raise", "step": step, "phase": "forward"} for step in (10, 13)]
+        parts = make_config(run_dir=str(tmp_path / "parts"), faults=kill)
+        for resume in (False, True):
+            with pytest.raises(RuntimeError, match="injected"):
+                train(parts, resume=resume)
+        assert train(parts, resume=True) == 0
+    same(straight, other)
+    same(straight, parts)
+    assert losses_and_skips(straight) == losses_and_skips(parts)
+    rows = read_metrics(parts.run_dir / "metrics.jsonl")
+    (back,) = [row for row in rows if row["kind"] == "rollback"]
+    assert back["checkpoint"] == "tokens-000000000002048"
+    assert back["from_tokens"] == 12 * 256
+    rows_of_batch = parts.batch_rows
+    assert back["left_out_positions"] == [11 * rows_of_batch, 12 * rows_of_batch]
+    skipped = [row["position"] for row in rows if row["kind"] == "skip"]
+    assert skipped == back["left_out_positions"]
+    store = store_of(parts)
+    plain = store.plain(store.newest())
+    assert plain["clock"]["skipped_tokens"] == 2 * 256
+    assert plain["spikes"]["left_out"] == [[p, 1] for p in skipped]
+
+
+def test_too_many_rollbacks_and_none_possible(
+    make_config, raw_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    action = {**SPIKES, "action": "rollback", "max_rollbacks": 1}
+    config = make_config(**CHANGES, run_dir=str(tmp_path / "run"), spikes=action)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    with pytest.MonkeyPatch.context() as patch:
+        spike(patch, {10, 14})
+        assert main([str(path)]) == 1
+    assert "the loss spiked again after 1 rollbacks" in capsys.readouterr().err
+    rows = read_metrics(config.run_dir / "metrics.jsonl")
+    assert [row["kind"] for row in rows].count("rollback") == 1
+    late = make_config(**{"run_dir": str(tmp_path / "late"), "checkpoint.every_tokens": 10**6})
+    with pytest.MonkeyPatch.context() as patch:
+        spike(patch, {10})
+        assert train(late, resume=False) == 0
+    kinds = [row["kind"] for row in read_metrics(late.run_dir / "metrics.jsonl")]
+    assert (kinds.count("rollback"), kinds.count("skip")) == (0, 1)
+
+
+def fit(rank: int, raw: dict[str, Any]) -> list:
+    config = validate_config(raw, "test")
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            spike(patch, {12})
+        engine = open_engine(config, DataParallel())
+        trainer = Trainer(config, corpora, StopSignals(), engine)
+        assert trainer.fit() is None
+    sums = {name: float(p.detach().double().sum()) for name, p in engine.parameters.items()}
+    trainer.loader.close()
+    return [trainer.clock.state_dict(), trainer.spikes.state_dict(), sums]
+
+
+def test_all_ranks_go_back_together(make_config, raw_config) -> None:
+    make_config(**CHANGES, spikes={**SPIKES, "threshold": 6.0, "action": "rollback"})
+    one, two = run(2, fit, raw_config)
+    assert one == two
+    assert one[0]["skipped_steps"] == 2
+    assert one[1]["rollbacks"] == 1

@@ -1,0 +1,342 @@
+"""python -m tools.bench_gpu: the scan's kernels and whole models on one GPU.
+
+Four parts, in this order (--parts): parity of the kernels in float32 and bfloat16 against the
+closed form in float64 on the same device; microseconds of each kernel beside its floor
+(tools.kernel_costs); one layer, eager and as a CUDA graph; the 340M, 760M and 1.3B sizes. Layers
+and models take one step's forward and backward of 32K tokens, in rows of 2K to 32K, in bfloat16:
+Hope, Hope-Attention, a compiled Transformer++, and flash-linear-attention's Gated DeltaNet where
+it is installed. Prints tables and writes docs/gpu/NAME.json with the chip, date and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
+from hope.init import initialise
+from hope.layer import HopeLayer
+from hope.scan import ScanConfig, ScanWeights, scan
+from tools.figures import table
+from tools.kernel_costs import PEAK_FLOPS, Shape, kernel_costs
+from train.config import load_config
+
+STEP_TOKENS = 32_768
+LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
+MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8544}
+"""Hidden width of the Transformer++ of equal parameters; the files in configs/ say the same."""
+PARTS = ("parity", "kernels", "layer", "models")
+Figures = dict[str, float]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 measured, 2 no GPU or bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench_gpu", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--sizes", nargs="+", choices=MLP_OF_TWIN, default=list(MLP_OF_TWIN))
+    parser.add_argument("--repetitions", type=int, default=10, help="steps timed (%(default)s)")
+    parser.add_argument("--name", default="bench_gpu", help="of the file in docs/gpu (%(default)s)")
+    options = parser.parse_args(arguments)
+    if any(length < 1 or STEP_TOKENS % length for length in options.lengths):
+        parser.error(f"--lengths must divide {STEP_TOKENS}, the tokens of a step")
+    if options.repetitions < 1:
+        parser.error("--repetitions must be positive")
+    if not torch.cuda.is_available():
+        print("bench_gpu: this machine has no CUDA device that torch can use", file=sys.stderr)
+        return 2
+    figures: Figures = {}
+    if "parity" in options.parts:
+        figures |= parity()
+    if "kernels" in options.parts:
+        figures |= kernels(options.repetitions)
+    if "layer" in options.parts:
+        figures |= layers(options.lengths, options.repetitions)
+    if "models" in options.parts:
+        figures |= models(options.sizes, options.lengths, options.repetitions)
+    path = Path("docs/gpu") / f"{options.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"name": options.name, **versions(), "figures": figures}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    print(f"figures: {path}")
+    return 0
+
+
+def versions() -> dict[str, str]:
+    """The chip, the date and what was installed."""
+    found = {
+        "machine": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+    }
+    for name in ("triton", "flash_attn", "fla"):
+        try:
+            found[name] = str(importlib.import_module(name).__version__)
+        except ImportError:
+            found[name] = "not installed"
+    return found
+
+
+def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
+    """Median time of a call on the device, after three to warm up."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+def scan_inputs(
+    shape: Shape, dtype: torch.dtype, device: str = "cuda"
+) -> tuple[Tensor, Tensor, ScanWeights]:
+    """x, q and weights of a scan at the model's own initial scales, leaves that want gradients."""
+    generator = torch.Generator().manual_seed(0)
+    rows, heads, tokens, d, h = shape
+
+    def draw(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        z = scale * torch.randn(*size, generator=generator) + shift
+        return z.to(device, dtype).requires_grad_()
+
+    q = torch.nn.functional.normalize(draw(rows, heads, tokens, d).detach(), dim=-1)
+    weights = ScanWeights(
+        w1=draw(5, heads, d, h, scale=0.5 * h**-0.5),
+        w2=draw(5, heads, h, d, scale=2 * d**-0.5),
+        w_eta=draw(heads, d, scale=0.1 * d**-0.5),
+        b_eta=draw(heads, scale=0.0, shift=-4.2),
+        w_alpha=draw(heads, d, scale=0.1 * d**-0.5),
+        b_alpha=draw(heads, scale=0.0, shift=9.21),
+    )
+    return draw(rows, heads, tokens, d), q.requires_grad_(), weights
+
+
+def parity() -> Figures:
+    """Largest error of output and gradients, relative to the largest value of each."""
+    figures: Figures = {}
+    rows = []
+    for width, chunk in ((64, 16), (64, 32), (64, 64), (128, 16)):
+        shape, config = Shape(2, 4, 1024, width, width), ScanConfig(chunk, 64)
+        expected = results(shape, replace(config, implementation="chunked"), torch.float64)
+        for dtype in (torch.float32, torch.bfloat16) if width == 64 else (torch.bfloat16,):
+            actual = results(shape, replace(config, implementation="triton"), dtype)
+            errors = [
+                float((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-12))
+                for a, e in zip(actual, expected, strict=True)
+            ]
+            key = f"d{width}_c{chunk}_{str(dtype).removeprefix('torch.')}"
+            figures |= {f"error_out_{key}": errors[0], f"error_gradients_{key}": max(errors[1:])}
+            rows.append([key, f"{errors[0]:.1e}", f"{max(errors[1:]):.1e}"])
+    print(table(["scan against float64", "output", "gradients"], rows), flush=True)
+    return figures
+
+
+def results(shape: Shape, config: ScanConfig, dtype: torch.dtype) -> list[Tensor]:
+    """Output and all gradients of one scan."""
+    x, q, weights = scan_inputs(shape, torch.float32)
+    x, q, *rest = (z.detach().to(dtype).requires_grad_() for z in (x, q, *weights))
+    out, _ = scan(x, q, ScanWeights(*rest), config)
+    ramp = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64)
+    loss = (out * ramp.view(out.shape).to(dtype)).sum()
+    return [out.detach(), *torch.autograd.grad(loss, [x, q, *rest])]
+
+
+def kernels(repetitions: int) -> Figures:
+    """Microseconds of every kernel over a sequence, from the profiler, beside its floor."""
+    figures: Figures = {}
+    rows = []
+    for shape in (Shape(8, 16, 4096, 64, 64), Shape(8, 12, 4096, 128, 128)):
+        config = ScanConfig(implementation="triton")
+        x, q, weights = scan_inputs(shape, torch.bfloat16)
+        leaves = [x, q, *weights]
+        found = {}
+        for stage in ("forward", "backward"):
+            out, _ = scan(x, q, weights, config)
+            torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA]
+            ) as recording:
+                for _ in range(repetitions):
+                    if stage == "forward":
+                        scan(x, q, weights, config)
+                    else:
+                        torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+                torch.cuda.synchronize()
+            for event in recording.key_averages():
+                found[f"{stage}: {event.key}"] = event.device_time_total / repetitions
+        for name, cost in kernel_costs(config, shape).items():
+            key = f"{name.replace(': ', '_')}_d{shape.width}"
+            figures |= {f"us_{key}": found[name], f"floor_us_{key}": cost.floor}
+            rows.append(
+                [
+                    key,
+                    f"{found[name]:,.0f}",
+                    f"{cost.floor:,.0f}",
+                    f"{found[name] / cost.floor:.1f}",
+                ]
+            )
+    print(table(["kernel", "us", "floor", "over it"], rows), flush=True)
+    return figures
+
+
+def step_of(module: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward and backward of a module whose first result is what matters."""
+    leaves = [x] if x.is_floating_point() else []
+    leaves += list(module.parameters())
+
+    def step() -> None:
+        result = module(x)
+        y = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
+        loss = y.float().logsumexp(-1).mean() if y.shape[-1] > 4096 else y.float().square().mean()
+        torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    return step
+
+
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The same work captured once and replayed."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def measure(
+    key: str, make: Callable[[], nn.Module], x: Tensor, flops: float, repetitions: int, graph: bool
+) -> tuple[Figures, list[list[str]]]:
+    """Tokens a second, model FLOPs utilisation and peak GiB; a size that does not fit says so."""
+    figures: Figures = {}
+    rows = []
+    for kind in ("eager", "graph") if graph else ("eager",):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            step = step_of(make(), x)
+            elapsed = milliseconds(as_graph(step) if kind == "graph" else step, repetitions)
+        except torch.OutOfMemoryError:
+            rows.append([f"{key}, {kind}", "out of memory", "", ""])
+            continue
+        rate = STEP_TOKENS / elapsed * 1e3
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        utilisation = rate * flops / PEAK_FLOPS
+        figures |= {
+            f"tokens_per_second_{key}_{kind}": rate,
+            f"mfu_{key}_{kind}": utilisation,
+            f"gib_{key}_{kind}": peak,
+        }
+        rows.append([f"{key}, {kind}", f"{rate:,.0f}", f"{utilisation:.1%}", f"{peak:.1f}"])
+    return figures, rows
+
+
+def variants(config: HopeConfig, mlp: int) -> dict[str, HopeConfig]:
+    """The same size as Hope, Hope-Attention and Transformer++ (an MLP of that width)."""
+    attention = replace(config, mixer="attention", pattern=None)
+    plain = replace(attention, cms=CMSConfig(levels=(LevelConfig(name="mlp", hidden_size=mlp),)))
+    return {"hope": config, "hope_attention": attention, "transformer": plain}
+
+
+def layers(lengths: tuple[int, ...], repetitions: int) -> Figures:
+    """One layer of the 340M size."""
+    config = load_config("configs/340m.yaml").model
+    figures: Figures = {}
+    rows = []
+    for length in lengths:
+        for name, one in variants(config, MLP_OF_TWIN["340m"]).items():
+
+            def make(one: HopeConfig = one) -> nn.Module:
+                layer = HopeLayer(one, one.mixers[0])
+                initialise(layer, seed=0)
+                layer.to("cuda", torch.bfloat16)
+                return torch.compile(layer) if one.mixer == "attention" else layer  # type: ignore
+
+            flops = sum(HopeLayer(one, one.mixers[0]).flops_per_token(length, executed=False))
+            x = torch.randn(STEP_TOKENS // length, length, one.dim, device="cuda")
+            x = x.bfloat16().requires_grad_()
+            more, lines = measure(
+                f"layer_{name}_t{length}", make, x, flops, repetitions, one.mixer == "titans"
+            )
+            figures |= more
+            rows += lines
+    print(table(["layer, 32K tokens a step", "tokens/s", "MFU", "GiB"], rows), flush=True)
+    return figures
+
+
+def models(sizes: list[str], lengths: tuple[int, ...], repetitions: int) -> Figures:
+    """Whole models, and Gated DeltaNet of their width and depth where it is installed."""
+    figures: Figures = {}
+    rows = []
+    for size in sizes:
+        config = load_config(f"configs/{size}.yaml").model
+        for length in lengths:
+            tokens = torch.randint(config.vocab_size or 1, (STEP_TOKENS // length, length))
+            tokens = tokens.cuda()
+            for name, one in variants(config, MLP_OF_TWIN[size]).items():
+
+                def make(one: HopeConfig = one) -> nn.Module:
+                    model = HopeModel(one).to("cuda", torch.bfloat16)
+                    return torch.compile(model) if one.mixer == "attention" else model  # type: ignore
+
+                with torch.device("meta"):
+                    flops = sum(HopeModel(one, seed=None).flops_per_token(length, executed=False))
+                more, lines = measure(
+                    f"{size}_{name}_t{length}", make, tokens, flops, repetitions, False
+                )
+                figures |= more
+                rows += lines
+            try:
+                make_peer = gated_deltanet(config)
+            except ImportError as error:
+                rows.append([f"{size}_gated_deltanet_t{length}", str(error), "", ""])
+                continue
+            flops = 6.0 * sum(p.numel() for p in make_peer().parameters())
+            more, lines = measure(
+                f"{size}_gated_deltanet_t{length}", make_peer, tokens, flops, repetitions, False
+            )
+            figures |= more
+            rows += lines
+    print(table(["model, 32K tokens a step", "tokens/s", "MFU", "GiB"], rows), flush=True)
+    return figures
+
+
+def gated_deltanet(config: HopeConfig) -> Callable[[], nn.Module]:
+    """flash-linear-attention's language model of the same width, depth and vocabulary.
+
+    Raises ImportError where it is not installed.
+    """
+    fla = importlib.import_module("fla.models")
+    settings = fla.GatedDeltaNetConfig(
+        hidden_size=config.dim,
+        num_hidden_layers=config.num_layers,
+        num_heads=config.num_heads,
+        head_dim=config.dim // config.num_heads,
+        vocab_size=config.vocab_size,
+        fuse_cross_entropy=False,
+    )
+    return lambda: fla.GatedDeltaNetForCausalLM(settings).to("cuda", torch.bfloat16)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

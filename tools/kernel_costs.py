@@ -1,0 +1,130 @@
+"""python -m tools.kernel_costs: operations, bytes and floor in time of each of the scan's kernels.
+
+The floor of a kernel on an H100 is the longer of its matrix products at 990 TFLOP/s (bf16) and its
+bytes at 3.35 TB/s. Nothing is run: `tools.bench_gpu` measures. Products are those of the closed
+form (`hope.flops`), what backward computes again included; the masked products of the triangular
+inverses are not. Bytes are tensors in and out once, and states where they go through memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import NamedTuple
+
+from hope.flops import backward_products, forward_products
+from hope.scan import ScanConfig
+from tools.figures import table
+
+BLOCK = 16  # hope.scan.launch.BLOCK, whose module needs triton
+PEAK_FLOPS, PEAK_BYTES = (
+    990e12,
+    3.35e12,
+)  # of an H100 SXM: bf16 operations, bytes of memory, a second
+
+
+class Shape(NamedTuple):
+    """Rows, heads, tokens, the head's width and its memories' hidden width."""
+
+    rows: int
+    heads: int
+    tokens: int
+    width: int
+    hidden: int
+
+
+class Cost(NamedTuple):
+    """Operations and bytes of a kernel over a whole sequence, all its launches together."""
+
+    flops: float
+    bytes: float
+
+    @property
+    def floor(self) -> float:
+        """Microseconds on an H100."""
+        return 1e6 * max(self.flops / PEAK_FLOPS, self.bytes / PEAK_BYTES)
+
+
+def _products(table: dict[str, int], *starts: str) -> int:
+    return sum(count for name, count in table.items() if name.startswith(starts))
+
+
+def kernel_costs(config: ScanConfig, shape: Shape, element: int = 2) -> dict[str, Cost]:
+    """Of each launch kind, for five memories: "forward: ..." in the forward pass, "backward: ..."
+    in the backward pass, which runs the forward kernels again to have every block's state.
+
+    element: bytes of an activation.
+    """
+    d, h = shape.width, shape.hidden
+    chunk = config.projection_chunk
+    chunks = shape.rows * shape.heads * shape.tokens / chunk
+    tokens = chunks * chunk
+    blocks = replace(config, memory_chunk=BLOCK)
+    mem_forward = _products(forward_products(blocks, d, h, 1, chunk), "write", "read:")
+    mem_backward = _products(backward_products(blocks, d, h, 1, chunk), "write", "read:")
+    forward = _products(forward_products(blocks, d, h, 4, chunk), "write", "read x")
+    backward = _products(backward_products(blocks, d, h, 4, chunk), "write", "read x")
+
+    state, rows_of_x = 8 * d * h, d * element  # float32 W1 and W2; one token's activations
+    kv = 8 * d + 8  # float32 k, v, eta, log alpha of a token
+    segments = chunks / config.segment_chunks
+    ends = 2 * state * segments  # a memory's state in and out of a segment
+    mem_states = state * tokens / BLOCK
+    states = 4 * state * tokens / BLOCK
+    return {
+        "forward: projections_forward": Cost(
+            2 * forward * chunks, tokens * (rows_of_x + kv) + 4 * ends
+        ),
+        "forward: memory_forward": Cost(
+            2 * mem_forward * chunks, tokens * (2 * rows_of_x + kv) + ends
+        ),
+        "backward: projections_forward": Cost(
+            2 * forward * chunks, tokens * (rows_of_x + kv) + 4 * state * segments + states
+        ),
+        "backward: memory_forward": Cost(
+            2 * mem_forward * chunks, tokens * (rows_of_x + kv) + ends + mem_states
+        ),
+        "backward: memory_backward": Cost(
+            2 * (mem_forward + mem_backward) * chunks,
+            tokens * (3 * rows_of_x + 2 * kv) + 2 * ends + mem_states,
+        ),
+        "backward: projections_backward": Cost(
+            2 * (forward + backward) * chunks,
+            tokens * (2 * rows_of_x + 2 * kv) + 12 * ends + states,
+        ),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 printed, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.kernel_costs", description=(__doc__ or "").partition(": ")[2]
+    )
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--expansion", type=int, default=1)
+    parser.add_argument("--chunks", type=int, nargs=2, default=(16, 64), metavar="TOKENS")
+    options = parser.parse_args(arguments)
+    shape = Shape(
+        options.rows, options.heads, options.tokens, options.width,
+        options.width * options.expansion,
+    )  # fmt: skip
+    if min(shape) < 1:
+        parser.error("sizes must be positive")
+    try:
+        config = ScanConfig(*options.chunks)
+    except ValueError as error:
+        parser.error(str(error))
+    rows = [
+        [name, f"{cost.flops / 1e9:,.0f}", f"{cost.bytes / 1e6:,.0f}", f"{cost.floor:,.0f}"]
+        for name, cost in kernel_costs(config, shape).items()
+    ]
+    print(table(["kernel", "GFLOP", "MB", "floor, us"], rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""What is to be sent to MLflow, as a file; and the thread that sends it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from train.redaction import redact
+from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT, write_whole
+
+AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics
+FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+
+
+class Backlog:
+    """mlflow_backlog.jsonl in the run folder: one record a line; `mlflow_sent` counts its bytes
+    that MLflow has. Memory holds none of it."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / MLFLOW_BACKLOG
+        self._sent_path = run_dir / MLFLOW_SENT
+        self.sent = int(self._sent_path.read_text()) if self._sent_path.exists() else 0
+        self.is_new = not self.path.exists()
+        self.added = threading.Event()
+        self._cut_half_a_line()
+
+    def _cut_half_a_line(self) -> None:
+        """Of a process that died while it wrote."""
+        if self.path.exists():
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
+            self.sent = min(self.sent, content.rfind(b"\n") + 1)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Append; microseconds, whatever MLflow does."""
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        self.added.set()
+
+    def next(self) -> tuple[list[dict[str, Any]], int]:
+        """Some records not yet sent, oldest first, and `sent` once they are."""
+        if not self.path.exists():
+            return [], self.sent
+        with self.path.open("rb") as file:
+            file.seek(self.sent)
+            lines: list[bytes] = []
+            for line in file:
+                if len(lines) == AT_ONCE or not line.endswith(b"\n"):
+                    break
+                lines.append(line)
+        return [json.loads(line) for line in lines], self.sent + sum(map(len, lines))
+
+    def mark(self, sent: int) -> None:
+        """MLflow has everything before this byte."""
+        write_whole(self._sent_path, str(sent))
+        self.sent = sent
+
+    def left(self) -> int:
+        """Records not yet sent."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(self.sent)
+            return sum(1 for _ in file)
+
+
+class Sender:
+    """A daemon thread that empties a backlog into one MLflow run, for as long as that takes.
+
+    trouble: the last error, without secrets; "" when the last request went well.
+    """
+
+    def __init__(
+        self, backlog: Backlog, uri: str, artifacts: Path | None, experiment: str, run_dir: Path
+    ) -> None:
+        self.backlog, self.uri, self.artifacts = backlog, uri, artifacts
+        self.experiment, self.run_dir = experiment, run_dir
+        self.trouble = ""
+        self._ending = threading.Event()
+        self._done = threading.Event()
+        self._client: Any = None
+        self._run_id = ""
+        self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
+
+    def start(self) -> None:
+        if not self._thread.is_alive() and not self._ending.is_set():
+            self._thread.start()
+
+    def finish(self, seconds: float) -> int:
+        """Send the rest for at most so long, while MLflow answers; returns how many are left."""
+        self._ending.set()
+        self.backlog.added.set()
+        self._done.wait(seconds)
+        return self.backlog.left()
+
+    def _send_all(self) -> None:
+        # MLflow would try for minutes by itself; here it is the backlog that waits.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        wait = FIRST_RETRY_S
+        while True:
+            self.backlog.added.clear()
+            ending = self._ending.is_set()
+            try:
+                while self._send_some():
+                    self.trouble, wait = "", FIRST_RETRY_S
+            except Exception as error:
+                self._tell(error)
+                if ending:
+                    break
+                self._ending.wait(wait)
+                wait = min(2 * wait, LAST_RETRY_S)
+                continue
+            if ending:
+                break
+            self.backlog.added.wait()
+        self._done.set()
+
+    def _tell(self, error: Exception) -> None:
+        """One line when the trouble begins."""
+        if not self.trouble:
+            line = " ".join(redact(str(error)).split())[:300]
+            print(f"MLflow: {line}; training goes on, sending later", file=sys.stderr)
+        self.trouble = type(error).__name__
+
+    def _send_some(self) -> bool:
+        """Send the next records; False when there are none."""
+        records, sent = self.backlog.next()
+        if not records:
+            return False
+        if not self._run_id:
+            self._open()
+        from mlflow.entities import Metric, Param
+
+        client, run_id = self._client, self._run_id
+        metrics = [
+            Metric(name, value, record["time"], record["step"])
+            for record in records
+            if "metrics" in record
+            for name, value in record["metrics"].items()
+        ]
+        for start in range(0, len(metrics), AT_ONCE):
+            client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE])
+        for record in records:
+            if "params" in record:
+                parameters = [Param(key, value) for key, value in record["params"].items()]
+                for start in range(0, len(parameters), 100):
+                    client.log_batch(run_id, params=parameters[start : start + 100])
+            elif "text" in record:
+                client.log_text(run_id, record["text"], record["name"])
+            elif "file" in record and (self.run_dir / record["file"]).exists():
+                client.log_artifact(run_id, str(self.run_dir / record["file"]), record["folder"])
+            elif "status" in record:
+                self._set_status(record["status"])
+        self.backlog.mark(sent)
+        return True
+
+    def _set_status(self, status: str) -> None:
+        if status == "RUNNING":
+            self._client.update_run(self._run_id, status=status)
+        else:
+            self._client.set_terminated(self._run_id, status=status)
+
+    def _open(self) -> None:
+        """Find or make the experiment and the run."""
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+        with self._alone():
+            client = MlflowClient(tracking_uri=self.uri)
+            experiment = client.get_experiment_by_name(self.experiment)
+            if experiment is not None:
+                experiment_id = experiment.experiment_id
+            else:
+                location = self.artifacts.as_uri() if self.artifacts else None
+                experiment_id = client.create_experiment(self.experiment, location)
+        self._client = client
+        id_file = self.run_dir / MLFLOW_RUN_ID
+        if id_file.exists():
+            self._run_id = id_file.read_text().strip()
+        else:
+            run = client.create_run(experiment_id, run_name=self.run_dir.name)
+            self._run_id = run.info.run_id
+            write_whole(id_file, self._run_id)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Runs that start together must not create the embedded store twice."""
+        if self.artifacts is None:
+            yield
+            return
+        self.artifacts.mkdir(parents=True, exist_ok=True)
+        with (self.artifacts / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

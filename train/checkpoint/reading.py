@@ -1,0 +1,135 @@
+"""Tensors of a checkpoint, whole or in the blocks that a rank needs, whatever saved them."""
+
+from __future__ import annotations
+
+import json
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.checkpoint.errors import CheckpointError
+from train.checkpoint.manifest import (
+    ITEM_BYTES,
+    PLAIN,
+    Manifest,
+    ManifestError,
+    Piece,
+    Shape,
+    TensorEntry,
+    read_manifest,
+)
+from train.checkpoint.pieces import DTYPES, local_block
+from train.checkpoint.places import Place, opened, read
+
+
+class TensorReader:
+    """The tensors of one checkpoint. Raises CheckpointError where they can't be read."""
+
+    def __init__(self, folder: Place) -> None:
+        self.folder = folder
+        try:
+            self.manifest: Manifest = read_manifest(folder)
+        except (ManifestError, OSError) as error:
+            raise CheckpointError(f"{folder} can't be read: {error}") from None
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of the tensors that start with `prefix`, sorted."""
+        return sorted(name for name in self.manifest.tensors if name.startswith(prefix))
+
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        shape = self._entry(name).shape
+        return self.block(name, (0,) * len(shape), shape)
+
+    def block(self, name: str, offset: Shape, shape: Shape) -> Tensor:
+        """The block of `shape` at `offset` of a tensor, on the CPU.
+
+        Reads the rows of each piece that the block shares with it, and no others.
+        """
+        entry = self._entry(name)
+        dtype = DTYPES[entry.dtype]
+        block: Tensor | None = None
+        for piece in entry.pieces:
+            low = [max(a, b) for a, b in zip(offset, piece.offset, strict=True)]
+            high = [
+                min(a + n, b + m)
+                for a, n, b, m in zip(offset, shape, piece.offset, piece.shape, strict=True)
+            ]
+            if any(a >= b for a, b in zip(low, high, strict=True)):
+                continue
+            found = self._rows(piece, entry, low, high)
+            if found.shape == torch.Size(shape):
+                return found.contiguous()
+            if block is None:
+                block = torch.empty(shape, dtype=dtype)
+            where = tuple(
+                slice(a - mine, b - mine) for a, b, mine in zip(low, high, offset, strict=True)
+            )
+            block[where] = found
+        return torch.empty(shape, dtype=dtype) if block is None else block
+
+    def load_into(self, targets: dict[str, Tensor]) -> None:
+        """Fill tensors, and the local part of DTensors, with the checkpoint's of the same names.
+
+        A rank reads what it needs and never holds more than one block of a tensor beside its own.
+        Raises CheckpointError for a name that is not there or has another shape.
+        """
+        for name, target in targets.items():
+            shape = self._entry(name).shape
+            if tuple(target.shape) != shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} has shape {list(shape)}, not {list(target.shape)}"
+                )
+            offset, local = local_block(target)
+            if local.numel() > 0:
+                local.copy_(self.block(name, offset, tuple(local.shape)))
+
+    def _entry(self, name: str) -> TensorEntry:
+        try:
+            return self.manifest.tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self.folder} holds no tensor {name!r}") from None
+
+    def _rows(self, piece: Piece, entry: TensorEntry, low: list[int], high: list[int]) -> Tensor:
+        """The block from `low` to `high`, in coordinates of the whole, out of one piece."""
+        item = ITEM_BYTES[entry.dtype]
+        if not piece.shape:
+            return self._read(piece, entry, 0, item).reshape(())
+        row = prod(piece.shape[1:]) * item
+        first, end = low[0] - piece.offset[0], high[0] - piece.offset[0]
+        rows = self._read(piece, entry, first * row, (end - first) * row)
+        rows = rows.view(end - first, *piece.shape[1:])
+        for axis in range(1, len(piece.shape)):
+            rows = rows.narrow(axis, low[axis] - piece.offset[axis], high[axis] - low[axis])
+        return rows
+
+    def _read(self, piece: Piece, entry: TensorEntry, start: int, length: int) -> Tensor:
+        """Elements that lie in `length` bytes from byte `start` of a piece."""
+        file = self.manifest.files[piece.file].place(self.folder, piece.file)
+        content = torch.empty(length, dtype=torch.uint8)
+        view = content.numpy().data
+        try:
+            with opened(file) as stream:
+                stream.seek(piece.start + start)
+                done = 0
+                while done < length:
+                    count = stream.readinto(view[done:])  # type: ignore[attr-defined]
+                    if not count:
+                        raise CheckpointError(f"{file} ends early")
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{file} can't be read: {error}") from None
+        return content.view(DTYPES[entry.dtype])
+
+
+def read_plain(folder: Place) -> dict[str, Any]:
+    """Everything of a checkpoint that is not a tensor. Raises CheckpointError."""
+    try:
+        content = json.loads(read(folder / PLAIN))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / PLAIN} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{folder / PLAIN} holds no mapping")
+    return content

@@ -1,0 +1,80 @@
+"""Where the bytes are: one table for the moment when there are not enough of them."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from train.optim.cadence import ACCUMULATOR
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
+
+
+class OutOfMemoryError(RuntimeError):
+    """Memory ran out during training; the message is a table of what holds it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on the CPU or on a device."""
+    cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def memory_report(trainer: Trainer) -> str:
+    """Bytes of this rank by what they are for, and what to change; several lines.
+
+    What is left of the peak after everything that has a name is activations, for the most part.
+    """
+    parameters = list(trainer.engine.parameters.values())
+    cadence = trainer.cadence
+    parts_of_levels = [p for level in cadence.levels for p in (level, level.start) if p is not None]
+    moments = [
+        tensor
+        for level in parts_of_levels
+        for parameter in level.parameters.values()
+        for tensor in level.optimizer_state(parameter).values()
+    ]
+    starts = [level.start for level in cadence.levels if level.start is not None]
+    carried = trainer.carried.values() if trainer.carried is not None else ()
+    parts = {
+        "parameters": _bytes(parameters),
+        "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
+        "optimizer states": _bytes(moments),
+        "learned starts of nested levels": _bytes(p for s in starts for p in s.parameters.values()),
+        "accumulators of slow levels": _bytes(held[ACCUMULATOR] for held in cadence.state.values()),
+        "carried fast weights": _bytes(carried),
+    }
+    device = parameters[0].device
+    if device.type == "cuda":
+        peak, what = torch.cuda.max_memory_allocated(device), "peak allocated on the device"
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        what = "peak of the process, libraries included"
+    rest = max(0, peak - sum(parts.values()))
+    parts |= {"everything else, activations first": rest, what: peak}
+    parts_of_rows = trainer.config.parallel.micro_batches
+    lines = [
+        f"out of memory on rank {trainer.ranks.rank}, in phase {trainer.ranks.pulse.phase} of step "
+        f"{trainer.ranks.pulse.step}:",
+        *(f"  {name:<42}{size / 2**20:>12,.1f} MiB" for name, size in parts.items()),
+        f"more parallel.micro_batches ({parts_of_rows} now), or activation_checkpointing, take "
+        "less for activations; optimizer.accumulator_device=cpu keeps accumulators off the device",
+    ]
+    if device.type == "cuda":
+        lines.append(torch.cuda.memory_summary(device, abbreviated=True))
+    return "\n".join(lines)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that this rank holds of some tensors."""
+    return sum(_local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,48 @@
+"""What the trainer is given to read, and what it tells of its steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from data_pipeline import Corpus
+from train.optim.cadence import NonFinite
+from train.spikes import LeftOut, Spike
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps were skipped or undone: infinite or NaN numbers, or spikes of the loss."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one step did. Rates and counts are over all ranks.
+
+    level_norms, learning_rates: of the levels that fired; level_norms before clipping.
+    """
+
+    step: int
+    tokens: int
+    loss: float  # nats per token that counts
+    grad_norm: float
+    level_norms: dict[str, float]
+    learning_rates: dict[str, float]
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class SkippedStep:
+    """A step that was read, and not trained on."""
+
+    tokens: int  # trained on before it
+    step_tokens: int
+    position: int  # in the stream, of its batch's first row
+    problem: NonFinite | Spike | LeftOut
+
+
+@dataclass
+class Corpora:
+    """The opened data of a run."""
+
+    train: list[Corpus]
+    validation: Corpus
+    domains: dict[str, Corpus] = field(default_factory=dict)  # held out, of a continual run

@@ -1,0 +1,160 @@
+"""Loss spikes: found by a robust statistic, then left out, or undone by going back.
+
+A loss is a spike when it lies more than `threshold` robust deviations (1.4826 times the median
+absolute deviation) above the median of the last `window` losses that were none. It is the loss
+over all ranks, so all of them find the same spikes; window and findings are in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from train.section import Section
+
+if TYPE_CHECKING:
+    from train.trainer import Trainer
+
+SMALLEST_DEVIATION = 0.005  # of the median: losses that agree by chance make no spikes
+
+
+class SpikesConfig(Section):
+    """What happens when the loss of a step jumps.
+
+    action: "none": it is not looked for; "skip": the batch is not trained on; "rollback": training
+        goes on from the newest checkpoint that lies before the last skip_batches batches, and
+        leaves those out; where there is none, as "skip".
+    window: how many losses it is compared with; before there are so many nothing is a spike;
+        threshold: in robust deviations.
+    max_rollbacks: after more than so many the run stops with a checkpoint, exit status 1.
+    """
+
+    action: Literal["none", "skip", "rollback"] = "none"
+    window: int = Field(64, ge=8)
+    threshold: float = Field(10.0, gt=0)
+    skip_batches: int = Field(4, ge=1)
+    max_rollbacks: int = Field(5, ge=0)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss far above its predecessors."""
+
+    loss: float
+    median: float
+    deviations: float
+    undo: bool  # whether to go back for it
+
+    def __str__(self) -> str:
+        return (
+            f"the loss {self.loss:.4f} lies {self.deviations:.1f} robust deviations above the "
+            f"median {self.median:.4f}"
+        )
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A batch that a rollback leaves out."""
+
+    rollback: int  # which one, from 1
+
+    def __str__(self) -> str:
+        return f"its batch is left out since rollback {self.rollback}"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A return to a checkpoint. positions: first rows of the batches left out from now on."""
+
+    number: int
+    checkpoint: str
+    from_tokens: int
+    positions: tuple[int, ...]
+    spike: Spike
+
+
+class SpikeWatch:
+    """The losses of a run as they come.
+
+    left_out: {position of a batch's first row: rollback that leaves it out}.
+    """
+
+    def __init__(self, config: SpikesConfig) -> None:
+        self.config = config
+        self.losses: deque[float] = deque(maxlen=config.window)
+        self.left_out: dict[int, int] = {}
+        self.rollbacks = 0
+
+    def leaves_out(self, position: int) -> LeftOut | None:
+        """Whether the batch that begins at this row of the stream is not to be trained on."""
+        rollback = self.left_out.get(position)
+        return None if rollback is None else LeftOut(rollback)
+
+    def check(self, loss: float) -> Spike | None:
+        """Compare a loss with those before it; one that is no spike joins them."""
+        if self.config.action == "none":
+            return None
+        if len(self.losses) == self.config.window:
+            middle = median(self.losses)
+            spread = 1.4826 * median(abs(value - middle) for value in self.losses)
+            spread = max(spread, SMALLEST_DEVIATION * abs(middle), math.ulp(middle))
+            deviations = (loss - middle) / spread
+            if deviations > self.config.threshold:
+                return Spike(loss, middle, deviations, self.config.action == "rollback")
+        self.losses.append(loss)
+        return None
+
+    def leave_out(self, positions: tuple[int, ...]) -> int:
+        """From now on these batches are left out; returns the number of the rollback."""
+        self.rollbacks += 1
+        self.left_out |= dict.fromkeys(positions, self.rollbacks)
+        return self.rollbacks
+
+    def state_dict(self) -> dict[str, Any]:
+        """The losses compared with, and what is left out, as plain data."""
+        return {
+            "losses": list(self.losses),
+            "left_out": [list(pair) for pair in sorted(self.left_out.items())],
+            "rollbacks": self.rollbacks,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave; what has been left out since then stays left out."""
+        self.losses = deque(state["losses"], maxlen=self.config.window)
+        self.left_out |= dict(state["left_out"])
+        self.rollbacks = max(self.rollbacks, state["rollbacks"])
+
+
+def roll_back(trainer: Trainer, position: int, spike: Spike) -> None:
+    """Go back to the newest checkpoint before the batches that a spike is blamed on, and leave
+    them out; where there is none, stay, with the step skipped.
+
+    position: of the spike's batch. Raises NonFiniteError after spikes.max_rollbacks of them.
+    """
+    from train.checkpoint import CheckpointError
+
+    settings, rows = trainer.config.spikes, trainer.config.batch_rows
+    if trainer.spikes.rollbacks >= settings.max_rollbacks:
+        trainer.give_up(
+            f"the loss spiked again after {trainer.spikes.rollbacks} rollbacks: {spike}. Lower "
+            "optimizer.lr, or raise spikes.threshold or spikes.max_rollbacks; a checkpoint was "
+            "saved"
+        )
+    first = max(0, position - (settings.skip_batches - 1) * rows)
+    try:
+        trainer.store.wait()
+        folder = trainer.store.newest(first * trainer.config.data.seq_len)
+    except CheckpointError:
+        return
+    positions = tuple(range(first, position + 1, rows))
+    from_tokens = trainer.clock.tokens
+    trainer.load(folder)
+    number = trainer.spikes.leave_out(positions)
+    rollback = Rollback(number, folder.name, from_tokens, positions, spike)
+    for callback in trainer.callbacks:
+        callback.on_rollback(trainer, rollback)

@@ -1,0 +1,200 @@
+"""The watchdog of a rank: a thread that finds a hang, says who is missing, and ends the process.
+
+Every rank writes a small heartbeat file into the run folder; only when its own training thread has
+stood still for `timeout_s` does it read those of the others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pydantic import Field
+
+from train.parallel.data_parallel import DataParallel
+from train.parallel.pulse import REMEMBERED
+from train.section import Section
+
+HANG = 76  # exit status; also of a rank that lost another one in a collective
+HEARTBEATS = ".heartbeats"
+
+
+class WatchdogConfig(Section):
+    """Ends the process, exit status 76, when its training thread makes no progress.
+
+    timeout_s: without a new phase, micro-batch or collective. More than the longest of them takes:
+    compilation, and the writing of a checkpoint.
+    """
+
+    enabled: bool = True
+    timeout_s: float = Field(900.0, gt=0)
+
+
+class Watchdog:
+    """A context manager; the thread runs between entry and exit.
+
+    A hang is found after timeout_s and at most 15 % more. A rank that moves on meanwhile was slow,
+    and nothing happens.
+    """
+
+    def __init__(self, config: WatchdogConfig, run_dir: Path, ranks: DataParallel) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.rank, self.size, self.pulse = ranks.rank, ranks.size, ranks.pulse
+        self.interval = min(5.0, config.timeout_s / 20)
+        self._shares = False
+        self._ticks = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        if self.config.enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.config.enabled:
+            self._ended.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+        if self._shares:
+            self._file(self.rank).unlink(missing_ok=True)
+
+    def share(self) -> None:
+        """The run folder is ours from here on: write heartbeats into it."""
+        if self.config.enabled and self.size > 1:
+            (self.run_dir / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+            self._shares = True
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self.interval):
+            # A thread in C, for a training thread that holds the interpreter and this one with it.
+            stderr = sys.__stderr__
+            if stderr is not None:
+                later = 2 * self.config.timeout_s + 10
+                faulthandler.dump_traceback_later(later, exit=True, file=stderr)
+            self._tell()
+            if self.pulse.idle_seconds > self.config.timeout_s:
+                self._suspect()
+
+    def _suspect(self) -> None:
+        """Look twice; if this rank still stands, say why and end the process."""
+        beats, before = self.pulse.beats, self._read()
+        if self._ended.wait(2 * self.interval):
+            return
+        self._tell()
+        after = self._read()
+        if self.pulse.beats != beats:
+            return
+        idle = self.pulse.idle_seconds
+        lines = [
+            f"watchdog: rank {self.rank} of {self.size} has made no progress for {idle:.1f} s "
+            f"(watchdog.timeout_s={self.config.timeout_s:g})",
+            *self._missing(before, after),
+            "last collectives of this rank, oldest first:",
+            *(f"  {call}" for call in list(self.pulse.collectives)),
+            *_flight_recorder(),
+            "stacks of all threads:",
+        ]
+        self._report("\n".join(lines) + "\n")
+        os._exit(HANG)
+
+    def _missing(self, before: dict[int, Any], after: dict[int, Any]) -> list[str]:
+        """One line for every rank that keeps the others waiting."""
+        call = self.pulse.inside
+        if call is None:
+            where = f"in phase {self.pulse.phase} of step {self.pulse.step}"
+            return [f"rank {self.rank} itself stands still, {where}, not in a collective"]
+        which = f"collective {call.number}, {call.name}, of step {call.step} ({call.phase})"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        words = {rank: _last_words(after.get(rank), before.get(rank)) for rank in others}
+        late = [r for r in others if r not in after or after[r]["entered"] < call.number]
+        if late:
+            return [f"rank {rank} did not arrive at {which}: {words[rank]}" for rank in late]
+        silent = [rank for rank in others if words[rank].startswith("silent")]
+        if silent:
+            return [f"rank {rank} did not leave {which}: {words[rank]}" for rank in silent]
+        return [f"every rank is alive in {which}: the network hangs"]
+
+    def _report(self, text: str) -> None:
+        """To hang-rankN.txt and to stderr, with the stacks."""
+        stderr = sys.__stderr__
+        try:
+            path = self.run_dir / f"hang-rank{self.rank}.txt"
+            with path.open("w") as file:
+                file.write(text)
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+            text = path.read_text()
+        except OSError as error:
+            if stderr is not None:
+                faulthandler.dump_traceback(file=stderr, all_threads=True)
+            text += f"above: {self.run_dir} can't be written to: {error.strerror}\n"
+        if stderr is not None:
+            stderr.write(text)
+            stderr.flush()
+
+    def _tell(self) -> None:
+        """Write this rank's heartbeat."""
+        if not self._shares:
+            return
+        self._ticks += 1
+        beat = {
+            "ticks": self._ticks,
+            "entered": self.pulse.entered,
+            "phase": self.pulse.phase,
+            "step": self.pulse.step,
+            "time": time.time(),
+        }
+        draft = self._file(self.rank).with_suffix(".draft")
+        try:
+            draft.write_text(json.dumps(beat))
+            draft.replace(self._file(self.rank))
+        except OSError:
+            return  # a full disk must not end the watch
+
+    def _read(self) -> dict[int, Any]:
+        """The heartbeats of all ranks that have one."""
+        found = {}
+        for rank in range(self.size):
+            try:
+                found[rank] = json.loads(self._file(rank).read_text())
+            except (OSError, ValueError):
+                continue
+        return found
+
+    def _file(self, rank: int) -> Path:
+        return self.run_dir / HEARTBEATS / f"rank{rank}.json"
+
+
+def _last_words(beat: dict[str, Any] | None, earlier: dict[str, Any] | None) -> str:
+    if beat is None:
+        return "it left no sign of life"
+    where = f"phase {beat['phase']} of step {beat['step']}, {beat['entered']} collectives entered"
+    if earlier is not None and beat["ticks"] == earlier["ticks"]:
+        ago = time.time() - beat["time"]
+        silent = f"silent for {ago:.1f} s (stopped, dead, or its machine is)"
+        return f"{silent}, last heard of in {where}"
+    return f"alive, in {where}"
+
+
+def _flight_recorder() -> list[str]:
+    """What torch itself recorded of the collectives: NCCL, with TORCH_FR_BUFFER_SIZE set."""
+    import torch._C._distributed_c10d as c10d
+
+    dump = getattr(c10d, "_dump_fr_trace_json", None)  # torch 2.13
+    recorded = json.loads(dump()) if dump is not None else {}
+    if not recorded.get("entries"):
+        return []
+    return ["torch's flight recorder:", json.dumps(recorded["entries"][-REMEMBERED:])]
