@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-recall bench-stability faults nodes clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-parallel bench-recall bench-stability faults nodes clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,9 @@ bench-stability: install ## a million tokens through the default memories: are t
 
 bench-model: install ## a Hope layer beside a Transformer++ layer and public implementations (half an hour)
 	$(BIN)/python -m tools.bench_model
+
+bench-parallel: install ## every layout against one process: parity, memory, speed, bubbles (half an hour)
+	$(BIN)/python -m tools.bench_parallel
 
 bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and without the memories' writes
 	$(BIN)/python -m tools.bench_recall

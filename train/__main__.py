@@ -1,4 +1,7 @@
-"""python -m train CONFIG [key=value ...] [--resume | --resume-or-start]: one run."""
+"""python -m train CONFIG [key=value ...] [--resume | --resume-or-start]: one run.
+
+With --dry-run --world-size N [--rank R]: say what a rank would hold and send, and train nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from train.checkpoint import CheckpointError, SaveError
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
+from train.dry_run.report import print_dry_run
 from train.engines import layout_of, open_engine
 from train.memory import OutOfMemoryError, is_out_of_memory, memory_report
 from train.parallel.data_parallel import DataParallel
@@ -71,12 +75,24 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NAME",
         help="continue from this checkpoint, e.g. tokens-000000001048576; later ones are set aside",
     )
+    how.add_argument(
+        "--dry-run", action="store_true", help="say what a rank would hold and send; don't train"
+    )
+    parser.add_argument("--world-size", type=int, default=1, help="ranks of the dry run")
+    parser.add_argument("--rank", type=int, default=0, help="which of them it is (default 0)")
     # The deepspeed launcher passes it; LOCAL_RANK in the environment is what counts.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
+    if not options.dry_run and (options.world_size, options.rank) != (1, 0):
+        parser.error("--world-size and --rank belong to --dry-run; torchrun sets those of a run")
     redact_logging()
     try:
         config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            if config.model.vocab_size is None:
+                config = with_vocabulary(config, open_corpora(config))
+            print_dry_run(config, options.world_size, options.rank)
+            return 0
         named = options.resume_from
         resume = options.resume or named is not None
         return train(config, resume, options.resume_or_start, named)

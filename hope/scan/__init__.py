@@ -14,6 +14,7 @@ from hope.scan.contract import (
     check_inputs,
     check_reset,
     initial_state,
+    no_autocast,
 )
 from hope.scan.reference import scan_reference
 from hope.scan.triton import scan_triton, warn_once, why_not
@@ -49,7 +50,7 @@ def scan(
     if reset is not None and validate_reset and not torch.compiler.is_compiling():
         check_reset(reset, config.projection_chunk)
     # Autocast would turn the matmuls of the fast weights into low-precision ones.
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         if config.implementation == "reference":
             return scan_reference(x, q, weights, config, state, reset)
         if config.implementation == "triton" or (config.implementation == "auto" and x.is_cuda):

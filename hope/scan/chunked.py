@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
+from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype, no_autocast
 from hope.scan.products import Scratch, over_rows
 from hope.scan.run import Run
 from hope.scan.tiles import Chunk, chunk_backward, freeze
@@ -158,7 +158,7 @@ def _scan_chunked_backward(
     state = None if state1 is None or state2 is None else (state1, state2)
     grads = _empty_gradients(x, q, weights, state)
     scratch = Scratch(saved1)
-    with torch.autocast(x.device.type, enabled=False):
+    with no_autocast(x):
         for heads in run.head_slices():
             final = (d_final1, d_final2)
             _backward_heads(run, heads, d_out, final, (saved1, saved2), state, grads, scratch)

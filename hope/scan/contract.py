@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -112,6 +113,11 @@ class ScanConfig:
         if self.checkpoint_chunks is not None:
             return self.checkpoint_chunks
         return max(1, 256 // self.projection_chunk)
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it nothing is cast; also for the meta device, which has no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -26,12 +26,13 @@ class Run:
         self.rows, self.num_heads, self.tokens, _ = x.shape
         self.num_chunks = -(-self.tokens // config.projection_chunk)
 
-    def head_slices(self) -> list[slice]:
-        """Heads that are worked on together: all of them on a GPU, few on a CPU."""
+    def head_slices(self, device: str | None = None) -> list[slice]:
+        """Heads that are worked on together: all of them on a GPU, few on a CPU (device: of that
+        type, by default where the tensors are)."""
         per_head = self.rows * min(self.tokens, self.config.projection_chunk)
         per_head *= self.weights.w1.shape[0] * self.weights.w1.shape[3]
         slices = 1
-        if self.x.device.type == "cpu":
+        if (device or self.x.device.type) == "cpu":
             slices = -(-self.num_heads // max(1, _CPU_SLICE // per_head))
         step = -(-self.num_heads // slices)
         return [slice(n, min(n + step, self.num_heads)) for n in range(0, self.num_heads, step)]

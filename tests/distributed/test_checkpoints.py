@@ -21,7 +21,7 @@ from torch.distributed.tensor import (
     zeros,
 )
 
-from tests.distributed.processes import run
+from tools.processes import run
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.manifest import damage, read_manifest
 from train.parallel.data_parallel import DataParallel

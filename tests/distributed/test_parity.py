@@ -10,58 +10,26 @@ from typing import Any
 import pytest
 
 from hope.config import HopeConfig
-from tests.distributed.layouts import LENGTH, MODELS, ROWS, Trace, make_config, trained, worst_error
-from tests.distributed.processes import run
+from tools.parity import (
+    LAYOUTS,
+    LENGTH,
+    MODELS,
+    ROWS,
+    SP,
+    TOLERANCE,
+    Trace,
+    make_config,
+    several,
+    trained,
+    worst_error,
+)
+from tools.processes import run
 from train.engines import layout_of
 from train.parallel.config import ParallelConfig
 from train.parallel.layout import Job, resolve
 from train.section import ConfigError
 
-Case = tuple[int, dict[str, Any]]
-
-SP: dict[str, Any] = {"sequence_parallel": True}
-LAYOUTS: list[Case] = [
-    (2, {}),
-    (2, {"micro_batches": 2}),
-    (2, {"dp_replicate": 1, "dp_shard": 2}),
-    (2, {"dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, "cpu_offload": True}),
-    (2, {"tp": 2}),
-    (2, {"tp": 2, **SP}),
-    (2, {"tp": 2, "micro_batches": 4, "activation_checkpointing": "full"}),
-    (2, {"tp": 2, "activation_checkpointing": "selective", **SP}),
-    (2, {"pp": 2, "micro_batches": 2}),
-    (2, {"pp": 2, "micro_batches": 4, "schedule": "gpipe"}),
-    (2, {"pp": 2, "micro_batches": 4, "schedule": "interleaved"}),
-    (2, {"pp": 2, "micro_batches": 4, "schedule": "zero-bubble"}),
-    (2, {"pp": 2, "micro_batches": 4, "schedule": "zbv"}),
-    (2, {"pp": 2, "micro_batches": 2, "activation_checkpointing": "full"}),
-    (2, {"cp": 2}),
-    (2, {"cp": 2, "micro_batches": 4}),
-    (4, {}),
-    (4, {"dp_replicate": 1, "dp_shard": 4}),
-    (4, {"dp_replicate": 2, "dp_shard": 2, "activation_checkpointing": "full"}),
-    (4, {"tp": 4, **SP}),
-    (4, {"tp": 2}),
-    (4, {"tp": 2, "dp_replicate": 1, "dp_shard": 2, **SP}),
-    (4, {"tp": 2, "pp": 2, "micro_batches": 2, **SP}),
-    (4, {"tp": 2, "cp": 2, "micro_batches": 2}),
-    (4, {"pp": 4, "micro_batches": 4}),
-    (4, {"pp": 2, "micro_batches": 2}),
-    (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}),
-    (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, "schedule": "zero-bubble"}),
-    (4, {"pp": 2, "cp": 2, "micro_batches": 2}),
-    (4, {"pp": 2, "cp": 2, "micro_batches": 2, "schedule": "interleaved"}),
-    (4, {"cp": 4, "micro_batches": 2}),
-    (4, {"cp": 2}),
-    (4, {"cp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}),
-    (8, {"pp": 2, "tp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, **SP}),
-    (8, {"pp": 2, "tp": 2, "cp": 2, "micro_batches": 2}),
-    (8, {"tp": 2, "dp_replicate": 2, "dp_shard": 2, **SP}),
-    (8, {"pp": 4, "tp": 2, "micro_batches": 4}),
-    (8, {"dp_replicate": 2, "dp_shard": 2, "cp": 2}),
-]
 QUICK = {"hope": (2,), "hope-attention": (4,), "transformer": ()}
-TOLERANCE = 1e-5
 
 
 @cache
@@ -69,10 +37,6 @@ def alone(model: str, schedule: str | None = None) -> Trace:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "1")
         return trained(0, make_config(model))
-
-
-def several(rank: int, model: str, layouts: list[dict[str, Any]]) -> list[Trace]:
-    return [trained(rank, make_config(model, one)) for one in layouts]
 
 
 def compare(model: str, world: int, layouts: list[dict[str, Any]]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.processes import run
+from tools.processes import run
 
 
 def add(rank: int, value: float) -> torch.Tensor:

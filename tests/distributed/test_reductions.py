@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.scan import ScanConfig
-from tests.distributed.processes import run
+from tools.processes import run
 from train.clock import TokenClock
 from train.optim.build import build_cadence
 from train.optim.cadence import Cadence

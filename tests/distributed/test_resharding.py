@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.distributed.processes import run
+from tools.processes import run
 from train.__main__ import train
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from tests.distributed.processes import run
+from tools.processes import run
 from train.optim.m3 import M3
 from train.optim.muon import Muon
 

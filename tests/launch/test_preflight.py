@@ -20,7 +20,7 @@ from launch import checks
 from launch.meeting import Meeting, NoAnswerError, Place
 from launch.preflight import Limits, Preflight, Probes, main
 from launch.report import Nodes, spelled
-from tests.distributed.processes import CONTEXT
+from tools.processes import CONTEXT
 from train.config import ConfigError, RunConfig, load_config
 
 HOSTS = ["worker-a", "worker-b"]

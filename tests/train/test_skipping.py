@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from data_pipeline import Loader
-from tests.distributed.processes import run
 from tests.train.test_trainer import STREAM, final_tensors, store_of
+from tools.processes import run
 from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.callbacks.metrics import read_metrics
 from train.config import validate_config

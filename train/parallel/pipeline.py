@@ -78,6 +78,17 @@ class Pipeline:
         takes = stages[0] if parallel.schedule in ("1f1b", "gpipe") else stages
         self._schedule = schedule(takes, parallel.micro_batches, loss_fn=loss, scale_grads=False)
 
+    @property
+    def indices(self) -> list[int]:
+        """This rank's stages."""
+        return self._indices
+
+    @property
+    def order(self) -> list[Any]:
+        """This rank's passes in the order of the schedule, where it has several stages; None for
+        one in which it waits."""
+        return list(self._schedule.pipeline_order[self._mesh.pp.rank])
+
     def _entering(self, part: Part, rows: int, length: int) -> Tensor:
         if part.first:
             return torch.empty(rows, length, dtype=torch.int64, device="meta")

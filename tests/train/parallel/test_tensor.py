@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy, embedding
 
 from data_pipeline import IGNORE
-from tests.distributed.processes import run
+from tools.processes import run
 from train.parallel.collectives import enter, exchange, leave
 from train.parallel.tensor import VocabularyParallel, vocabulary_parallel_loss
 

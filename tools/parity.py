@@ -1,7 +1,11 @@
-"""Training a few steps under any layout, to be compared with one process."""
+"""Layouts and models, and training a few steps of one under the other: what parity is checked on.
+
+The tests and `tools.bench_parallel` go through the same table.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +30,54 @@ MODELS: dict[str, dict[str, Any]] = {
     "hope-attention": {"pattern": ["titans", "attention"], "attention": {"conv_width": 4}},
     "transformer": {"mixer": "attention"},
 }
+
+
+Case = tuple[int, dict[str, Any]]
+
+SP: dict[str, Any] = {"sequence_parallel": True}
+LAYOUTS: list[Case] = [
+    (2, {}),
+    (2, {"micro_batches": 2}),
+    (2, {"dp_replicate": 1, "dp_shard": 2}),
+    (2, {"dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, "cpu_offload": True}),
+    (2, {"tp": 2}),
+    (2, {"tp": 2, **SP}),
+    (2, {"tp": 2, "micro_batches": 4, "activation_checkpointing": "full"}),
+    (2, {"tp": 2, "activation_checkpointing": "selective", **SP}),
+    (2, {"pp": 2, "micro_batches": 2}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "gpipe"}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "interleaved"}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "zero-bubble"}),
+    (2, {"pp": 2, "micro_batches": 4, "schedule": "zbv"}),
+    (2, {"pp": 2, "micro_batches": 2, "activation_checkpointing": "full"}),
+    (2, {"cp": 2}),
+    (2, {"cp": 2, "micro_batches": 4}),
+    (4, {}),
+    (4, {"dp_replicate": 1, "dp_shard": 4}),
+    (4, {"dp_replicate": 2, "dp_shard": 2, "activation_checkpointing": "full"}),
+    (4, {"tp": 4, **SP}),
+    (4, {"tp": 2}),
+    (4, {"tp": 2, "dp_replicate": 1, "dp_shard": 2, **SP}),
+    (4, {"tp": 2, "pp": 2, "micro_batches": 2, **SP}),
+    (4, {"tp": 2, "cp": 2, "micro_batches": 2}),
+    (4, {"pp": 4, "micro_batches": 4}),
+    (4, {"pp": 2, "micro_batches": 2}),
+    (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}),
+    (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, "schedule": "zero-bubble"}),
+    (4, {"pp": 2, "cp": 2, "micro_batches": 2}),
+    (4, {"pp": 2, "cp": 2, "micro_batches": 2, "schedule": "interleaved"}),
+    (4, {"cp": 4, "micro_batches": 2}),
+    (4, {"cp": 2}),
+    (4, {"cp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}),
+    (8, {"pp": 2, "tp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2, **SP}),
+    (8, {"pp": 2, "tp": 2, "cp": 2, "micro_batches": 2}),
+    (8, {"tp": 2, "dp_replicate": 2, "dp_shard": 2, **SP}),
+    (8, {"pp": 4, "tp": 2, "micro_batches": 4}),
+    (8, {"dp_replicate": 2, "dp_shard": 2, "cp": 2}),
+]
+"""Ranks and the section `parallel`: every layout that is compared with one process."""
+
+TOLERANCE = 1e-5
 
 
 @dataclass
@@ -96,6 +148,7 @@ def make_batch(step: int, first: int, last: int) -> Batch:
 
 
 def whole(tensor: Tensor) -> Tensor:
+    """All of a parameter, on every rank; a collective call of its ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -127,6 +180,7 @@ def trained(rank: int, config: RunConfig | dict[str, Any], steps: int = STEPS) -
 
 
 def relative(one: float, other: float) -> float:
+    """|one - other| / |other|."""
     return abs(one - other) / max(abs(other), 1e-12)
 
 
@@ -150,3 +204,21 @@ def worst_error(found: list[Trace], expected: Trace) -> float:
         names |= trace.parameters.keys()
     assert names == expected.parameters.keys()
     return max(errors)
+
+
+def alone(model: str) -> Trace:
+    """What one process does; in this process."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = "1"
+    try:
+        return trained(0, make_config(model))
+    finally:
+        if before is None:
+            del os.environ["WORLD_SIZE"]
+        else:
+            os.environ["WORLD_SIZE"] = before
+
+
+def several(rank: int, model: str, layouts: list[dict[str, Any]]) -> list[Trace]:
+    """Every layout in turn, as one of the ranks that the environment tells of."""
+    return [trained(rank, make_config(model, one)) for one in layouts]

@@ -1,0 +1,25 @@
+"""The dry run's peak memory, against the resident set's high-water mark in real steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tools.peak_memory import CASES, prediction_errors
+
+QUICK = [0, 6, 8, 12]
+"""One process, tensor, pipeline and sharded data parallel; the rest is for `make test-slow`."""
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "model"),
+    [
+        pytest.param(*case, marks=[] if number in QUICK else pytest.mark.slow)
+        for number, case in enumerate(CASES)
+    ],
+)
+def test_peak_memory_is_predicted_within_a_tenth(
+    world: int, parallel: dict[str, Any], model: dict[str, Any]
+) -> None:
+    assert max(map(abs, prediction_errors(world, parallel, **model))) < 0.1

@@ -1,0 +1,249 @@
+"""Build one rank of a cluster without the cluster, and say what it would hold and send.
+
+A fake process group answers for all other ranks; mesh, pipeline stages, tensor-parallel parts and
+FSDP2's shards are the real ones, on the meta device, where tensors have shapes and no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hope.model import num_parameters
+from hope.state import ModelState
+from train.config import RunConfig
+from train.dry_run.memory import (
+    Action,
+    Memory,
+    fsdp_buffers,
+    held_bytes,
+    local,
+    order_of_one_part,
+    order_of_one_stage,
+    peak_of_actions,
+    update_buffers,
+)
+from train.dry_run.tracing import PartBytes, trace_part
+from train.dry_run.traffic import Traffic, local_shapes, predict_traffic, steps_of_periods
+from train.engines import layout_of
+from train.evaluate.perplexity import summed_loss
+from train.parallel.carried import spec_of, state_of
+from train.parallel.data_parallel import DataParallel
+from train.parallel.layout import Layout
+from train.parallel.mesh import Mesh, make_mesh
+from train.parallel.parallelize import PRECISIONS, parallelize
+from train.parallel.part import Part
+from train.parallel.pipeline import Pipeline
+from train.parallel.tensor import loss_over
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What rank `rank` of `layout` is: its layers, parameters, bytes in memory and bytes sent."""
+
+    layout: Layout
+    rank: int
+    layers: list[range]
+    parameters: int  # numbers of them in the whole model
+    own_parameters: int  # ... on this rank
+    memory: Memory
+    traffic: Traffic
+
+
+@contextmanager
+def fake_ranks(world_size: int, rank: int) -> Iterator[DataParallel]:
+    """Rank `rank` of so many, alone: collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    ranks = DataParallel.alone()
+    ranks.size, ranks.rank = world_size, rank
+    if world_size == 1:
+        yield ranks
+        return
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") -> DryRun:
+    """Build rank `rank`; ConfigError where `config` can't be laid out over so many ranks.
+
+    device: the type of device that the memory is predicted for ("cpu" or "cuda").
+    """
+    layout = layout_of(config, world_size)
+    with fake_ranks(world_size, rank) as ranks:
+        mesh = make_mesh(layout, ranks)
+        parts = parallelize(config.model, config.parallel, mesh, config.data.seq_len)
+        named: dict[str, Tensor] = {
+            name: parameter.detach()
+            for part in parts
+            for name, parameter in part.model.named_parameters()
+        }
+        return DryRun(
+            layout=layout,
+            rank=rank,
+            layers=[part.layers for part in parts],
+            parameters=num_parameters(config.model),
+            own_parameters=sum(local(one).numel() for one in named.values()),
+            memory=predict_memory(config, mesh, parts, named, device),
+            traffic=predict_traffic(config, mesh),
+        )
+
+
+def predict_memory(
+    config: RunConfig, mesh: Mesh, parts: list[Part], named: dict[str, Tensor], device: str
+) -> Memory:
+    """Bytes by kind at the peak of a step of this rank."""
+    every = steps_of_periods(config)
+    held = held_bytes(config, mesh, named, every)
+    traces = [_trace(config, mesh, layers, device) for layers in (part.layers for part in parts)]
+    actions = _actions(config, mesh, parts)
+    sharded = mesh.layout.sharded
+    reduced = held["gradients"] if sharded and mesh.layout.pp == 1 else 0
+    most = peak_of_actions(actions, traces, reduced)
+    return Memory(
+        **held,
+        fast_state=_carried_bytes(config, mesh, parts),
+        activations=max(0, most - held["gradients"]),
+        step_buffers=_step_buffers(config, mesh, parts),
+        update=update_buffers(config, mesh, named, every),
+    )
+
+
+def _rows(config: RunConfig, mesh: Mesh) -> int:
+    return -(-config.batch_rows // mesh.layout.dp)
+
+
+def _micro_rows(config: RunConfig, mesh: Mesh) -> int:
+    return -(-_rows(config, mesh) // config.parallel.micro_batches)
+
+
+def _activation_bytes(config: RunConfig, mesh: Mesh) -> int:
+    """One micro-batch between two stages."""
+    layout, parallel = mesh.layout, config.parallel
+    tokens = _micro_rows(config, mesh) * config.data.seq_len // layout.cp
+    whole = tokens * config.model.dim * _activations(config).itemsize
+    return whole // layout.tp if parallel.sequence_parallel else whole
+
+
+def _activations(config: RunConfig) -> torch.dtype:
+    return PRECISIONS[config.parallel.precision] or torch.float32
+
+
+def _state_bytes(config: RunConfig, mesh: Mesh, layers: range, rows: int) -> int:
+    spec = spec_of(config.model, layers, rows, _activations(config))
+    sizes = [prod(one.shape) * one.dtype.itemsize for one in spec.values()]
+    return sum(sizes) // mesh.layout.tp
+
+
+def _carried_bytes(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:
+    if config.training.state_carry != "stream" or mesh.cp.rank > 0:
+        return 0
+    rows = _rows(config, mesh)
+    return sum(_state_bytes(config, mesh, part.layers, rows) for part in parts)
+
+
+def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartBytes:
+    """A micro-batch of a part as this rank has it, without what FSDP2 and neighbours add."""
+    layout, parallel, sharded = mesh.layout, config.parallel, mesh.layout.sharded
+    precision = _activations(config)
+    changes: dict[str, Any] = {"compile": False}
+    if sharded:
+        changes["precision"] = "fp32"
+    alone = DataParallel.alone()
+    narrow = replace(layout, dp_replicate=1, dp_shard=1, cp=1)
+    here = replace(mesh, layout=narrow, data=alone, reduce=alone, cp=alone)
+    plain = parallel.model_copy(update=changes)
+    built = parallelize(config.model, plain, here, config.data.seq_len)
+    (part,) = [one for one in built if one.layers == layers]
+    if sharded:
+        part.to(precision)
+    rows, length = _micro_rows(config, mesh), config.data.seq_len // layout.cp
+    meta = torch.device("meta")
+    if part.first:
+        x = torch.empty(rows, length, dtype=torch.int64, device=meta)
+    else:
+        inner = length // layout.tp if parallel.sequence_parallel else length
+        x = torch.empty(rows, inner, config.model.dim, dtype=precision, device=meta)
+        x.requires_grad_()
+    starts = None
+    if config.data.tells_documents:
+        starts = torch.empty(rows, length, dtype=torch.bool, device=meta)
+    loss: Callable[[Tensor], Tensor] | None = None
+    if part.last:
+        labels = torch.empty(rows, length, dtype=torch.int64, device=meta)
+        over = summed_loss if mesh.tensor is None else loss_over(mesh.tensor.get_group())
+        loss = lambda logits: over(logits, labels)  # noqa: E731
+    part.before = before = _before(config, mesh, layers, rows)
+    given = [] if before is None else list(before.named_tensors().values())
+    released = None
+    if sharded and layout.pp == 1:
+        released = lambda name: name.startswith("layers.")  # noqa: E731
+    halves = layout.pp > 1 and parallel.schedule in ("zero-bubble", "zbv")
+    inputs = (x, torch.arange(rows), starts)
+    return trace_part(part, inputs, loss, device, given, released, halves)
+
+
+def _before(config: RunConfig, mesh: Mesh, layers: range, rows: int) -> ModelState | None:
+    """The state that a micro-batch begins with: carried, or of the piece before it."""
+    received = mesh.cp.rank > 0
+    if not received and config.training.state_carry != "stream":
+        return None
+    found = {}
+    for name, one in spec_of(config.model, layers, rows, _activations(config)).items():
+        shape = list(one.shape)
+        if one.shard_axis is not None:
+            shape[one.shard_axis] //= mesh.layout.tp
+        tensor = torch.empty(shape, dtype=one.dtype, device="meta")
+        found[name] = tensor.requires_grad_() if received else tensor
+    return state_of(found, range(layers.start, layers.stop)) if found else None
+
+
+def _actions(config: RunConfig, mesh: Mesh, parts: list[Part]) -> list[Action]:
+    """This rank's passes through its parts, in their order."""
+    parallel, layout = config.parallel, mesh.layout
+    count = parallel.micro_batches
+    if layout.pp == 1:
+        return order_of_one_part(count, int(layout.cp > 1))
+    if layout.stages_per_rank == 1:
+        return order_of_one_stage(count, layout.pp, mesh.pp.rank, parallel.schedule)
+    pipeline = Pipeline(config, mesh, parts, summed_loss, _activations(config))
+    indices = {index: number for number, index in enumerate(pipeline.indices)}
+    return [
+        Action(one.computation_type.value, indices[one.stage_index])
+        for one in pipeline.order
+        if one is not None and one.computation_type.value in ("F", "B", "I", "W")
+    ]
+
+
+def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:
+    """What FSDP2, a pipeline and neighbours along the sequence keep for a step."""
+    layout, count, found = mesh.layout, config.parallel.micro_batches, 0
+    if layout.sharded:
+        for part in parts:
+            shapes = local_shapes(part.model, layout.tp)
+            by_layer: dict[str, int] = {}
+            for name, shape in shapes.items():
+                unit = name.split(".")[1] if name.startswith("layers.") else ""
+                by_layer[unit] = by_layer.get(unit, 0) + prod(shape)
+            rest = by_layer.pop("", 0)
+            itemsize = _activations(config).itemsize
+            found += fsdp_buffers(list(by_layer.values()), rest, itemsize, layout.pp > 1)
+    if layout.pp > 1:
+        ends = [(not part.first) + (not part.last) for part in parts]
+        found += sum(ends) * count * _activation_bytes(config, mesh)
+    if layout.cp > 1:
+        states = sum(_state_bytes(config, mesh, part.layers, _rows(config, mesh)) for part in parts)
+        sends, receives = mesh.cp.rank < layout.cp - 1, mesh.cp.rank > 0
+        # Sent and not yet waited for, until the step ends; received with the next micro-batch.
+        found += sends * states + receives * min(2, count) * states // count
+    return found

@@ -1,0 +1,262 @@
+"""What a part of the model keeps and touches, found by running it on the meta device.
+
+Tensors there have shapes and no memory; a dispatch mode sees every one of them come and go. What an
+operator uses inside itself it doesn't see: of the scan's, this module runs the body too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from hope.attention import Attention
+from hope.scan import chunked
+from hope.scan.run import Run
+from train.parallel.part import Part
+
+_SEGMENTS = 2
+"""Segments of the scan after which what it uses inside repeats itself."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages made within this context that are still alive, and their peak.
+
+    scan_device: of which device type the scan is to be, "cpu" or another. ignored: tensors whose
+    storages don't count.
+    """
+
+    def __init__(self, scan_device: str = "cpu", ignored: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._scan_device = scan_device
+        self._known: Any = WeakIdKeyDictionary()
+        self._references: set[Any] = set()
+        for tensor in ignored:
+            self._known[tensor.untyped_storage()] = True
+
+    def reset_peak(self) -> None:
+        """Let the peak begin again from what is alive now."""
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return False if args[0].dtype == torch.bool else 0.0
+        if func._schema.name in _BODIES:
+            inside = scan_scratch(func._schema.name, args, self._scan_device)
+            self.peak = max(self.peak, self.live + inside)
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor) and one.is_meta:
+                self._add(one)
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = True
+        self.live += size
+
+        def gone(reference: Any) -> None:
+            self.live -= size
+            self._references.discard(reference)
+
+        self._references.add(weakref.ref(storage, gone))
+
+
+_BODIES: dict[str, Any] = {
+    "hope::scan_chunked": chunked._scan_chunked._init_fn,
+    "hope::scan_chunked_backward": chunked._scan_chunked_backward._init_fn,
+}
+_scratch_of: dict[Any, int] = {}
+
+
+def scan_scratch(name: str, args: tuple[Any, ...], device: str) -> int:
+    """Bytes that a call of one of the scan's operators has at its peak, its results included.
+
+    Its buffers are used again for every chunk and slice of heads, so that a slice and two segments
+    tell of all; the results are as long as the sequence.
+    """
+    key = (name, device, tree_map(_shape_of, args))
+    if key not in _scratch_of:
+        operator = torch.ops.hope.scan_chunked.default._schema
+        if name.endswith("backward"):
+            operator = torch.ops.hope.scan_chunked_backward.default._schema
+        bound = dict(zip([a.name for a in operator.arguments], args, strict=False))
+        whole = _results(name, bound)
+        some = _first_heads_and_segments(bound, device)
+        with torch.no_grad(), LiveBytes(device) as counted:
+            _BODIES[name](*some.values())
+        _scratch_of[key] = max(0, counted.peak - _results(name, some)) + whole
+    return _scratch_of[key]
+
+
+def _shape_of(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+
+
+def _results(name: str, bound: dict[str, Any]) -> int:
+    """Bytes of the tensors that the operator returns."""
+    if name.endswith("backward"):
+        names = ("x", "q", "w1", "w2", "w_eta", "b_eta", "w_alpha", "b_alpha", "state1", "state2")
+        return sum(bound[one].nbytes for one in names if bound[one] is not None)
+    config = _scan_config(bound)
+    made = chunked._empty_outputs(bound["x"], bound["w1"], config, bound["save"])
+    return sum(one.nbytes for one in made)
+
+
+def _scan_config(bound: dict[str, Any]) -> Any:
+    names = ("memory_chunk", "projection_chunk", "eta_max", "delta_rule", "decay_to", "read")
+    return chunked._config(
+        **{one: bound[one] for one in names}, checkpoint_chunks=bound["checkpoint_chunks"]
+    )
+
+
+def _first_heads_and_segments(bound: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same call for the heads that are worked on together, and the first segments."""
+    config, x = _scan_config(bound), bound["x"]
+    weights = [bound[one] for one in ("w1", "w2", "w_eta", "b_eta", "w_alpha", "b_alpha")]
+    run = Run(config, x, bound["q"], weights, bound["reset"])
+    heads = run.head_slices(device)[0]
+    segment = config.segment_chunks * config.projection_chunk
+    tokens = slice(0, min(x.shape[2], _SEGMENTS * segment))
+    segments = slice(0, -(-tokens.stop // segment) - 1)
+    cuts: dict[str, Callable[[Tensor], Tensor]] = {
+        **{one: lambda z: z[:, heads, tokens] for one in ("x", "q", "d_out")},
+        **{one: lambda z: z[:, heads] for one in ("w1", "w2")},
+        **{one: lambda z: z[heads] for one in ("w_eta", "b_eta", "w_alpha", "b_alpha")},
+        **{one: lambda z: z[:, :, heads] for one in ("state1", "state2", "d_final1", "d_final2")},
+        **{one: lambda z: z[segments, :, heads] for one in ("saved1", "saved2")},
+        "reset": lambda z: z[:, tokens],
+    }
+    return {
+        name: cuts[name](value) if isinstance(value, Tensor) else value
+        for name, value in bound.items()
+    }
+
+
+class FusedAttention:
+    """Softmax attention as fused kernels do it, of which the meta device knows nothing; it takes
+    the place of flash-attn in `hope.attention.Attention`. Documents cost a mask, as in torch's."""
+
+    def takes(self, q: Tensor) -> bool:
+        """Any."""
+        return True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, document_starts: Tensor | None) -> Tensor:
+        mask = None
+        if document_starts is not None:
+            rows, length = document_starts.shape
+            mask = q.new_empty(rows, 1, length, length)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, mask is None, attn_mask=mask
+        )[0]
+
+
+@dataclass(frozen=True)
+class PartBytes:
+    """Bytes of one micro-batch in a part of the model, beside parameters and what is given.
+
+    forward: at the peak of its forward pass; kept: after it; backward: at the peak of its backward
+    pass, `kept` included, with gradients of parameters that appear as it goes; again: the same
+    where they are there already and are added to (they don't count); left: after it, for the rest
+    of the step (carried state); gradients: those of the parameters. With a backward pass in halves
+    (zero-bubble schedules): backward and between, at the peak of the first half, by the inputs, and
+    after it; weights, weights_again, at the peak of the second, by the parameters.
+    """
+
+    forward: int
+    kept: int
+    backward: int
+    again: int
+    left: int
+    gradients: int
+    between: int = 0
+    weights: int = 0
+    weights_again: int = 0
+
+
+def trace_part(
+    part: Part,
+    inputs: tuple[Any, ...],
+    loss: Callable[[Tensor], Tensor] | None,
+    scan_device: str,
+    given: Iterable[Tensor] = (),
+    released: Callable[[str], bool] | None = None,
+    halves: bool = False,
+) -> PartBytes:
+    """Run one micro-batch of a part on the meta device, twice.
+
+    inputs: of `part`; loss: of its logits where the model ends here; given: more tensors that are
+    not to be counted; released: the names of parameters whose gradients don't stay (FSDP2 takes a
+    layer's as soon as it is done); halves: backward by the inputs first, then by the parameters.
+    """
+    parameters = dict(part.model.named_parameters())
+    ignored = [_local(p) for p in parameters.values()]
+    ignored += [one for one in (*inputs, *given) if isinstance(one, Tensor) and one.is_meta]
+    found: list[PartBytes] = []
+    handles = []
+    for name, parameter in parameters.items():
+        parameter.grad = None
+        if released is not None and released(name):
+            handles.append(parameter.register_post_accumulate_grad_hook(_release))
+    for module in part.model.modules():
+        if isinstance(module, Attention):
+            module.flash = FusedAttention()  # type: ignore[assignment]
+    with LiveBytes(scan_device, ignored) as counted:
+        for _ in range(2):
+            before = counted.live
+            counted.reset_peak()
+            y = part(*inputs)
+            y = y if loss is None else loss(y)
+            forward, kept = counted.peak - before, counted.live - before
+            counted.reset_peak()
+            backward, between, groups = kept, kept, None
+            if halves and not part.first:
+                # As torch's schedules do it; a first stage has no inputs to derive by.
+                _, groups = stage_backward_input([y], [torch.empty_like(y)], [inputs[0]], _of(part))
+                backward, between = counted.peak - before, counted.live - before
+                counted.reset_peak()
+            if groups is not None:
+                stage_backward_weight(_of(part), groups)
+                del groups
+            else:
+                y.backward(torch.empty_like(y))
+            last = counted.peak - before
+            del y
+            if isinstance(inputs[0], Tensor):
+                inputs[0].grad = None
+            grads = sum(_local(p.grad).nbytes for p in parameters.values() if p.grad is not None)
+            left = counted.live - before - (grads if not found else 0)
+            part._after.clear()
+            first = backward if halves else last
+            found.append(PartBytes(forward, kept, first, first, left, grads, between, last, last))
+    for handle in handles:
+        handle.remove()
+    once, twice = found
+    return replace(once, again=twice.backward, weights_again=twice.weights)
+
+
+def _of(part: Part) -> Iterator[Parameter]:
+    return part.model.parameters()
+
+
+def _release(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,272 @@
+"""Bytes that a rank sends in a training step: the formulas, axis by axis.
+
+Bytes are ring algorithms' (`train.parallel.counting.sent`). With T' tokens of the rank's rows in
+its piece of the sequences, s bytes an activation, and a whole activation A = T' dim s:
+
+tp    A layer with K levels: forward an all-reduce of A after the mixer's output and after each
+      level's; backward one before each: 2 + 2K, for one level the 4 of a Megatron Transformer
+      layer (arXiv 1909.08053). Sequence parallelism makes each an all-gather and a reduce-scatter
+      of the same bytes (arXiv 2205.05198). Token vectors and the final norm add one each, and the
+      loss three numbers a token. Fast weights: nothing.
+pp    A (its part, with sequence parallelism) forward and backward at each border of two ranks.
+cp    A Titans layer: its state, forward, and the gradient of it, backward, from rank to neighbour,
+      whatever the sequence's length; with a carried state the last rank's state to the first.
+      A softmax layer: eight all-to-alls of A.
+dp    Ranks with whole parameters, a level of P parameters that fires every N steps, R ranks: see
+      `_gradients`, and docs/levels.md. FSDP2: see `_sharded`.
+all   Counts, flags and norms, 8 bytes each, on which the ranks agree.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+
+from hope import HopeModel
+from hope.attention import Attention
+from hope.sharding import Replicate, Shard
+from hope.titans import SelfModifyingTitans
+from train.config import RunConfig
+from train.optim.levels import FAST, group_by_level, periods
+from train.parallel.counting import (
+    ALL_GATHER,
+    ALL_REDUCE,
+    ALL_TO_ALL,
+    REDUCE_SCATTER,
+    SEND,
+    sent,
+)
+from train.parallel.mesh import Mesh
+from train.parallel.parallelize import PRECISIONS
+from train.parallel.part import cut_layers
+from train.parallel.stages import layers_of_rank, stages_of_rank
+
+GRADIENT = 4
+"""Bytes of a number in a sum of gradients: float32."""
+TRAINERS_NUMBERS = 4
+"""What the trainer tells besides: loss, counted tokens, whether the state is finite, a signal."""
+
+Traffic = defaultdict[tuple[str, str], float]
+"""Bytes that this rank sends in a step, a mean over periods, by (axis, collective)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the formulas need to know of the rank's work in one step.
+
+    tokens: of its rows in its piece of the sequences; itemsize: of an activation, in bytes;
+    shapes: of its tensor-parallel part of each parameter, by name, for each of its parts.
+    """
+
+    tokens: int
+    rows: int
+    itemsize: int
+    layers: list[range]
+    parts: list[HopeModel]
+    stages: list[int]
+    shapes: list[dict[str, tuple[int, ...]]]
+
+    @property
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all parts' parameters."""
+        return {name: shape for shapes in self.shapes for name, shape in shapes.items()}
+
+
+def sizes_of(config: RunConfig, mesh: Mesh) -> Sizes:
+    """The rank's share of a step; memory is needed for nothing."""
+    layout, parallel = mesh.layout, config.parallel
+    ranges = layers_of_rank(config.model, parallel, mesh, config.data.seq_len)
+    parts = [cut_layers(config.model, layers) for layers in ranges]
+    rows = -(-config.batch_rows // layout.dp)
+    precision = PRECISIONS[parallel.precision]
+    return Sizes(
+        tokens=rows * config.data.seq_len // layout.cp,
+        rows=rows,
+        itemsize=4 if precision is None else precision.itemsize,
+        layers=ranges,
+        parts=parts,
+        stages=stages_of_rank(mesh.pp.rank, layout.pp, layout.stages_per_rank, parallel.schedule),
+        shapes=[local_shapes(part, layout.tp) for part in parts],
+    )
+
+
+def local_shapes(model: HopeModel, tp: int) -> dict[str, tuple[int, ...]]:
+    """The shape of a tensor-parallel rank's part of each parameter."""
+    plan, found = model.shard_plan(), {}
+    for name, parameter in model.named_parameters():
+        shape, placement = list(parameter.shape), plan[name]
+        if isinstance(placement, Shard):
+            shape[placement.dim] //= tp
+        found[name] = tuple(shape)
+    return found
+
+
+def predict_traffic(config: RunConfig, mesh: Mesh, numbers: int = TRAINERS_NUMBERS) -> Traffic:
+    """Bytes that this rank sends in a step, by (axis, collective).
+
+    numbers: how many the ranks add up beside the flags of the cadence.
+    """
+    sizes, layout = sizes_of(config, mesh), mesh.layout
+    parts: list[Traffic] = []
+    if layout.tp > 1:
+        parts.append(_tensor(config, mesh, sizes))
+    if layout.pp > 1:
+        parts.append(_pipeline(config, mesh, sizes))
+    if layout.cp > 1:
+        parts.append(_context(config, mesh, sizes))
+    if layout.sharded:
+        parts.append(_sharded(config, mesh, sizes))
+    elif mesh.reduce.size > 1:
+        parts.append(_gradients(config, mesh, sizes))
+    if layout.world > 1:
+        parts.append(_agreement(config, mesh, sizes, numbers))
+    return Traffic(float, {key: number for part in parts for key, number in part.items()})
+
+
+def _tensor(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+    found = Traffic(float)
+    tp, sequence = mesh.layout.tp, config.parallel.sequence_parallel
+    whole = sizes.tokens * config.model.dim * sizes.itemsize
+    levels = len(config.model.cms.levels)
+    recomputed = config.parallel.activation_checkpointing == "full"
+
+    def add(collective: str, times: float, size: float = whole) -> None:
+        found["tp", collective] += times * sent(collective, tp, size)
+
+    for own, part, shapes in zip(sizes.layers, sizes.parts, sizes.shapes, strict=True):
+        layers, first, last = len(own), own.start == 0, own.stop == config.model.num_layers
+        # Of what is computed again, the layer's last sum is in no derivative.
+        again = layers * (levels + (config.model.cms.mode == "independent")) if recomputed else 0
+        inside = layers * (1 + levels)
+        if sequence:
+            ends = int(first) + int(last)
+            add(REDUCE_SCATTER, 2 * inside + ends + again)
+            add(ALL_GATHER, 2 * inside + ends + (inside if recomputed else 0))
+            plan = part.shard_plan()
+            alike = [prod(shapes[n]) for n, where in plan.items() if isinstance(where, Replicate)]
+            shard = mesh.layout.dp_shard * mesh.layout.cp if mesh.layout.sharded else 1
+            add(ALL_REDUCE, 1, sum(-(-n // shard) for n in alike) * GRADIENT)
+        else:
+            add(ALL_REDUCE, 2 * inside + int(first) + int(last) + again)
+        if last:
+            add(ALL_REDUCE, 3, sizes.tokens * GRADIENT)
+    return found
+
+
+def _pipeline(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+    layout, parallel = mesh.layout, config.parallel
+    stages = layout.pp * layout.stages_per_rank
+    border = sizes.tokens * config.model.dim * sizes.itemsize
+    border //= layout.tp if parallel.sequence_parallel else 1
+    mine = set(sizes.stages)
+    sends = sum(
+        0 <= stage + step < stages and stage + step not in mine
+        for stage in mine
+        for step in (1, -1)
+    )
+    found = Traffic(float, {("pp", SEND): float(sends * border)})
+    ends = mesh.pp.rank in (0, layout.pp - 1)
+    if config.model.tie_embeddings and parallel.schedule != "zbv" and ends:
+        (shape,) = {s["embedding.weight"] for s in sizes.shapes if "embedding.weight" in s}
+        shard = layout.dp_shard * layout.cp if layout.sharded else 1
+        size = -(-shape[0] // shard) * prod(shape[1:]) * GRADIENT
+        found["pp", ALL_REDUCE] += sent(ALL_REDUCE, 2, size)
+    return found
+
+
+def _context(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+    found = Traffic(float)
+    layout, cp = mesh.layout, mesh.cp
+    neighbours = int(cp.rank < cp.size - 1) + int(cp.rank > 0)
+    channels = config.model.dim // layout.tp
+    for part in sizes.parts:
+        for layer in part.layers:
+            mixer = layer.mixer
+            if isinstance(mixer, SelfModifyingTitans):
+                spec = mixer.state_spec(sizes.rows, dtype=PRECISIONS[config.parallel.precision])
+                counts = {name: prod(one.shape) // layout.tp for name, one in spec.items()}
+                found["cp", SEND] += neighbours * sum(counts.values()) * 4
+                if config.training.state_carry == "stream" and cp.rank == cp.size - 1:
+                    found["cp", SEND] += sum(n * spec[k].dtype.itemsize for k, n in counts.items())
+                continue
+            assert isinstance(mixer, Attention)
+            whole = sizes.tokens * channels * sizes.itemsize
+            found["cp", ALL_TO_ALL] += 8 * sent(ALL_TO_ALL, cp.size, whole)
+            if mixer.convs is not None:
+                tails = 3 * sizes.rows * mixer.reach * channels * sizes.itemsize
+                found["cp", SEND] += neighbours * tails
+            if config.data.tells_documents:
+                found["cp", ALL_GATHER] += sent(ALL_GATHER, cp.size, sizes.tokens * cp.size)
+    return found
+
+
+def _padded(shape: tuple[int, ...], ranks: int) -> int:
+    """Numbers of a tensor whose rows are divided into equal shares, the last ones filled up."""
+    return -(-shape[0] // ranks) * ranks * prod(shape[1:])
+
+
+def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+    """FSDP2: of each layer, and of what is left, an all-gather of its parameters for every forward
+    and backward pass and a reduce-scatter of its gradients for every backward pass; with replicas
+    an all-reduce of the shares. What is left (token vectors, last norm, head) stays gathered
+    between the passes; in a pipeline everything does, from the first micro-batch to the last, and
+    gradients are added up before they travel.
+    """
+    found = Traffic(float)
+    layout, piped = mesh.layout, mesh.layout.pp > 1
+    shards = layout.dp_shard * layout.cp
+    times = 1 if piped else config.parallel.micro_batches
+    for name, shape in [pair for shapes in sizes.shapes for pair in shapes.items()]:
+        count = _padded(shape, shards)
+        passes = 2 if name.startswith("layers.") and not piped else 1
+        if shards > 1:
+            gathered = count * sizes.itemsize
+            found["dp", ALL_GATHER] += passes * times * sent(ALL_GATHER, shards, gathered)
+            found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)
+        if layout.dp_replicate > 1:
+            share = count // shards * GRADIENT
+            found["dp", ALL_REDUCE] += times * sent(ALL_REDUCE, layout.dp_replicate, share)
+    return found
+
+
+def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+    """The cadence's sums over ranks that hold the same parameters, of P numbers a level.
+
+    A level that fires every step: an all-reduce. A slower one: a reduce-scatter every step and an
+    all-gather when it fires; with `reduce: at_update` an all-reduce when it fires, and nothing
+    before.
+    """
+    found = Traffic(float)
+    ranks, every = mesh.reduce.size, steps_of_periods(config)
+    shapes = sizes.parameters
+    nested = config.model.cms.mode == "nested"
+    slowest = list(every)[-1]
+    for level, names in group_by_level(shapes, config.model).items():
+        count = sum(prod(shapes[name]) for name in names) * GRADIENT
+        padded = sum(_padded(shapes[name], ranks) for name in names) * GRADIENT
+        has_start = nested and level not in (FAST, slowest)
+        late = config.optimizer.level(level).reduce == "at_update"
+        if late or (every[level] == 1 and not has_start):
+            found["dp", ALL_REDUCE] += sent(ALL_REDUCE, ranks, count) / every[level]
+            continue
+        found["dp", REDUCE_SCATTER] += sent(REDUCE_SCATTER, ranks, padded)
+        found["dp", ALL_GATHER] += sent(ALL_GATHER, ranks, padded) / every[level]
+    return found
+
+
+def _agreement(config: RunConfig, mesh: Mesh, sizes: Sizes, numbers: int) -> Traffic:
+    """Which parameters have a gradient, over the ranks that share them; over all ranks, which
+    levels and ranks have something that is not finite, `numbers` more, and norms in parts."""
+    world, reduce = mesh.world.size, mesh.reduce.size
+    every = steps_of_periods(config)
+    norms = 0.0 if mesh.layout.plain else 1 + sum(1 / steps for steps in every.values())
+    present = sent(ALL_REDUCE, reduce, 8 * len(sizes.parameters)) if reduce > 1 else 0.0
+    told = sent(ALL_REDUCE, world, 8 * (len(every) + world + numbers + norms))
+    return Traffic(float, {("all", ALL_REDUCE): present + told})
+
+
+def steps_of_periods(config: RunConfig) -> dict[str, int]:
+    """Steps between the firings of each level, fastest first."""
+    tokens = config.training.batch_tokens
+    return {name: max(1, -(-period // tokens)) for name, period in periods(config.model).items()}
