@@ -32,7 +32,7 @@ from train.optim.build import build_cadence, decays
 from train.optim.cadence import ACCUMULATOR, Cadence
 from train.optim.config import OptimizerConfig, Reduce
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 ROWS, SEQ_LEN = 8, 256
 TOKENS = ROWS * SEQ_LEN
@@ -153,7 +153,7 @@ class CountBytes(TorchDispatchMode):
 def count_traffic(rank: int, meeting: str, results: Any) -> None:
     """Run on each rank: bytes a step for both policies, of the CMS alone and of the whole model."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
-    ranks = DataParallel.alone()
+    ranks = Ranks.alone()
     ranks.rank, ranks.size = rank, RANKS
     config = model_config()
     for reduce in ("every_step", "at_update"):

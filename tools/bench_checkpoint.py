@@ -28,7 +28,7 @@ from train.evaluate.perplexity import summed_loss
 from train.optim.build import build_cadence
 from train.optim.config import OptimizerConfig
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 ROWS, SEQ_LEN = 8, 256
 TOKENS = ROWS * SEQ_LEN
@@ -89,7 +89,7 @@ def measure_time(rounds: int, steps: int, hidden_size: int, folder: Path) -> dic
     """Medians over the rounds: seconds in `save`, and of the `steps` steps after it, by kind."""
     run = Run(hidden_size)
     stores = {
-        kind: CheckpointStore(folder / kind, DataParallel.alone(), asynchronous=kind == "async")
+        kind: CheckpointStore(folder / kind, Ranks.alone(), asynchronous=kind == "async")
         for kind in ("sync", "async")
     }
     for _ in range(max(EVERY_STEPS)):  # every level fires, so that all optimizer state is there
@@ -127,7 +127,7 @@ def measure_bytes(interval: int, hidden_size: int, folder: Path) -> tuple[int, i
     The 64 steps before are for all optimizer state to be there.
     """
     run = Run(hidden_size)
-    store = CheckpointStore(folder / str(interval), DataParallel.alone())
+    store = CheckpointStore(folder / str(interval), Ranks.alone())
     written = total = 0
     for step in range(1, 2 * max(EVERY_STEPS) + 1):
         for parameter in run.model.parameters():

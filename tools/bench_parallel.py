@@ -34,8 +34,8 @@ from train.engines.native import NativeEngine
 from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel import mesh as meshes
-from train.parallel.data_parallel import DataParallel
 from train.parallel.layout import STAGES_PER_RANK
+from train.parallel.ranks import Ranks
 
 RANKS, MICRO_BATCHES = 2, 4
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def configuration(parallel: dict[str, Any], rows: int, seq_len: int) -> RunConfi
 class Steps:
     """Training steps of one layout; every rank of it calls `step`."""
 
-    def __init__(self, config: RunConfig, ranks: DataParallel) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config = config
         mesh = meshes.make_mesh(layout_of(config, ranks.size), ranks)
         self.engine = NativeEngine(config, mesh)
@@ -104,7 +104,7 @@ def measure_speed(rank: int, rounds: int, rows: int, seq_len: int) -> dict[str, 
     torch.set_flush_denormal(True)
     runs = {}
     for name, parallel in LAYOUTS.items():
-        ranks = DataParallel.alone() if name == "alone" else DataParallel()
+        ranks = Ranks.alone() if name == "alone" else Ranks()
         if name != "alone" or rank == 0:
             runs[name] = Steps(configuration(parallel, rows, seq_len), ranks)
     found: dict[str, list[float]] = {name: [] for name in LAYOUTS}
@@ -160,7 +160,7 @@ def measure_bubbles(rank: int, rounds: int, rows: int, seq_len: int) -> dict[str
     runs = {}
     for schedule in SCHEDULES:
         parallel = {"pp": RANKS, "micro_batches": MICRO_BATCHES, "schedule": schedule}
-        runs[schedule] = Steps(configuration(parallel, rows, seq_len), DataParallel())
+        runs[schedule] = Steps(configuration(parallel, rows, seq_len), Ranks())
     found: dict[str, list[float]] = {schedule: [] for schedule in SCHEDULES}
     for number in range(rounds + 1):
         for schedule, steps in runs.items():

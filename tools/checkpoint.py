@@ -30,7 +30,7 @@ from train.checkpoint.places import Place, as_place, names, remove, rename, size
 from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointStore
 from train.config import ConfigError, flatten, load_config
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS, CONFIG, RunFolderError, run_lock
 
 
@@ -153,7 +153,7 @@ def checkpoint(text: str) -> Place:
         if reason := damage(place):
             raise DamagedError(f"{place}: {reason}")
         return place
-    found: Place = CheckpointStore(store_folder(text), DataParallel.alone()).newest()
+    found: Place = CheckpointStore(store_folder(text), Ranks.alone()).newest()
     return found
 
 

@@ -20,8 +20,8 @@ from tools.fault_processes import Attempt, attempt
 from train.callbacks.faults import FIRED, read_fired
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
-from train.parallel.data_parallel import DataParallel
 from train.parallel.pulse import FIRST_RANK_PHASES
+from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS, METRICS
 
 STEPS = 24
@@ -189,4 +189,4 @@ def _measured(run_dir: Path) -> list[tuple[Any, ...]]:
 
 
 def _store(run_dir: Path) -> CheckpointStore:
-    return CheckpointStore(run_dir / CHECKPOINTS, DataParallel.alone(), 2)
+    return CheckpointStore(run_dir / CHECKPOINTS, Ranks.alone(), 2)

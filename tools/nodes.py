@@ -42,7 +42,7 @@ from tools.node_network import (
 )
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS, METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -252,7 +252,7 @@ class Nodes:
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
     """The model in the newest checkpoint of a run."""
-    store = CheckpointStore(run / CHECKPOINTS, DataParallel.alone(), 2)
+    store = CheckpointStore(run / CHECKPOINTS, Ranks.alone(), 2)
     return store.tensors(store.newest(), "model/")
 
 

@@ -19,7 +19,7 @@ from train.clock import TokenClock
 from train.config import RunConfig, validate_config
 from train.engines import open_engine
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 ROWS, LENGTH, VOCABULARY = 8, 32, 48
 STEP = ROWS * LENGTH
@@ -156,7 +156,7 @@ def trained(rank: int, config: RunConfig | dict[str, Any], steps: int = STEPS) -
     """Train `steps` steps as one of the ranks that the environment tells of."""
     if isinstance(config, dict):
         config = validate_config(config, "test")
-    ranks = DataParallel()
+    ranks = Ranks()
     engine = open_engine(config, ranks)
     cadence = engine.make_cadence()
     clock = TokenClock(periods(config.model))

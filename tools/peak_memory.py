@@ -23,7 +23,7 @@ from train.dry_run.build import dry_run
 from train.engines import open_engine
 from train.optim.build import build_cadence
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt's names, malloc.h
 _SMALL = 128 * 1024  # smaller tensors stay in malloc's arenas
@@ -49,7 +49,7 @@ def peak_of_training(rank: int, raw: dict[str, Any], warm_up: dict[str, Any], st
 
 
 def _train(config: RunConfig, steps: int) -> None:
-    engine = open_engine(config, DataParallel())
+    engine = open_engine(config, Ranks())
     cadence = build_cadence(engine.parameters, config.model, config.optimizer, engine.mesh)
     clock, carried = TokenClock(periods(config.model)), None
     rows, length = config.batch_rows // engine.mesh.data.size, config.data.seq_len

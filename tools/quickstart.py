@@ -19,7 +19,7 @@ from train.callbacks.mlflow import tracking_location
 from train.checkpoint import CheckpointStore, open_store
 from train.config import RunConfig, load_config
 from train.evaluate.unigram import count_labels, unigram_loss
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.run_folder import CONFIG, METRICS
 
 CONFIG_FILE = Path("configs/quickstart.yaml")
@@ -110,7 +110,7 @@ def held_out_unigram(config: RunConfig) -> float:
 
 def checkpoints(config: RunConfig) -> CheckpointStore:
     """The checkpoints of a run, as the only rank sees them."""
-    return open_store(config, DataParallel())
+    return open_store(config, Ranks())
 
 
 def _tokens(config: RunConfig) -> int:

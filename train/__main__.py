@@ -29,8 +29,8 @@ from train.continual import steps_of_domains
 from train.dry_run.report import print_dry_run
 from train.engines import layout_of, open_engine
 from train.memory import OutOfMemoryError, is_out_of_memory, memory_report
-from train.parallel.data_parallel import DataParallel
 from train.parallel.pulse import RankLostError
+from train.parallel.ranks import Ranks
 from train.records import Corpora, NonFiniteError
 from train.redaction import redact, redact_logging
 from train.run_folder import RunFolderError, claim, continues, save_config
@@ -131,7 +131,7 @@ def train(
         signals = stack.enter_context(stop_signals())
         training = config.training
         signals.deadline = walltime_deadline(training.walltime_s, training.walltime_margin_s)
-        ranks = stack.enter_context(DataParallel())
+        ranks = stack.enter_context(Ranks())
         watchdog = stack.enter_context(Watchdog(config.watchdog, config.run_dir, ranks))
         faults = Faults(config, ranks)
         try:
@@ -155,7 +155,7 @@ def _prepare(
     config: RunConfig,
     resume: bool,
     or_start: bool,
-    ranks: DataParallel,
+    ranks: Ranks,
     signals: StopSignals,
     watchdog: Watchdog,
     stack: ExitStack,

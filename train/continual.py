@@ -12,10 +12,10 @@ from typing import Any
 
 from data_pipeline import Batch, Corpus, Loader
 from train.config import ConfigError, RunConfig
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 
-def open_loader(config: RunConfig, corpora: Sequence[Corpus], ranks: DataParallel) -> Loader:
+def open_loader(config: RunConfig, corpora: Sequence[Corpus], ranks: Ranks) -> Loader:
     """The loader over `corpora` that a configuration describes, for this rank."""
     return Loader(
         corpora,
@@ -41,7 +41,7 @@ def steps_of_domains(config: RunConfig, corpora: Sequence[Corpus]) -> list[int]:
     """
     found = []
     for source, corpus in zip(config.data.train, corpora, strict=True):
-        loader = open_loader(config, [corpus], DataParallel.alone())
+        loader = open_loader(config, [corpus], Ranks.alone())
         whole = loader.num_windows // config.batch_rows
         step = config.training.batch_tokens
         wanted = whole if source.tokens is None else source.tokens // step
@@ -67,7 +67,7 @@ class DomainStream:
     after the last.
     """
 
-    def __init__(self, config: RunConfig, corpora: Sequence[Corpus], ranks: DataParallel) -> None:
+    def __init__(self, config: RunConfig, corpora: Sequence[Corpus], ranks: Ranks) -> None:
         self.names = [source.domain for source in config.data.train]
         self.steps = steps_of_domains(config, corpora)
         self._loaders = [open_loader(config, [corpus], ranks) for corpus in corpora]

@@ -22,7 +22,7 @@ from train.clock import TokenClock
 from train.optim.build import build_cadence
 from train.optim.cadence import Cadence
 from train.optim.config import OptimizerConfig, ScheduleConfig
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 
 
@@ -74,7 +74,7 @@ class OnlineAdapter:
         chosen = [level for level in everything.levels if level.name in self.every_tokens]
         own = {parameter for level in chosen for parameter in level.parameters.values()}
         ordered = [parameter for parameter in self.model.parameters() if parameter in own]
-        reduction = GradientReduction(DataParallel.alone())
+        reduction = GradientReduction(Ranks.alone())
         self.cadence = Cadence(chosen, ordered, self.settings.clip_norm, reduction)
         self.clock = TokenClock(self.every_tokens)
         self.state: ModelState | None = None

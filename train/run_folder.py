@@ -15,7 +15,7 @@ from train.checkpoint.manifest import MARKER
 from train.checkpoint.places import as_place
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -77,7 +77,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def claim(config: RunConfig, ranks: DataParallel, resume: bool, auto: bool) -> Iterator[bool]:
+def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator[bool]:
     """Hold the run folder for all ranks; yields whether its run is to be continued.
 
     auto: continue it if it has a checkpoint, begin it if not. A restart by torchrun of what this

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from train.section import ConfigError
 
 if TYPE_CHECKING:
-    from train.parallel.data_parallel import DataParallel
+    from train.parallel.ranks import Ranks
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 WALLTIME = 0  # where a signal's number would stand
@@ -52,7 +52,7 @@ class StopSignals:
         return self.received
 
 
-def agreed_status(signals: StopSignals, ranks: DataParallel) -> int | None:
+def agreed_status(signals: StopSignals, ranks: Ranks) -> int | None:
     """The exit status that any rank was asked to stop with, the same on all; None to go on."""
     told = ranks.sum([float(signals.reason == reason) for reason in REASONS])
     for reason, count in zip(REASONS, told, strict=True):

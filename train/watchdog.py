@@ -18,8 +18,8 @@ from typing import Any
 
 from pydantic import Field
 
-from train.parallel.data_parallel import DataParallel
 from train.parallel.pulse import REMEMBERED
+from train.parallel.ranks import Ranks
 from train.section import Section
 
 HANG = 76  # exit status; also of a rank that lost another one in a collective
@@ -44,7 +44,7 @@ class Watchdog:
     and nothing happens.
     """
 
-    def __init__(self, config: WatchdogConfig, run_dir: Path, ranks: DataParallel) -> None:
+    def __init__(self, config: WatchdogConfig, run_dir: Path, ranks: Ranks) -> None:
         self.config, self.run_dir = config, run_dir
         self.rank, self.size, self.pulse = ranks.rank, ranks.size, ranks.pulse
         self.interval = min(5.0, config.timeout_s / 20)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import (
 from tools.processes import run
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.manifest import damage, read_manifest
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 Layout = tuple[tuple[int, ...], list[Any]]
 
@@ -66,7 +66,7 @@ def save(rank: int, folder: str, layout: Layout, asynchronous: bool) -> dict[str
     tensors = {name: placed(tensor, mesh, where) for name, tensor in content().items()}
     tensors["model/plain"] = torch.arange(9.0)
     tensors[f"stream/{rank}/w1"] = torch.full((3,), float(rank))
-    store = CheckpointStore(folder, DataParallel(), asynchronous=asynchronous)
+    store = CheckpointStore(folder, Ranks(), asynchronous=asynchronous)
     store.save(1, tensors, {"clock": 1})
     store.finish()
     store.save(2, tensors, {"clock": 2})
@@ -79,7 +79,7 @@ def load(rank: int, folder: str, layout: Layout, rows: int) -> None:
     """Into DTensors of zeros, and whole."""
     shape, where = layout
     mesh = init_device_mesh("cpu", shape)
-    store = CheckpointStore(folder, DataParallel())
+    store = CheckpointStore(folder, Ranks())
     newest = store.newest()
     assert newest.name == "tokens-000000000000002"
     expected = content()
@@ -152,7 +152,7 @@ def fsdp(rank: int, folder: str) -> None:
     weight = distribute_tensor(torch.arange(35.0).reshape(7, 5), mesh["tp"], [Shard(0)])
     layer.weight = torch.nn.Parameter(weight)
     fully_shard(layer, mesh=mesh["dp"])
-    store = CheckpointStore(folder, DataParallel())
+    store = CheckpointStore(folder, Ranks())
     store.save(1, {"model/weight": layer.weight.detach()}, {})
     with torch.no_grad():
         layer.weight.zero_()
@@ -169,7 +169,7 @@ def test_fsdp_over_tensor_parallel(tmp_path: Path) -> None:
 
 def disagree(rank: int, folder: str) -> list[str]:
     """What does not fit together is refused on every rank, before a file is written."""
-    store = CheckpointStore(folder, DataParallel())
+    store = CheckpointStore(folder, Ranks())
     mesh = init_device_mesh("cpu", (2,))
     cases: list[dict[str, Tensor]] = [
         {"model/w": torch.zeros(2 + rank)},
@@ -196,7 +196,7 @@ def test_tensors_that_do_not_fit_together(tmp_path: Path) -> None:
 
 def fail_on_one_rank(rank: int, folder: str, asynchronous: bool) -> list[str]:
     """The second rank can't write: all ranks hear of it, and the next save works."""
-    store = CheckpointStore(folder, DataParallel(), asynchronous=asynchronous)
+    store = CheckpointStore(folder, Ranks(), asynchronous=asynchronous)
     tensors = {f"model/{rank}": torch.full((4,), float(rank))}
     store.save(1, tensors, {})
     store.finish()
@@ -240,7 +240,7 @@ def test_a_rank_that_can_not_write(tmp_path: Path, asynchronous: bool) -> None:
 
 
 def find_damage(rank: int, folder: str) -> str:
-    return CheckpointStore(folder, DataParallel()).newest().name
+    return CheckpointStore(folder, Ranks()).newest().name
 
 
 def test_all_ranks_agree_on_the_newest_that_verifies(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from train.clock import TokenClock
 from train.config import RunConfig
 from train.engines import open_engine
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 EXACT, BF16 = 1e-5, 0.05
 """Float32: round-off. Bfloat16: eight steps against float32's; one lost gradient costs 0.28."""
@@ -109,7 +109,7 @@ def test_four_ranks() -> None:
 def story(rank: int, configs: list[RunConfig], folder: str) -> Trace:
     """Four steps under each configuration, from the checkpoint of the one before. The second step
     of all is spoiled, and dropped; at the end every level fires on what it has."""
-    ranks = DataParallel()
+    ranks = Ranks()
     clock = TokenClock(periods(configs[0].model))
     losses: list[float] = []
     norms: list[dict[str, float]] = []
@@ -228,7 +228,7 @@ def test_accumulated_gradients_are_float32_in_bf16() -> None:
 
 
 def pending(rank: int, config: RunConfig) -> dict[str, Tensor]:
-    engine = open_engine(config, DataParallel())
+    engine = open_engine(config, Ranks())
     cadence = engine.make_cadence()
     batch = make_batch(0, 0, ROWS)
     engine.forward_backward(batch, None)

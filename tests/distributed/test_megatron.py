@@ -10,7 +10,7 @@ from tests.distributed.layouts import Trace, make_config, trained, worst_error
 from tests.distributed.processes import run
 from train.config import ConfigError, RunConfig
 from train.engines import layout_of, open_engine
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 TP = {"tp": 2}
 MEGATRON = {"tp": 2, "tensor_backend": "megatron"}
@@ -67,7 +67,7 @@ def test_four_ranks() -> None:
 
 
 def layers_of(rank: int, config: RunConfig) -> list[str]:
-    (part,) = open_engine(config, DataParallel()).parts  # type: ignore[attr-defined]
+    (part,) = open_engine(config, Ranks()).parts  # type: ignore[attr-defined]
     bases = [
         f"{base.__module__}.{base.__name__}"
         for module in part.model.modules()

@@ -21,7 +21,7 @@ from train.optim.cadence import Cadence
 from train.optim.config import LevelOptimizerConfig, OptimizerConfig
 from train.optim.levels import periods
 from train.parallel import reduction
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 
 ROWS, LENGTH = 12, 16
@@ -65,7 +65,7 @@ def backward(model: nn.Module, step: int, rank: int, size: int) -> None:
 
 
 def steps(
-    model: nn.Module, cadence: Cadence, clock: TokenClock, count: int, ranks: DataParallel
+    model: nn.Module, cadence: Cadence, clock: TokenClock, count: int, ranks: Ranks
 ) -> list[dict[str, float]]:
     """Train `count` steps; the norms of what fired in each."""
     norms = []
@@ -86,7 +86,7 @@ def trained(
     """Train from the start, or go on from `saved`; the norms, and everything a checkpoint holds."""
     config = model_config(mode)
     model = HopeModel(config)
-    ranks = DataParallel()
+    ranks = Ranks()
     cadence = build_cadence(model, config, optimizer_config(policies), ranks)
     clock = TokenClock(periods(config))
     if saved is not None:
@@ -184,7 +184,7 @@ def sums_both_ways(rank: int, seed: int, bucket: int) -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(reduction, "BUCKET_ELEMENTS", bucket)
     rng = random.Random(seed)
-    ranks = DataParallel()
+    ranks = Ranks()
     reduce = GradientReduction(ranks)
     kinds = [torch.float32, torch.float64, torch.bfloat16]
     shapes = [
@@ -236,7 +236,7 @@ def sharded(rank: int, mode: str, count: int) -> dict[str, Tensor]:
     for module in (*model.layers, model):
         module.set_gradient_divide_factor(1.0)  # sums, as everywhere here
         module.set_force_sum_reduction_for_comms(True)
-    ranks = DataParallel()
+    ranks = Ranks()
     cadence = build_cadence(model, config, optimizer_config(SCATTER), ranks)
     clock = TokenClock(periods(config))
     for half in (count // 2, count - count // 2):
@@ -263,7 +263,7 @@ def without_writes(rank: int, optimizer: OptimizerConfig) -> dict[str, Tensor]:
         **{**vars(config), "titans": TitansConfig(writes=False, scan=config.titans.scan)}
     )
     model = HopeModel(config)
-    ranks = DataParallel()
+    ranks = Ranks()
     cadence = build_cadence(model, config, optimizer, ranks)
     steps(model, cadence, TokenClock(periods(config)), 3, ranks)
     return dict(model.state_dict())

@@ -15,7 +15,7 @@ from train.__main__ import train
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
 from train.config import validate_config
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS, METRICS
 
 STEP = 256
@@ -35,8 +35,8 @@ def part(rank: int, world: int, raw: dict[str, Any], resume: bool) -> int:
     """One call of the trainer as one of the ranks that the test has connected already."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DataParallel, "__enter__", lambda self: self)
-        patch.setattr(DataParallel, "__exit__", lambda self, *_: None)
+        patch.setattr(Ranks, "__enter__", lambda self: self)
+        patch.setattr(Ranks, "__exit__", lambda self, *_: None)
         return train(validate_config(raw, "test"), resume)
 
 
@@ -51,7 +51,7 @@ def outcome(run_dir: Path) -> tuple[dict[int, float], dict[str, Tensor]]:
     """The loss of every step, by its number, and all that the last checkpoint holds."""
     rows = read_metrics(run_dir / METRICS)
     losses = {row["step"]: row["loss"] for row in rows if row["kind"] == "step"}
-    store = CheckpointStore(run_dir / CHECKPOINTS, DataParallel.alone(), 9)
+    store = CheckpointStore(run_dir / CHECKPOINTS, Ranks.alone(), 9)
     return losses, store.tensors(store.newest())
 
 

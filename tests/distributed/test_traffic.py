@@ -16,7 +16,7 @@ from train.engines import open_engine
 from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel.counting import CollectiveBytes
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 PERIOD = 2
 """Steps after which every level has fired a whole number of times."""
@@ -61,7 +61,7 @@ def one(
     model: str, parallel: dict[str, Any], changes: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, float]]:
     config = make_config(model, parallel, **{"model.cms.levels": LEVELS, **changes})
-    ranks = DataParallel()
+    ranks = Ranks()
     engine = open_engine(config, ranks)
     cadence = build_cadence(engine.parameters, config.model, config.optimizer, engine.mesh)
     clock, carried = TokenClock(periods(config.model)), None
@@ -132,7 +132,7 @@ def megatron(rank: int) -> tuple[float, float, float]:
         for layers in (2, 4):
             changes = {"model.cms.levels": level, "model.num_layers": layers}
             changes["model.titans.memory_expansion"] = expansion
-            engine = open_engine(make_config("hope", {"tp": 2}, **changes), DataParallel())
+            engine = open_engine(make_config("hope", {"tp": 2}, **changes), Ranks())
             with CollectiveBytes() as counted:
                 engine.forward_backward(make_batch(0, 0, ROWS), None)
             totals.append(counted.bytes["all-reduce"])

@@ -19,7 +19,7 @@ from train.callbacks.metrics import read_metrics
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import DomainStream
 from train.engines.native import NativeEngine
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 BATCH = 256
 
@@ -57,7 +57,7 @@ def rows_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
 def test_the_stream_is_the_domains_one_after_the_other(continual, corpora) -> None:
     config = continual()
     sources = [Corpus.open(corpora["validation"]), Corpus.open(corpora["train"])]
-    stream = DomainStream(config, sources, DataParallel.alone())
+    stream = DomainStream(config, sources, Ranks.alone())
     expected = []
     for corpus, steps in zip(sources, (9, 6), strict=True):
         loader = Loader(
@@ -76,7 +76,7 @@ def test_the_stream_is_the_domains_one_after_the_other(continual, corpora) -> No
 def test_a_whole_domain_is_read_once(continual, corpora) -> None:
     config = continual(**{"data.train": [{"path": str(corpora["train"]), "name": "all"}]})
     corpus = Corpus.open(corpora["train"])
-    stream = DomainStream(config, [corpus], DataParallel.alone())
+    stream = DomainStream(config, [corpus], Ranks.alone())
     rows = [bytes(row.numpy().tobytes()) for batch in stream for row in batch.tokens]
     loader = Loader(corpus, seq_len=32, batch_size=1, seed=0, align=16, order="stream")
     every = [next(loader).tokens[0].numpy().tobytes() for _ in range(loader.num_windows)]

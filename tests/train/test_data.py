@@ -15,9 +15,9 @@ from tests.train.test_trainer import assert_same_run, losses
 from train.__main__ import main, open_corpora, train
 from train.config import RunConfig, dump_config
 from train.continual import open_loader
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
-ALONE = DataParallel.alone()
+ALONE = Ranks.alone()
 
 
 def rows(config: RunConfig, steps: int) -> list[list[int]]:

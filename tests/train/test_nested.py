@@ -18,7 +18,7 @@ from train.optim.cadence import Cadence
 from train.optim.config import LevelOptimizerConfig, OptimizerConfig
 from train.optim.level import Level
 from train.optim.levels import periods
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 
 
@@ -147,7 +147,7 @@ def test_nested_levels_do_what_a_plain_simulation_does(kind: type, every: list[i
             level.start = Level(name, {f"{name}@start": theta0}, [torch_rule(kind, [theta0])])
             level.reset_by = slower
         levels.append(level)
-    cadence = Cadence(levels, live, math.inf, GradientReduction(DataParallel.alone()))
+    cadence = Cadence(levels, live, math.inf, GradientReduction(Ranks.alone()))
     for step, expected in enumerate(simulate(kind, every, 30), start=1):
         for p, gradient in zip(live, gradients([p.item() for p in live], step), strict=True):
             p.grad = torch.tensor([gradient], dtype=torch.float64)

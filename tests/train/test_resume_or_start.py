@@ -12,7 +12,7 @@ import yaml
 from train.__main__ import main
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def config_file(raw_config: dict[str, Any], tmp_path: Path) -> str:
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
-    store = CheckpointStore(run / "checkpoints", DataParallel.alone(), 2)
+    store = CheckpointStore(run / "checkpoints", Ranks.alone(), 2)
     return store.tensors(store.newest(), "model/")
 
 

@@ -18,7 +18,7 @@ from train.callbacks.metrics import read_metrics
 from train.config import validate_config
 from train.engines import open_engine
 from train.engines.native import NativeEngine
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.signals import StopSignals
 from train.trainer import Trainer
 
@@ -159,7 +159,7 @@ def train_with_a_poisoned_rank(rank: int, raw: dict[str, Any], batches: set[int]
     config = with_vocabulary(config, corpora)
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, batches, "gradient", rank=1)
-        engine = open_engine(config, DataParallel())
+        engine = open_engine(config, Ranks())
         trainer = Trainer(config, corpora, StopSignals(), engine)
         assert trainer.fit() is None
     sums = {name: float(p.detach().double().sum()) for name, p in engine.parameters.items()}

@@ -19,7 +19,7 @@ from train.callbacks.metrics import read_metrics
 from train.config import validate_config
 from train.engines import open_engine
 from train.engines.native import NativeEngine
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.signals import StopSignals
 from train.spikes import SpikesConfig, SpikeWatch
 from train.trainer import Trainer
@@ -162,7 +162,7 @@ def fit(rank: int, raw: dict[str, Any]) -> list:
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
             spike(patch, {12})
-        engine = open_engine(config, DataParallel())
+        engine = open_engine(config, Ranks())
         trainer = Trainer(config, corpora, StopSignals(), engine)
         assert trainer.fit() is None
     sums = {name: float(p.detach().double().sum()) for name, p in engine.parameters.items()}

@@ -15,11 +15,11 @@ from tests.train.test_trainer import assert_same_run, store_of
 from train.__main__ import main, train
 from train.checkpoint.store import tokens_of
 from train.config import ConfigError
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.run_folder import RunFolderError, claim, write_whole
 from train.signals import REQUEUE, SAME_REQUEST_S, agreed_status, stop_signals, walltime_deadline
 
-ALONE = DataParallel.alone()
+ALONE = Ranks.alone()
 
 
 @pytest.mark.parametrize(

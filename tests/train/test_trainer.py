@@ -20,7 +20,7 @@ from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.load import load_run
 from train.config import RunConfig
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 STREAM = {
     "training.state_carry": "stream",
@@ -41,7 +41,7 @@ NESTED = {
 
 
 def store_of(config: RunConfig) -> CheckpointStore:
-    return CheckpointStore(config.run_dir / "checkpoints", DataParallel(), 2)
+    return CheckpointStore(config.run_dir / "checkpoints", Ranks(), 2)
 
 
 def final_tensors(config: RunConfig) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from train.section import Section
 
 if TYPE_CHECKING:
     from train.config import RunConfig
-    from train.parallel.data_parallel import DataParallel
+    from train.parallel.ranks import Ranks
     from train.trainer import Trainer
 
 FIRED = "faults.jsonl"
@@ -90,7 +90,7 @@ class FaultConfig(Section):
 class Faults(Callback):
     """Makes the configured faults happen on this rank; used on every rank."""
 
-    def __init__(self, config: RunConfig, ranks: DataParallel) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self.config, self.pulse = config, ranks.pulse
         self.path = config.run_dir / FIRED
         self._trainer: Trainer | None = None

@@ -13,7 +13,7 @@ from train.checkpoint.manifest import MARKER, damage
 from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointError, CheckpointStore, load_parameters
 from train.config import ConfigError, InitFromConfig, RunConfig, load_config, validate_config
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS, CONFIG
 
 
@@ -62,7 +62,7 @@ def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]
     elif (path / CONFIG).exists():
         config = load_config(path / CONFIG)
         folder = config.checkpoint.url or path / CHECKPOINTS
-        checkpoint = CheckpointStore(folder, DataParallel.alone()).newest()
+        checkpoint = CheckpointStore(folder, Ranks.alone()).newest()
     else:
         raise CheckpointError(f"{path} holds no run ({CONFIG} is missing)")
     plain = read_plain(checkpoint)

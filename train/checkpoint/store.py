@@ -27,8 +27,8 @@ from train.checkpoint.places import Place, as_place, make_folder, names, remove,
 from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.retention import DRAFT, Retention
 from train.checkpoint.writer import Target, attempt
-from train.parallel.data_parallel import DataParallel
 from train.parallel.placement import fill
+from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class CheckpointStore:
     def __init__(
         self,
         folder: Place | str,
-        ranks: DataParallel,
+        ranks: Ranks,
         keep_last: int = 2,
         *,
         keep_every_tokens: int | None = None,
@@ -266,7 +266,7 @@ class CheckpointStore:
         return next((reason for reason in found if reason is not None), None)
 
 
-def open_store(config: RunConfig, ranks: DataParallel) -> CheckpointStore:
+def open_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
     """The checkpoints of a run as its configuration says."""
     settings = config.checkpoint
     return CheckpointStore(
@@ -301,7 +301,7 @@ def load_parameters(
         fill(parameter, saved[name])
 
 
-def _gather(ranks: DataParallel, value: Any) -> list[Any]:
+def _gather(ranks: Ranks, value: Any) -> list[Any]:
     """Every rank's value, in the order of ranks, on all of them; plain data only."""
     if ranks.size == 1:
         return [value]

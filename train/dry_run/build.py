@@ -35,12 +35,12 @@ from train.dry_run.traffic import Traffic, local_shapes, predict_traffic, steps_
 from train.engines import layout_of
 from train.evaluate.perplexity import summed_loss
 from train.parallel.carried import spec_of, state_of
-from train.parallel.data_parallel import DataParallel
 from train.parallel.layout import Layout
 from train.parallel.mesh import Mesh, make_mesh
 from train.parallel.parallelize import PRECISIONS, parallelize
 from train.parallel.part import Part
 from train.parallel.pipeline import Pipeline
+from train.parallel.ranks import Ranks
 from train.parallel.tensor import loss_over
 
 
@@ -58,11 +58,11 @@ class DryRun:
 
 
 @contextmanager
-def fake_ranks(world_size: int, rank: int) -> Iterator[DataParallel]:
+def fake_ranks(world_size: int, rank: int) -> Iterator[Ranks]:
     """Rank `rank` of so many, alone: collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    ranks = DataParallel.alone()
+    ranks = Ranks.alone()
     ranks.size, ranks.rank = world_size, rank
     if world_size == 1:
         yield ranks
@@ -159,7 +159,7 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
     changes: dict[str, Any] = {"compile": False}
     if sharded:
         changes["precision"] = "fp32"
-    alone = DataParallel.alone()
+    alone = Ranks.alone()
     narrow = replace(layout, dp_replicate=1, dp_shard=1, cp=1)
     here = replace(mesh, layout=narrow, data=alone, reduce=alone, cp=alone)
     plain = parallel.model_copy(update=changes)

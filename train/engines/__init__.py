@@ -7,9 +7,9 @@ from torch import Tensor
 from train.config import RunConfig
 from train.engines.native import NativeEngine
 from train.engines.parts import Engine
-from train.parallel.data_parallel import DataParallel
 from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
+from train.parallel.ranks import Ranks
 from train.zero.config import check
 
 
@@ -25,7 +25,7 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
 
 
 def open_engine(
-    config: RunConfig, ranks: DataParallel, initial: dict[str, Tensor] | None = None
+    config: RunConfig, ranks: Ranks, initial: dict[str, Tensor] | None = None
 ) -> Engine:
     """The engine that `config` names, over all ranks of the job; a collective call of them.
 

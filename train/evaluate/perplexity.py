@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from data_pipeline import IGNORE, Batch
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def evaluate(
     engine: LossOfABatch,
     batches: Iterable[Batch],
     token_bytes: np.ndarray,
-    ranks: DataParallel,
+    ranks: Ranks,
     *,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> HeldOut:

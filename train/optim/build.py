@@ -16,8 +16,8 @@ from train.optim.levels import group_by_level
 from train.optim.m3 import M3
 from train.optim.muon import Muon
 from train.optim.norms import Norms
-from train.parallel.data_parallel import DataParallel
 from train.parallel.mesh import Mesh
+from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -45,7 +45,7 @@ def build_cadence(
     model: nn.Module | Mapping[str, nn.Parameter],
     model_config: HopeConfig,
     config: OptimizerConfig,
-    ranks: DataParallel | Mesh | None = None,
+    ranks: Ranks | Mesh | None = None,
 ) -> Cadence:
     """An optimizer for every level of `model`, composed into one Cadence over `ranks` (None: one).
 
@@ -73,7 +73,7 @@ def build_cadence(
             level.reset_by = reset_by[level_name]
         levels.append(level)
     if not isinstance(ranks, Mesh):
-        reduction = GradientReduction(ranks or DataParallel.alone())
+        reduction = GradientReduction(ranks or Ranks.alone())
         return Cadence(levels, named.values(), config.clip_norm, reduction)
     layout = ranks.layout
     twice = layout.pp > 1 and model_config.tie_embeddings and ranks.pp.rank == layout.pp - 1

@@ -22,14 +22,14 @@ from hope.scan import MemoryState
 from hope.state import AttentionState, TitansState
 from hope.titans import SelfModifyingTitans
 from train.parallel.collectives import exchange
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 
 class _Receive(Function):
     """What the rank before sent; its gradient goes back there. The anchor only asks for one."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, like: Tensor, ranks: DataParallel) -> Tensor:
+    def forward(ctx: Any, anchor: Tensor, like: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks, ctx.like = ranks, like
         came = torch.empty_like(like)
         dist.recv(came, ranks.global_rank(ranks.rank - 1), group=ranks.group)
@@ -46,7 +46,7 @@ class _Send(Function):
     """Send to the rank after; gives a zero through which its gradient is fetched in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: DataParallel, sent: list[Any]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: Ranks, sent: list[Any]) -> Tensor:
         ctx.ranks, ctx.shape = ranks, x.shape
         payload = x.detach().contiguous()
         work = dist.isend(payload, ranks.global_rank(ranks.rank + 1), group=ranks.group)
@@ -77,7 +77,7 @@ class _Attach(Function):
 class Pieces:
     """The exchange of one rank with its neighbours along the sequence."""
 
-    def __init__(self, ranks: DataParallel) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._zeros: list[Tensor] = []
         self._sent: list[Any] = []
@@ -207,7 +207,7 @@ class _Shift(Function):
     """Every rank's x goes to the rank after; the first gets zeros."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: DataParallel) -> Tensor:
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
         ctx.ranks = ranks
         return _shifted(x, ranks, 1)
 
@@ -216,7 +216,7 @@ class _Shift(Function):
         return _shifted(grad, ctx.ranks, -1), None
 
 
-def _shifted(x: Tensor, ranks: DataParallel, by: int) -> Tensor:
+def _shifted(x: Tensor, ranks: Ranks, by: int) -> Tensor:
     came, x = torch.zeros_like(x), x.contiguous()
     operations = []
     if 0 <= ranks.rank + by < ranks.size:
@@ -230,7 +230,7 @@ def _shifted(x: Tensor, ranks: DataParallel, by: int) -> Tensor:
     return came
 
 
-def pass_on(model: HopeModel, ranks: DataParallel) -> Pieces:
+def pass_on(model: HopeModel, ranks: Ranks) -> Pieces:
     """Let every mixer of `model` work on its rank's piece of the sequences."""
     pieces = Pieces(ranks)
     for module in model.modules():

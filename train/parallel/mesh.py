@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from train.parallel.data_parallel import DataParallel
 from train.parallel.layout import Layout
+from train.parallel.ranks import Ranks
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -28,12 +28,12 @@ class Mesh:
     """
 
     layout: Layout
-    world: DataParallel
-    data: DataParallel = field(default_factory=DataParallel.alone)
-    reduce: DataParallel = field(default_factory=DataParallel.alone)
-    cp: DataParallel = field(default_factory=DataParallel.alone)
-    tp: DataParallel = field(default_factory=DataParallel.alone)
-    pp: DataParallel = field(default_factory=DataParallel.alone)
+    world: Ranks
+    data: Ranks = field(default_factory=Ranks.alone)
+    reduce: Ranks = field(default_factory=Ranks.alone)
+    cp: Ranks = field(default_factory=Ranks.alone)
+    tp: Ranks = field(default_factory=Ranks.alone)
+    pp: Ranks = field(default_factory=Ranks.alone)
     devices: DeviceMesh | None = None
 
     @property
@@ -65,10 +65,10 @@ class Mesh:
 
 def alone() -> Mesh:
     """One process by itself."""
-    return Mesh(Layout(), DataParallel.alone())
+    return Mesh(Layout(), Ranks.alone())
 
 
-def make_mesh(layout: Layout, world: DataParallel) -> Mesh:
+def make_mesh(layout: Layout, world: Ranks) -> Mesh:
     """The groups of `layout`; a collective call of all its ranks."""
     if layout.world != world.size:
         raise ValueError(f"a layout of {layout.world} ranks for {world.size}")
@@ -77,16 +77,16 @@ def make_mesh(layout: Layout, world: DataParallel) -> Mesh:
     sizes = [getattr(layout, axis) for axis in AXES]
     places = torch.arange(world.size).view(sizes)
 
-    def along(*axes: str) -> DataParallel:
+    def along(*axes: str) -> Ranks:
         if axes == AXES or all(getattr(layout, axis) == 1 for axis in axes):
-            return world if axes == AXES else DataParallel.alone()
+            return world if axes == AXES else Ranks.alone()
         moved = places.movedim([AXES.index(axis) for axis in axes], tuple(range(-len(axes), 0)))
         members = moved.reshape(-1, torch.Size(getattr(layout, a) for a in axes).numel()).tolist()
         if len(members) == 1:
             return world
         group, _ = dist.new_subgroups_by_enumeration(members)
         assert group is not None
-        return DataParallel.of(group, world.pulse)
+        return Ranks.of(group, world.pulse)
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     devices = init_device_mesh(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 # Under these names from torch 2.13 on, which warns of the older ones.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -33,7 +33,7 @@ class GradientReduction:
     formed in float32 (float64 for float64), in buckets of at most 8 Mi elements or one tensor.
     """
 
-    def __init__(self, ranks: DataParallel, world: DataParallel | None = None) -> None:
+    def __init__(self, ranks: Ranks, world: Ranks | None = None) -> None:
         """ranks: those that hold the same parameters; world: all of the job (default: the same)."""
         self.ranks, self.world = ranks, world or ranks
         self._mesh: DeviceMesh | None = None
@@ -130,7 +130,7 @@ class GradientReduction:
         return whole
 
 
-def _mesh_of(ranks: DataParallel, kind: str) -> DeviceMesh:
+def _mesh_of(ranks: Ranks, kind: str) -> DeviceMesh:
     if ranks.group is None:
         return init_device_mesh(kind, (ranks.size,))
     return DeviceMesh.from_group(ranks.group, kind)

@@ -28,8 +28,8 @@ from train.optim.config import OptimizerConfig
 from train.optim.level import Level
 from train.optim.levels import periods
 from train.optim.norms import Norms
-from train.parallel.data_parallel import DataParallel
 from train.parallel.mesh import Mesh
+from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 from train.zero.partitions import Partitions
 
@@ -122,7 +122,7 @@ class Published:
 class PartitionNorms(Norms):
     """Norms over partitions: every rank of the job speaks for some of their numbers."""
 
-    def __init__(self, world: DataParallel, runs: dict[nn.Parameter, list[slice]]) -> None:
+    def __init__(self, world: Ranks, runs: dict[nn.Parameter, list[slice]]) -> None:
         super().__init__()
         self._world, self._runs = world, runs
 
@@ -184,7 +184,7 @@ class ZeroCadence(Cadence):
             levels,
             tensors,
             config.clip_norm,
-            GradientReduction(DataParallel.alone(), mesh.world),
+            GradientReduction(Ranks.alone(), mesh.world),
             PartitionNorms(mesh.world, dict(zip(tensors, held.runs(), strict=True))),
         )
 

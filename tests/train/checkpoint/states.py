@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from train.checkpoint import CheckpointStore
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 
 PLAIN: dict[str, Any] = {"clock": {"tokens": 1}, "evaluation": None}
 
@@ -38,7 +38,7 @@ def state(moved: dict[str, int] | None = None) -> dict[str, Tensor]:
 
 
 def store_in(folder: Path | str, **settings: Any) -> CheckpointStore:
-    return CheckpointStore(folder, DataParallel.alone(), **settings)
+    return CheckpointStore(folder, Ranks.alone(), **settings)
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
 from train.engines import open_engine
-from train.parallel.data_parallel import DataParallel
+from train.parallel.ranks import Ranks
 from train.signals import StopSignals
 from train.trainer import Trainer
 
@@ -31,7 +31,7 @@ def named(tokens: int) -> str:
 
 
 def store_of(config: RunConfig) -> CheckpointStore:
-    return open_store(config, DataParallel.alone())
+    return open_store(config, Ranks.alone())
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_run_whose_disk_is_full_trains_to_its_end_and_says_so(
 def trainer_of(config: RunConfig) -> Trainer:
     corpora = open_corpora(config)
     config = with_vocabulary(config, corpora)
-    engine = open_engine(config, DataParallel.alone())
+    engine = open_engine(config, Ranks.alone())
     return Trainer(config, corpora, StopSignals(), engine)
 
 

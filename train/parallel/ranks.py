@@ -14,13 +14,13 @@ from torch.distributed.rendezvous import rendezvous
 from train.parallel.pulse import Pulse
 
 
-class DataParallel:
+class Ranks:
     """This process's place among a group of ranks; by default all, as torchrun's environment tells.
 
     A context manager: the process group is made on entry and destroyed on exit. One process needs
     no group, and every collective is then the identity. pulse: where this process is.
 
-    group: a part of the job (`DataParallel.of`); None for all of it.
+    group: a part of the job (`Ranks.of`); None for all of it.
     """
 
     def __init__(self) -> None:
@@ -30,14 +30,14 @@ class DataParallel:
         self.group: dist.ProcessGroup | None = None
 
     @classmethod
-    def alone(cls) -> DataParallel:
+    def alone(cls) -> Ranks:
         """One process by itself, whatever the environment says."""
         ranks = cls()
         ranks.size, ranks.rank = 1, 0
         return ranks
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup, pulse: Pulse) -> DataParallel:
+    def of(cls, group: dist.ProcessGroup, pulse: Pulse) -> Ranks:
         """The ranks of a process group that this process is in; pulse: the process's."""
         ranks = cls()
         ranks.pulse = pulse
@@ -48,7 +48,7 @@ class DataParallel:
         )
         return ranks
 
-    def __enter__(self) -> DataParallel:
+    def __enter__(self) -> Ranks:
         if self.size > 1:
             backend = "gloo"
             if torch.cuda.is_available():
