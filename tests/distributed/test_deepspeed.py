@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import rows_of_rank
-from tests.distributed.layouts import (
+from tools.parity import (
     ROWS,
     STEP,
     Trace,
@@ -21,7 +21,7 @@ from tests.distributed.layouts import (
     whole,
     worst_error,
 )
-from tests.distributed.processes import run
+from tools.processes import run
 from train.checkpoint.store import CheckpointStore
 from train.clock import TokenClock
 from train.config import RunConfig

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.layouts import Trace, make_config, trained, worst_error
-from tests.distributed.processes import run
+from tools.parity import Trace, make_config, trained, worst_error
+from tools.processes import run
 from train.config import ConfigError, RunConfig
 from train.engines import layout_of, open_engine
 from train.parallel.ranks import Ranks

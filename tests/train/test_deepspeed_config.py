@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.distributed.layouts import ROWS, make_config
+from tools.parity import ROWS, make_config
 from train.__main__ import main
 from train.config import ConfigError, RunConfig, dump_config
 from train.engines import layout_of

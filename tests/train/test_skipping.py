@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +26,27 @@ from train.trainer import Trainer
 POISONS = ("gradient", "loss")
 
 
-def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 0) -> None:
-    """Spoil what comes of the given batches (counted from 0 by the loader) on one rank."""
-    honest, honest_next = NativeEngine.forward_backward, Loader.__next__
-    read = -1
+def count_batches(patch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Tells the number, from 0, of the batch that a training loader delivered last."""
+    honest, last = Loader.__next__, -1
 
     def counted(self: Loader) -> Any:
-        nonlocal read
-        batch = honest_next(self)
-        read = self.position // self.batch_size - 1
+        nonlocal last
+        batch = honest(self)
+        last = self.position // self.batch_size - 1
         return batch
+
+    patch.setattr(Loader, "__next__", counted)
+    return lambda: last
+
+
+def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 0) -> None:
+    """Spoil what comes of the given batches (counted from 0 by the loader) on one rank."""
+    honest, last_read = NativeEngine.forward_backward, count_batches(patch)
 
     def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
         total, state = honest(self, batch, carried)
-        if read in batches and self.mesh.world.rank == rank:
+        if last_read() in batches and self.mesh.world.rank == rank:
             if what == "gradient":
                 broken = [p for n, p in self.parameters.items() if "cms.levels.2." in n]
                 broken[0].grad.view(-1)[0] = float("inf")
@@ -48,7 +56,6 @@ def poison(patch: pytest.MonkeyPatch, batches: set[int], what: str, rank: int = 
                 total = float("nan")
         return total, state
 
-    patch.setattr(Loader, "__next__", counted)
     patch.setattr(NativeEngine, "forward_backward", spoiled)
 
 

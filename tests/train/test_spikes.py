@@ -10,8 +10,7 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline import Loader
-from tests.train.test_skipping import leave_out, losses_and_skips
+from tests.train.test_skipping import count_batches, leave_out, losses_and_skips
 from tests.train.test_trainer import final_tensors, store_of
 from tools.processes import run
 from train.__main__ import main, open_corpora, train, with_vocabulary
@@ -35,20 +34,12 @@ CHANGES = {
 
 def spike(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
     """The loss of the given batches is three times what it is."""
-    honest, honest_next = NativeEngine.forward_backward, Loader.__next__
-    read = -1
-
-    def counted(self: Loader) -> Any:
-        nonlocal read
-        batch = honest_next(self)
-        read = self.position // self.batch_size - 1
-        return batch
+    honest, last_read = NativeEngine.forward_backward, count_batches(patch)
 
     def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
         total, state = honest(self, batch, carried)
-        return (3 * total if read in batches else total), state
+        return (3 * total if last_read() in batches else total), state
 
-    patch.setattr(Loader, "__next__", counted)
     patch.setattr(NativeEngine, "forward_backward", spoiled)
 
 

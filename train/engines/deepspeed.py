@@ -165,7 +165,9 @@ class DeepSpeedEngine(EngineParts):
         for number, own in enumerate(pieces, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(pieces))
             documents = None if starts is None else starts[own]
+            self.mesh.world.pulse.enter("forward")
             loss = self.loss(self._engine(tokens[own], own, documents), labels[own])
+            self.mesh.world.pulse.enter("backward")
             self._engine.backward(loss, scale_wrt_gas=False)
             total += float(loss.detach())
         return total
