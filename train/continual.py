@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from data_pipeline import Batch, Corpus, Loader
 from train.config import ConfigError, RunConfig
 from train.parallel.ranks import Ranks
@@ -30,6 +32,7 @@ def open_loader(config: RunConfig, corpora: Sequence[Corpus], ranks: Ranks) -> L
         weights=config.data.weights if len(corpora) > 1 else None,
         prefetch=config.data.prefetch,
         on_corrupt=config.data.on_corrupt,
+        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -115,6 +115,8 @@ class EngineParts:
 
     def _piece(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         starts = batch.document_starts if self.config.data.tells_documents else None
-        device = self.mesh.device
-        tokens, labels = self._cut(batch.tokens).to(device), self._cut(batch.labels).to(device)
-        return tokens, labels, None if starts is None else self._cut(starts).to(device)
+
+        def own(tensor: Tensor) -> Tensor:
+            return self._cut(tensor).to(self.mesh.device, non_blocking=True)
+
+        return own(batch.tokens), own(batch.labels), None if starts is None else own(starts)
