@@ -113,7 +113,7 @@ def configuration(
         },
         "optimizer": {"lr": 0.01, "schedule": {"warmup_tokens": 4 * STEP_TOKENS}},
         "evaluation": {"every_tokens": every, "max_tokens": 256, "batch_rows": 4},
-        "checkpoint": {"every_tokens": every, "asynchronous": not _beside_the_marker(faults)},
+        "checkpoint": {"every_tokens": every, "asynchronous": not _needs_the_last(faults)},
         "mlflow": {"enabled": False},
         "watchdog": {"timeout_s": WATCHDOG_S if _hangs(faults) else 60.0},
         "faults": list(faults),
@@ -174,9 +174,13 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def _beside_the_marker(faults: Sequence[Fault]) -> bool:
-    """Whether a fault can only come where training itself writes."""
-    return any(fault.get("phase") in FIRST_RANK_PHASES for fault in faults)
+def _needs_the_last(faults: Sequence[Fault]) -> bool:
+    """Whether a fault can only come where training itself writes, or hits a checkpoint that has to
+    be the last of several."""
+    return any(
+        fault.get("phase") in FIRST_RANK_PHASES or fault["kind"].endswith("checkpoint")
+        for fault in faults
+    )
 
 
 def _hangs(faults: Sequence[Fault]) -> bool:

@@ -106,7 +106,7 @@ def test_a_stopped_rank_is_found_and_named(data: Path, tmp_path: Path) -> None:
     assert WATCHDOG_S <= seconds < 1.15 * WATCHDOG_S + 3
     text = (tmp_path / "run" / "hang-rank0.txt").read_text()
     assert "rank 1 did not arrive at collective" in text
-    assert re.search(r"its machine is\), last heard of in phase \w+ of step [45], \d+ coll", text)
+    assert re.search(r"its machine is\), last heard of in phase [\w-]+ of step [1-5], \d+ coll", text)
     assert "all_reduce of numbers (step 5, reduce), not left" in text
     assert "in step\n" in text  # the stack of the training thread
     assert text in (tmp_path / "run.log").read_text()
@@ -149,11 +149,11 @@ def test_what_goes_wrong_is_one_readable_line(data: Path, tmp_path: Path) -> Non
         {"kind": "kill", "step": 10, "phase": "forward", "rank": 1},
     ]
     outcome = rehearse(configuration(data, tmp_path / "run", 0, faults=planned), 2)
-    assert [start.statuses[0] for start in outcome.attempts] == [1, 1, 76, 0]
+    assert [start.statuses[0] for start in outcome.attempts] == [1, 76, 0]
     text = (tmp_path / "run.log").read_text()
     assert "Traceback" not in text
     assert "No space left on device" in text
-    assert "--resume goes on from it" in text
+    assert "training goes on, and the next save tries again" in text
     assert "out of memory on rank 0, in phase backward of step 7" in text
     for part in ("parameters", "optimizer states", "accumulators of slow levels", "activations"):
         assert f"  {part}" in text or part in text, part

@@ -176,6 +176,14 @@ def rename(old: Place, new: Place) -> None:
         old.files.mv(str(old), str(new), recursive=True)
 
 
+def identity(place: Place) -> tuple[int, int] | str:
+    """The same for two names of one file. Raises OSError where there is none."""
+    if isinstance(place, URLPath):
+        return place.url
+    status = place.stat()
+    return status.st_dev, status.st_ino
+
+
 def remove(place: Place) -> None:
     """Remove a file, or a folder with all that is in it, if it is there."""
     try:

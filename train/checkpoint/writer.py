@@ -39,6 +39,7 @@ from train.checkpoint.places import (
     checksum,
     checksum_of,
     flush_folder,
+    identity,
     link,
     make_folder,
     read,
@@ -147,15 +148,26 @@ def finish(
 
 
 def _known_files(folder: Place) -> dict[tuple[str, int], Place]:
-    """Files of complete checkpoints by checksum and bytes; the newest of equal ones."""
+    """Files of complete checkpoints by checksum and bytes; the newest of equal ones.
+
+    Without those of the last checkpoint: it and the next one share no file, so that damage to one
+    leaves the other.
+    """
     known: dict[tuple[str, int], Place] = {}
-    for checkpoint in retention.complete(folder):
+    last: set[tuple[int, int] | str] = set()
+    for checkpoint in reversed(retention.complete(folder)):
         try:
             manifest = read_manifest(checkpoint)
+            found = [(e, e.place(checkpoint, name)) for name, e in manifest.files.items()]
+            identities = [identity(place) for _, place in found]
         except (ManifestError, OSError):
             continue
-        for name, entry in manifest.files.items():
-            known[entry.xxh3_128, entry.bytes] = entry.place(checkpoint, name)
+        if not last:
+            last = set(identities)
+            continue
+        for (entry, place), own in zip(found, identities, strict=True):
+            if own not in last:
+                known.setdefault((entry.xxh3_128, entry.bytes), place)
     return known
 
 

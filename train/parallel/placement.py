@@ -23,7 +23,8 @@ def _cuts(like: DTensor) -> list[tuple[int, int, int]]:
         if axis is not None and not placement.is_partial():
             where = mesh.get_local_rank(number)
             found.append((name != TENSOR_AXIS, axis, mesh.size(number), where))
-    return [(axis, size, where) for _, axis, size, where in sorted(found)]
+    found.sort(key=lambda one: one[0])
+    return [(axis, size, where) for _, axis, size, where in found]
 
 
 def block(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
