@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         action="store_true",
         help="for launchers that restart: continue where run_dir has a checkpoint, else start",
     )
-    how.add_argument(
+    parser.add_argument(
         "--resume-from",
         metavar="NAME",
         help="continue from this checkpoint, e.g. tokens-000000001048576; later ones are set aside",
@@ -96,11 +96,13 @@ def main(arguments: list[str] | None = None) -> int:
         named = options.resume_from
         resume = options.resume or named is not None
         return train(config, resume, options.resume_or_start, named)
+    except SaveError as error:
+        return _tell(error, FAILED)
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
         return _tell(error, USER_ERROR, int(os.environ.get("RANK", "0")) == 0)
     except RankLostError as error:
         return _tell(error, HANG)
-    except (NonFiniteError, OutOfMemoryError, SaveError) as error:
+    except (NonFiniteError, OutOfMemoryError) as error:
         return _tell(error, FAILED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:

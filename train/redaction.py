@@ -47,3 +47,12 @@ def redact_logging() -> None:
 
     record.redacts = True  # type: ignore[attr-defined]
     logging.setLogRecordFactory(record)
+
+
+def redact_tree(value: Any) -> Any:
+    """Plain data with every string in it redacted."""
+    if isinstance(value, dict):
+        return {key: redact_tree(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [redact_tree(one) for one in value]
+    return redact(value) if isinstance(value, str) else value

@@ -133,6 +133,8 @@ def check_fresh(folder: Path, url: str | None = None) -> None:
         raise RunFolderError(
             f"{folder} already holds a run; add --resume to continue it, or choose another run_dir"
         )
+    if url is not None and complete(as_place(url)):
+        raise RunFolderError(f"{url} already holds checkpoints; choose another checkpoint.url")
     for leftover in (METRICS, MLFLOW_RUN_ID, MLFLOW_BACKLOG, MLFLOW_SENT):
         (folder / leftover).unlink(missing_ok=True)
 

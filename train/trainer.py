@@ -25,6 +25,7 @@ from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
 from train.records import Corpora, NonFiniteError, SkippedStep, StepRecord
+from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
 from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
 
@@ -286,7 +287,7 @@ class Trainer:
         tensors |= self.engine.carried_rows(self.carried, self._own_rows())
         evaluation = self.last_evaluation
         plain: dict[str, Any] = {
-            "config": self.config.model_dump(mode="json"),
+            "config": redact_tree(self.config.model_dump(mode="json")),
             "code": code_version(),
             "data": self._fingerprints(),
             "clock": self.clock.state_dict(),

@@ -106,7 +106,9 @@ def test_a_stopped_rank_is_found_and_named(data: Path, tmp_path: Path) -> None:
     assert WATCHDOG_S <= seconds < 1.15 * WATCHDOG_S + 3
     text = (tmp_path / "run" / "hang-rank0.txt").read_text()
     assert "rank 1 did not arrive at collective" in text
-    assert re.search(r"its machine is\), last heard of in phase [\w-]+ of step [1-5], \d+ coll", text)
+    assert re.search(
+        r"its machine is\), last heard of in phase [\w-]+ of step [1-5], \d+ coll", text
+    )
     assert "all_reduce of numbers (step 5, reduce), not left" in text
     assert "in step\n" in text  # the stack of the training thread
     assert text in (tmp_path / "run.log").read_text()

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from tests.train.test_trainer import assert_same_run, store_of
-from train.__main__ import main, train
-from train.checkpoint.store import tokens_of
+from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.checkpoint.manifest import position
 from train.config import ConfigError
 from train.parallel.ranks import Ranks
 from train.run_folder import RunFolderError, claim, write_whole
@@ -39,12 +39,14 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(number: int, status: i
 
 
 def test_a_later_ctrl_c_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.monotonic()
+    now, before = time.monotonic(), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background lacks
     with stop_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.setattr(time, "monotonic", lambda: now + SAME_REQUEST_S + 5)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_the_walltime_less_a_margin_is_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +97,7 @@ def test_only_the_same_torchrun_job_goes_on_by_itself(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-1")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert train(config, resume=False) == 0
+    config = with_vocabulary(config, open_corpora(config))
     for job, restarts, goes_on in (("job-1", "1", True), ("job-2", "1", False)):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
@@ -141,9 +144,9 @@ def test_a_disk_that_takes_no_more_is_one_line_and_loses_nothing(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     error = capsys.readouterr().err
-    assert "a checkpoint could not be written: " in error
+    assert "error: the last checkpoint could not be written: " in error
     assert "Traceback" not in error
-    assert [tokens_of(folder) for folder in store_of(config).complete()] == [512, 768]
+    assert [position(folder.name) for folder in store_of(config).complete()] == [(512, 0), (768, 0)]
     assert train(config, resume=True) == 0
     assert_same_run(straight, config)
 

@@ -146,6 +146,9 @@ class BackgroundWriter:
         self._unsent: str | None = None
 
     def start(self, save: Save) -> None:
+        self._unsent = attempt(lambda: self._begin(save)).get("error")
+
+    def _begin(self, save: Save) -> None:
         memory = self._memory = self._memory or SharedMemory()
         files = [self._copy(plan, memory) for plan in save.files]
         if torch.cuda.is_available():
@@ -160,7 +163,7 @@ class BackgroundWriter:
             "plain": save.plain if target.rank == 0 else None,
             "rules": describe(save.rules),
         }
-        self._unsent = attempt(lambda: self._send(job, memory.descriptor)).get("error")
+        self._send(job, memory.descriptor)
 
     def part(self) -> Answer:
         return self._receive()

@@ -279,11 +279,6 @@ def open_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
     )
 
 
-def tokens_of(folder: Path) -> int:
-    """The tokens read, from the name of a checkpoint."""
-    return int(folder.name.removeprefix("tokens-"))
-
-
 @torch.no_grad()
 def load_parameters(
     parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], elsewhere: Container[str] = ()
