@@ -41,10 +41,14 @@ RANKS = 2
 LR = 1e-3
 
 
-def model_config(every_steps: tuple[int, ...] = EVERY_STEPS) -> HopeConfig:
-    """The quickstart's model with four levels; periods in steps."""
+def model_config(
+    every_steps: tuple[int, ...] = EVERY_STEPS, hidden_size: int = 144, tokens: int = TOKENS
+) -> HopeConfig:
+    """The quickstart's model with four levels; periods in steps of so many tokens."""
     levels = tuple(
-        LevelConfig(name=f"every_{every}", hidden_size=144, update_every_tokens=period * TOKENS)
+        LevelConfig(
+            name=f"every_{every}", hidden_size=hidden_size, update_every_tokens=period * tokens
+        )
         for every, period in zip(EVERY_STEPS, every_steps, strict=True)
     )
     scan = ScanConfig(memory_chunk=32, projection_chunk=32, eta_max=0.0156)

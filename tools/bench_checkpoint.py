@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
-from hope.scan import ScanConfig
+from hope import HopeModel
+from tools.bench_cadence import EVERY_STEPS, model_config
 from tools.figures import table, write_figures
 from train.checkpoint import CheckpointStore
 from train.clock import TokenClock
@@ -32,34 +32,15 @@ from train.parallel.ranks import Ranks
 
 ROWS, SEQ_LEN = 8, 256
 TOKENS = ROWS * SEQ_LEN
-EVERY_STEPS = (1, 4, 16, 64)
 INTERVALS = (2, 8, 32)
 LR = 1e-3
-
-
-def model_config(hidden_size: int) -> HopeConfig:
-    """Two layers with four levels, of periods of 1, 4, 16 and 64 steps."""
-    levels = tuple(
-        LevelConfig(name=f"every_{e}", hidden_size=hidden_size, update_every_tokens=e * TOKENS)
-        for e in EVERY_STEPS
-    )
-    scan = ScanConfig(memory_chunk=32, projection_chunk=32, eta_max=0.0156)
-    return HopeConfig(
-        vocab_size=1024,
-        dim=128,
-        num_layers=2,
-        num_heads=4,
-        tie_embeddings=False,
-        titans=TitansConfig(scan=scan, initial_eta=0.0078),
-        cms=CMSConfig(levels=levels),
-    )
 
 
 class Run:
     """A model in training, and what a checkpoint holds of it."""
 
     def __init__(self, hidden_size: int) -> None:
-        config = model_config(hidden_size)
+        config = model_config(hidden_size=hidden_size, tokens=TOKENS)
         self.model = HopeModel(config)
         self.cadence = build_cadence(self.model, config, OptimizerConfig(lr=LR))
         self.clock = TokenClock(periods(config))

@@ -31,7 +31,6 @@ from train.clock import TokenClock
 from train.config import RunConfig, validate_config
 from train.engines import layout_of
 from train.engines.native import NativeEngine
-from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel import mesh as meshes
 from train.parallel.layout import STAGES_PER_RANK
@@ -78,9 +77,7 @@ class Steps:
         self.config = config
         mesh = meshes.make_mesh(layout_of(config, ranks.size), ranks)
         self.engine = NativeEngine(config, mesh)
-        self._cadence = build_cadence(
-            self.engine.parameters, config.model, config.optimizer, self.engine.mesh
-        )
+        self._cadence = self.engine.make_cadence()
         self._clock = TokenClock(periods(config.model))
         first, last = rows_of_rank(config.batch_rows, mesh.data.rank, mesh.data.size)
         generator = torch.Generator().manual_seed(0)

@@ -5,8 +5,8 @@ The tests and `tools.bench_parallel` go through the same table.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -152,11 +152,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trained(rank: int, config: RunConfig | dict[str, Any], steps: int = STEPS) -> Trace:
-    """Train `steps` steps as one of the ranks that the environment tells of."""
+def trained(
+    rank: int,
+    config: RunConfig | dict[str, Any],
+    steps: int = STEPS,
+    ranks: Ranks | None = None,
+) -> Trace:
+    """Train `steps` steps as one of `ranks`: by default those that the environment tells of."""
     if isinstance(config, dict):
         config = validate_config(config, "test")
-    ranks = Ranks()
+    ranks = ranks or Ranks()
     engine = open_engine(config, ranks)
     cadence = engine.make_cadence()
     clock = TokenClock(periods(config.model))
@@ -206,17 +211,10 @@ def worst_error(found: list[Trace], expected: Trace) -> float:
     return max(errors)
 
 
+@cache
 def alone(model: str) -> Trace:
-    """What one process does; in this process."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = "1"
-    try:
-        return trained(0, make_config(model))
-    finally:
-        if before is None:
-            del os.environ["WORLD_SIZE"]
-        else:
-            os.environ["WORLD_SIZE"] = before
+    """What one process does; in this process, once."""
+    return trained(0, make_config(model), ranks=Ranks.alone())
 
 
 def several(rank: int, model: str, layouts: list[dict[str, Any]]) -> list[Trace]:

@@ -21,7 +21,6 @@ from train.clock import TokenClock
 from train.config import RunConfig, validate_config
 from train.dry_run.build import dry_run
 from train.engines import open_engine
-from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel.ranks import Ranks
 
@@ -50,7 +49,7 @@ def peak_of_training(rank: int, raw: dict[str, Any], warm_up: dict[str, Any], st
 
 def _train(config: RunConfig, steps: int) -> None:
     engine = open_engine(config, Ranks())
-    cadence = build_cadence(engine.parameters, config.model, config.optimizer, engine.mesh)
+    cadence = engine.make_cadence()
     clock, carried = TokenClock(periods(config.model)), None
     rows, length = config.batch_rows // engine.mesh.data.size, config.data.seq_len
     assert config.model.vocab_size is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tools.parity import (
     ROWS,
     STEP,
     Trace,
+    alone,
     make_batch,
     make_config,
     trained,
@@ -68,11 +69,6 @@ def config_of(case: Case, **changes: Any) -> RunConfig:
     model, stage, parallel = case
     changes = {"engine": "deepspeed", "deepspeed.zero_stage": stage, **changes}
     return make_config(model, parallel, **changes)
-
-
-@cache
-def alone(model: str) -> Trace:
-    return trained(0, make_config(model))
 
 
 def all_trained(rank: int, configs: list[RunConfig]) -> list[Trace]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import re
-from functools import cache
 from typing import Any
 
 import pytest
@@ -17,10 +16,9 @@ from tools.parity import (
     ROWS,
     SP,
     TOLERANCE,
-    Trace,
+    alone,
     make_config,
     several,
-    trained,
     worst_error,
 )
 from tools.processes import run
@@ -30,13 +28,6 @@ from train.parallel.layout import Job, resolve
 from train.section import ConfigError
 
 QUICK = {"hope": (2,), "hope-attention": (4,), "transformer": ()}
-
-
-@cache
-def alone(model: str, schedule: str | None = None) -> Trace:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "1")
-        return trained(0, make_config(model))
 
 
 def compare(model: str, world: int, layouts: list[dict[str, Any]]) -> None:

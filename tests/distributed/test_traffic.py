@@ -13,7 +13,6 @@ from tools.processes import run
 from train.clock import TokenClock
 from train.dry_run.traffic import predict_traffic
 from train.engines import open_engine
-from train.optim.build import build_cadence
 from train.optim.levels import periods
 from train.parallel.counting import CollectiveBytes
 from train.parallel.ranks import Ranks
@@ -63,7 +62,7 @@ def one(
     config = make_config(model, parallel, **{"model.cms.levels": LEVELS, **changes})
     ranks = Ranks()
     engine = open_engine(config, ranks)
-    cadence = build_cadence(engine.parameters, config.model, config.optimizer, engine.mesh)
+    cadence = engine.make_cadence()
     clock, carried = TokenClock(periods(config.model)), None
     rows = ROWS // engine.mesh.data.size
     first = engine.mesh.data.rank * rows

@@ -74,25 +74,19 @@ def _layers() -> dict[str, Any]:
             f"imported ({error}): pip install -r requirements.txt, or tensor_backend=native"
         ) from None
 
-    def settings(group: dist.ProcessGroup) -> Any:
-        return ModelParallelConfig(
+    def common(group: dist.ProcessGroup) -> dict[str, Any]:
+        settings = ModelParallelConfig(
             tensor_model_parallel_size=group.size(),
             use_cpu_initialization=True,
             perform_initialization=False,
         )
+        return {"config": settings, "init_method": nn.init.zeros_, "tp_group": group}
 
     class Column(ColumnParallelLinear):
         """[..., in] -> this rank's [..., out / ranks]."""
 
         def __init__(self, inputs: int, outputs: int, group: dist.ProcessGroup) -> None:
-            super().__init__(
-                inputs,
-                outputs,
-                config=settings(group),
-                init_method=nn.init.zeros_,
-                bias=False,
-                tp_group=group,
-            )
+            super().__init__(inputs, outputs, bias=False, **common(group))
 
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x)[0]
@@ -104,12 +98,10 @@ def _layers() -> dict[str, Any]:
             super().__init__(
                 inputs,
                 outputs,
-                config=settings(group),
-                init_method=nn.init.zeros_,
                 bias=False,
                 input_is_parallel=True,
                 skip_bias_add=False,
-                tp_group=group,
+                **common(group),
             )
 
         def forward(self, x: Tensor) -> Tensor:
@@ -119,12 +111,6 @@ def _layers() -> dict[str, Any]:
         """Tokens [...] -> [..., dim], of whichever rank has them."""
 
         def __init__(self, tokens: int, dim: int, group: dist.ProcessGroup) -> None:
-            super().__init__(
-                tokens,
-                dim,
-                config=settings(group),
-                init_method=nn.init.zeros_,
-                tp_group=group,
-            )
+            super().__init__(tokens, dim, **common(group))
 
     return {"column": Column, "row": Row, "vocabulary": Vocabulary}
