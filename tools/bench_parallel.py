@@ -183,17 +183,19 @@ def bubble_in_theory(schedule: str) -> float:
 
 
 def measure_parity(worlds: list[int]) -> dict[str, float]:
-    """The worst relative error of every layout with every model."""
+    """The worst relative error of every layout with every model and engine."""
     errors: dict[str, float] = {}
-    for model in parity.MODELS:
-        expected = parity.alone(model)
-        for world in worlds:
-            layouts = [layout for size, layout in parity.LAYOUTS if size == world]
-            traces = run(world, parity.several, model, layouts, seconds=1800)
-            for number, layout in enumerate(layouts):
-                error = parity.worst_error([ranks[number] for ranks in traces], expected)
-                errors[f"{model}, {world} ranks, {layout}"] = error
-            print(f"{model}, {world} ranks: {len(layouts)} layouts", file=sys.stderr)
+    for engine in ("native", "deepspeed"):
+        for model in parity.MODELS:
+            for world in worlds:
+                configs = parity.table(engine, model, world)
+                found = parity.errors_of(model, world, configs, seconds=1800)
+                errors |= {
+                    f"{engine}, {model}, {world} ranks, {name}": error
+                    for name, error in found.items()
+                }
+                worst = f"{len(found)} layouts, worst {max(found.values()):.1e}"
+                print(f"{engine}, {model}, {world} ranks: {worst}", file=sys.stderr)
     return errors
 
 

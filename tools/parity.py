@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from data_pipeline import IGNORE, Batch
 from data_pipeline.loader import rows_of_rank
+from tools.processes import run
 from train.clock import TokenClock
 from train.config import RunConfig, validate_config
 from train.engines import open_engine
@@ -76,6 +77,45 @@ LAYOUTS: list[Case] = [
     (8, {"dp_replicate": 2, "dp_shard": 2, "cp": 2}),
 ]
 """Ranks and the section `parallel`: every layout that is compared with one process."""
+
+ZeroCase = tuple[int, int, dict[str, Any]]
+
+DEEPSPEED_LAYOUTS: list[ZeroCase] = [
+    *((2, stage, {}) for stage in (1, 2, 3)),
+    (2, 1, {"micro_batches": 2}),
+    (2, 2, {"micro_batches": 4}),
+    (2, 3, {"micro_batches": 2}),
+    (2, 1, {"micro_batches": 2, "activation_checkpointing": "selective"}),
+    (2, 2, {"activation_checkpointing": "full"}),
+    (2, 3, {"micro_batches": 2, "activation_checkpointing": "full"}),
+    (2, 1, {"tp": 2, "micro_batches": 2}),
+    (2, 2, {"tp": 2}),
+    (2, 2, {"tp": 2, "micro_batches": 4, **SP}),
+    (2, 3, {"tp": 2, **SP}),
+    (2, 3, {"tp": 2, "activation_checkpointing": "selective", **SP}),
+    (2, 1, {"pp": 2, "micro_batches": 2}),
+    (2, 1, {"pp": 2, "micro_batches": 4}),
+    (2, 1, {"pp": 2, "micro_batches": 4, "activation_checkpointing": "full"}),
+    *((4, stage, {}) for stage in (1, 2, 3)),
+    (4, 2, {"micro_batches": 2}),
+    (4, 3, {"micro_batches": 2, "activation_checkpointing": "selective"}),
+    (4, 1, {"tp": 2, **SP}),
+    (4, 2, {"tp": 2, "micro_batches": 2}),
+    (4, 3, {"tp": 2}),
+    (4, 1, {"tp": 4}),
+    (4, 2, {"tp": 4, **SP}),
+    (4, 1, {"pp": 2, "micro_batches": 2}),
+    (4, 1, {"pp": 4, "micro_batches": 4}),
+    (4, 1, {"pp": 2, "tp": 2, "micro_batches": 2}),
+    (4, 1, {"pp": 2, "tp": 2, "micro_batches": 4, **SP}),
+    (8, 3, {}),
+    (8, 2, {"tp": 2, "micro_batches": 2, **SP}),
+    (8, 3, {"tp": 4}),
+    (8, 1, {"pp": 2, "tp": 2, "micro_batches": 2}),
+    (8, 1, {"pp": 4, "tp": 2, "micro_batches": 4, **SP}),
+]
+"""Ranks, ZeRO's stage and the section `parallel`, under DeepSpeed. It has no cp, FSDP or schedule
+of ours: what varies is the stage, tp, its pipeline and the micro-batches."""
 
 TOLERANCE = 1e-5
 
@@ -217,6 +257,36 @@ def alone(model: str) -> Trace:
     return trained(0, make_config(model), ranks=Ranks.alone())
 
 
-def several(rank: int, model: str, layouts: list[dict[str, Any]]) -> list[Trace]:
-    """Every layout in turn, as one of the ranks that the environment tells of."""
-    return [trained(rank, make_config(model, one)) for one in layouts]
+def several(rank: int, configs: list[RunConfig]) -> list[Trace]:
+    """Every configuration in turn, as one of the ranks that the environment tells of."""
+    return [trained(rank, one) for one in configs]
+
+
+def table(engine: str, model: str, world: int) -> dict[str, RunConfig]:
+    """The layouts of so many ranks for one of the engines, by what they are called."""
+    if engine == "native":
+        return {str(raw): make_config(model, raw) for size, raw in LAYOUTS if size == world}
+    return {
+        f"ZeRO {stage}, {raw}": deepspeed_config(model, stage, raw)
+        for size, stage, raw in DEEPSPEED_LAYOUTS
+        if size == world
+    }
+
+
+def deepspeed_config(
+    model: str, stage: int, parallel: dict[str, Any] | None = None, **changes: Any
+) -> RunConfig:
+    """`make_config` for DeepSpeed."""
+    changes = {"engine": "deepspeed", "deepspeed.zero_stage": stage, **changes}
+    return make_config(model, parallel, **changes)
+
+
+def errors_of(
+    model: str, world: int, configs: dict[str, RunConfig], seconds: int
+) -> dict[str, float]:
+    """The worst relative error of each configuration on so many ranks against one process."""
+    found = run(world, several, list(configs.values()), seconds=seconds)
+    return {
+        name: worst_error([traces[number] for traces in found], alone(model))
+        for number, name in enumerate(configs)
+    }

@@ -10,18 +10,19 @@ import pytest
 
 from hope.config import HopeConfig
 from tools.parity import (
-    LAYOUTS,
     LENGTH,
     MODELS,
     ROWS,
     SP,
     TOLERANCE,
     alone,
+    errors_of,
     make_config,
     several,
-    worst_error,
+    table,
 )
 from tools.processes import run
+from train.config import RunConfig
 from train.engines import layout_of
 from train.parallel.config import ParallelConfig
 from train.parallel.layout import Job, resolve
@@ -30,30 +31,31 @@ from train.section import ConfigError
 QUICK = {"hope": (2,), "hope-attention": (4,), "transformer": ()}
 
 
-def compare(model: str, world: int, layouts: list[dict[str, Any]]) -> None:
-    found = run(world, several, model, layouts, seconds=900)
-    errors = {
-        str(layout): worst_error([traces[number] for traces in found], alone(model))
-        for number, layout in enumerate(layouts)
-    }
-    assert {name: error for name, error in errors.items() if error > TOLERANCE} == {}
+def compare(model: str, world: int, configs: dict[str, RunConfig]) -> None:
+    errors = errors_of(model, world, configs, seconds=1200)
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 
 
 CASES = [
     pytest.param(
-        model, world, marks=[] if world in QUICK[model] else pytest.mark.slow, id=f"{model}-{world}"
+        engine,
+        model,
+        world,
+        marks=[] if engine == "native" and world in QUICK[model] else pytest.mark.slow,
+        id=f"{engine}-{model}-{world}",
     )
+    for engine in ("native", "deepspeed")
     for model in MODELS
     for world in (2, 4, 8)
 ]
 
 
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("model", "world"), CASES)
-def test_every_layout_follows_one_process(model: str, world: int) -> None:
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(("engine", "model", "world"), CASES)
+def test_every_layout_follows_one_process(engine: str, model: str, world: int) -> None:
     """Losses, the norm of every level, a held-out loss and all parameters over eight steps, in
     which every level fires, with memories carried, documents and padding."""
-    compare(model, world, [layout for size, layout in LAYOUTS if size == world])
+    compare(model, world, table(engine, model, world))
 
 
 def random_layouts(count: int, seed: int) -> list[tuple[str, int, dict[str, Any]]]:
@@ -84,11 +86,11 @@ def random_layouts(count: int, seed: int) -> list[tuple[str, int, dict[str, Any]
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(5))
 def test_random_layouts_follow_one_process(seed: int) -> None:
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int], dict[str, RunConfig]] = {}
     for model, world, layout in random_layouts(10, seed):
-        groups.setdefault((model, world), []).append(layout)
-    for (model, world), layouts in groups.items():
-        compare(model, world, layouts)
+        groups.setdefault((model, world), {})[str(layout)] = make_config(model, layout)
+    for (model, world), configs in groups.items():
+        compare(model, world, configs)
 
 
 def test_bfloat16_stays_near_float32() -> None:
@@ -100,7 +102,7 @@ def test_bfloat16_stays_near_float32() -> None:
         {"precision": "bf16", "pp": 2, "micro_batches": 2},
     ]
     expected = alone("hope").losses
-    for traces in run(2, several, "hope", layouts, seconds=300):
+    for traces in run(2, several, [make_config("hope", one) for one in layouts], seconds=300):
         for trace in traces:
             assert trace.losses == pytest.approx(expected, rel=0.02)
             assert trace.losses != expected
