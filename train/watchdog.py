@@ -14,13 +14,13 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from pydantic import Field
 
 from train.parallel.pulse import REMEMBERED
 from train.parallel.ranks import Ranks
 from train.section import Section
+from train.waiting import Beat, last_words, missing, wait_of_training
 
 HANG = 76  # exit status; also of a rank that lost another one in a collective
 HEARTBEATS = ".heartbeats"
@@ -78,14 +78,20 @@ class Watchdog:
             self._shares = True
 
     def _watch(self) -> None:
+        beats, idle, last = 0, 0.0, time.monotonic()
         while not self._ended.wait(self.interval):
+            # A machine that was suspended or overloaded stopped this thread too: not a hang.
+            now = time.monotonic()
+            ran, last = min(now - last, 2 * self.interval), now
+            idle = min(self.pulse.idle_seconds, ran + (idle if self.pulse.beats == beats else 0.0))
+            beats = self.pulse.beats
             # A thread in C, for a training thread that holds the interpreter and this one with it.
             stderr = sys.__stderr__
             if stderr is not None:
                 later = 2 * self.config.timeout_s + 10
                 faulthandler.dump_traceback_later(later, exit=True, file=stderr)
             self._tell()
-            if self.pulse.idle_seconds > self.config.timeout_s:
+            if idle > self.config.timeout_s:
                 self._suspect()
 
     def _suspect(self) -> None:
@@ -110,22 +116,26 @@ class Watchdog:
         self._report("\n".join(lines) + "\n")
         os._exit(HANG)
 
-    def _missing(self, before: dict[int, Any], after: dict[int, Any]) -> list[str]:
+    def _missing(self, before: dict[int, Beat], after: dict[int, Beat]) -> list[str]:
         """One line for every rank that keeps the others waiting."""
-        call = self.pulse.inside
-        if call is None:
+        call, wait = self.pulse.inside, wait_of_training()
+        place = f"of step {self.pulse.step} ({self.pulse.phase})"
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        if call is not None:
+            late = [r for r in others if r not in after or after[r]["entered"] < call.number]
+            mine = f"collective {call.number}, {call.name}, {place}"
+            if late:
+                return missing(self.rank, mine, late, before, after)
+            words = {rank: last_words(after.get(rank), before.get(rank)) for rank in others}
+            silent = [rank for rank in others if words[rank].startswith("silent")]
+            if silent:
+                return [f"rank {rank} did not leave {mine}: {words[rank]}" for rank in silent]
+            return [f"every rank is alive in {mine}: the network hangs"]
+        if wait is None:
             where = f"in phase {self.pulse.phase} of step {self.pulse.step}"
             return [f"rank {self.rank} itself stands still, {where}, not in a collective"]
-        which = f"collective {call.number}, {call.name}, of step {call.step} ({call.phase})"
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        words = {rank: _last_words(after.get(rank), before.get(rank)) for rank in others}
-        late = [r for r in others if r not in after or after[r]["entered"] < call.number]
-        if late:
-            return [f"rank {rank} did not arrive at {which}: {words[rank]}" for rank in late]
-        silent = [rank for rank in others if words[rank].startswith("silent")]
-        if silent:
-            return [f"rank {rank} did not leave {which}: {words[rank]}" for rank in silent]
-        return [f"every rank is alive in {which}: the network hangs"]
+        late = [rank for rank in wait.ranks if rank != self.rank]
+        return missing(self.rank, f"{wait} {place}", late, before, after)
 
     def _report(self, text: str) -> None:
         """To hang-rankN.txt and to stderr, with the stacks."""
@@ -150,12 +160,14 @@ class Watchdog:
         if not self._shares:
             return
         self._ticks += 1
+        wait = wait_of_training()
         beat = {
             "ticks": self._ticks,
             "entered": self.pulse.entered,
             "phase": self.pulse.phase,
             "step": self.pulse.step,
             "time": time.time(),
+            "wait": None if wait is None else (wait.name, wait.ranks),
         }
         draft = self._file(self.rank).with_suffix(".draft")
         try:
@@ -164,7 +176,7 @@ class Watchdog:
         except OSError:
             return  # a full disk must not end the watch
 
-    def _read(self) -> dict[int, Any]:
+    def _read(self) -> dict[int, Beat]:
         """The heartbeats of all ranks that have one."""
         found = {}
         for rank in range(self.size):
@@ -176,17 +188,6 @@ class Watchdog:
 
     def _file(self, rank: int) -> Path:
         return self.run_dir / HEARTBEATS / f"rank{rank}.json"
-
-
-def _last_words(beat: dict[str, Any] | None, earlier: dict[str, Any] | None) -> str:
-    if beat is None:
-        return "it left no sign of life"
-    where = f"phase {beat['phase']} of step {beat['step']}, {beat['entered']} collectives entered"
-    if earlier is not None and beat["ticks"] == earlier["ticks"]:
-        ago = time.time() - beat["time"]
-        silent = f"silent for {ago:.1f} s (stopped, dead, or its machine is)"
-        return f"{silent}, last heard of in {where}"
-    return f"alive, in {where}"
 
 
 def _flight_recorder() -> list[str]:

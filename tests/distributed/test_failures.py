@@ -115,6 +115,43 @@ def test_a_stopped_rank_is_found_and_named(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "hang-rank1.txt").exists()
 
 
+TWO = r" of ranks \[0, 1\] of step 5"
+HANGS: list[Any] = [
+    (2, {"tp": 2}, "all_reduce" + TWO),
+    (2, {"dp_replicate": 1, "dp_shard": 2}, r"\w*all_gather\w*" + TWO),
+    (2, {"pp": 2, "micro_batches": 2}, r"\w*p2p" + TWO),
+    (2, {"cp": 2}, "recv" + TWO),
+    pytest.param(
+        4,
+        {"tp": 2, "dp_replicate": 1, "dp_shard": 2},
+        r"\w+ of ranks \[(2, 3|1, 3)\]( of step 5|, where rank [12] waits)",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("ranks", "parallel", "where"), HANGS)
+def test_a_rank_missing_in_a_collective_of_a_library_is_named(
+    data: Path, tmp_path: Path, ranks: int, parallel: dict[str, Any], where: str
+) -> None:
+    """FSDP2, tensor parallelism and pipelines call their collectives themselves."""
+    last = ranks - 1
+    fault = {"kind": "stop", "phase": "forward", "step": 5, "rank": last}
+    config = configuration(data, tmp_path / "run", 0, faults=[fault])
+    config["model"]["num_layers"] = 2
+    config["parallel"] = parallel
+    outcome = rehearse(config, ranks)
+    assert outcome.finished
+    statuses = outcome.attempts[0].statuses
+    assert statuses[last] == -9
+    assert 76 in statuses
+    found = [(tmp_path / "run" / f"hang-rank{rank}.txt") for rank in range(last)]
+    texts = [path.read_text() for path in found if path.exists()]
+    assert texts
+    for text in texts:
+        assert re.search(rf"rank {last} did not arrive at ({where})", text), text[:2000]
+
+
 def test_one_process_that_stands_still_ends_itself_and_a_slow_one_does_not(
     data: Path, tmp_path: Path
 ) -> None:
