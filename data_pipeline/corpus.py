@@ -118,6 +118,9 @@ class Corpus:
                 where = f"{self.path}/{entry['file']}"
                 path = self._cache.fetch(where, entry) if self._cache else Path(where)
                 reader = ShardReader(path, entry["footer_xxh3_64"])
+                found = (reader.num_tokens, reader.vocab_size, reader.tokenizer.hex())
+                if found != (entry["tokens"], self.vocab_size, self.tokenizer_sha256[:32]):
+                    raise CorruptDataError(str(path), "the manifest describes another file")
                 self._open.put(number, reader)
         return reader
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.cache import read_remote
 from data_pipeline.errors import CorruptDataError, DataError
@@ -15,6 +17,60 @@ from data_pipeline.streams import is_url
 
 MANIFEST = "manifest.json"
 FORMAT = "hope-token-shards"
+
+Count = Annotated[int, Field(ge=0, lt=1 << 62)]
+
+
+class _Entry(BaseModel):
+    """Fields that this version reads; a manifest may have more."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Tokenizer(_Entry):
+    kind: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    vocab_size: int = Field(ge=1, lt=1 << 32)
+    bos_id: Count
+    eos_id: Count
+    pad_id: Count
+    model_base64: str
+
+    @model_validator(mode="after")
+    def _ids_are_in_the_vocabulary(self) -> _Tokenizer:
+        if max(self.bos_id, self.eos_id, self.pad_id) >= self.vocab_size:
+            raise ValueError(f"bos, eos or pad is no token of {self.vocab_size}")
+        return self
+
+
+class _Shard(_Entry):
+    file: str = Field(pattern=r"^[^/\\\x00-\x1f]+$")  # in this folder and in no other
+    bytes: Count
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    aligned_tokens: dict[str, Count]
+    xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
+    footer_xxh3_64: str = Field(pattern="^[0-9a-f]{16}$")
+
+
+class _Manifest(_Entry):
+    dtype: Literal["uint16", "uint32"]
+    frame_tokens: int = Field(ge=1, lt=1 << 32)
+    tokens: Count
+    documents: Count
+    text_bytes: Count
+    tokenizer: _Tokenizer
+    shards: list[_Shard]
+
+    @model_validator(mode="after")
+    def _sums_are_right(self) -> _Manifest:
+        for name in ("tokens", "documents", "text_bytes"):
+            if sum(getattr(shard, name) for shard in self.shards) != getattr(self, name):
+                raise ValueError(f"{name} is not the sum over the shards")
+        if token_dtype(self.tokenizer.vocab_size).name != self.dtype:
+            raise ValueError(f"dtype {self.dtype} does not fit the vocabulary")
+        return self
 
 
 def canonical(value: Any) -> bytes:
@@ -77,7 +133,7 @@ def load(folder: str | Path) -> dict[str, Any]:
     data = read_remote(path) if is_url(path) else _read_local(Path(path))
     try:
         manifest = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CorruptDataError(path, "not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CorruptDataError(path, f'no field "format" with the value "{FORMAT}"')
@@ -88,4 +144,11 @@ def load(folder: str | Path) -> dict[str, Any]:
         )
     if fingerprint(manifest) != manifest.get("fingerprint"):
         raise CorruptDataError(path, "the content does not match its fingerprint")
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        problem = first["msg"].removeprefix("Value error, ")
+        raise CorruptDataError(path, f"{where}: {problem}" if where else problem) from None
     return manifest

@@ -63,6 +63,10 @@ class ShardReader:
             or int(self.document_lengths.sum()) != self.num_tokens
         ):
             raise CorruptDataError(str(path), "the footer contradicts itself", None, at)
+        if self.num_frames and int(self.first_tokens.max()) >= self.vocab_size:
+            raise CorruptDataError(
+                str(path), "the index has an id outside the vocabulary", None, at
+            )
 
     @property
     def num_frames(self) -> int:
@@ -86,7 +90,10 @@ class ShardReader:
             )
         wanted = self.frame_length(number) * self._width
         raw = _decompress(decompressor, packed, wanted, self._name, number, offset)
-        return np.frombuffer(raw, self.dtype)
+        tokens = np.frombuffer(raw, self.dtype)
+        if tokens.max() >= self.vocab_size:
+            raise CorruptDataError(self._name, "an id is outside the vocabulary", number, offset)
+        return tokens
 
     def names(self) -> list[str]:
         """The name of every document, in the order in which they are stored."""
@@ -98,7 +105,16 @@ class ShardReader:
                 str(self.path), "the document names do not match their checksum", None, offset
             )
         decompressor = zstandard.ZstdDecompressor()
-        return json.loads(_decompress(decompressor, packed, raw_size, str(self.path), None, offset))
+        raw = _decompress(decompressor, packed, raw_size, str(self.path), None, offset)
+        try:
+            names = json.loads(raw)
+        except (ValueError, RecursionError):
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CorruptDataError(
+                str(self.path), "the document names are not a list of texts", None, offset
+            )
+        return names
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", -1) >= 0:
@@ -114,6 +130,8 @@ def _decompress(
     offset: int,
 ) -> bytes:
     try:
+        if zstandard.frame_content_size(packed) != size:  # before as much memory is asked for
+            raise CorruptDataError(file, "the data has another size than its index", frame, offset)
         raw = decompressor.decompress(packed)
         if len(raw) == size:
             return raw

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.mutations import mutations
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from train.checkpoint import CheckpointError
 from train.checkpoint.manifest import (
@@ -164,36 +165,6 @@ def reseal(folder: Path, manifest: bytes) -> None:
     """As someone would who can write checksums too."""
     (folder / MANIFEST).write_bytes(manifest)
     (folder / MARKER).write_text(checksum_of([manifest]) + "\n")
-
-
-def mutations(content: bytes, rng: random.Random, count: int) -> Iterator[bytes]:
-    """Flipped, cut, doubled, moved and replaced bytes; JSON with values changed in kind."""
-    words = [b"-1", b"1e99", b"null", b'"../x"', b"[]", b"{}", b"true", b"99999999999999999999"]
-    for _ in range(count):
-        changed = bytearray(content)
-        for _ in range(rng.choice((1, 1, 1, 2, 5))):
-            at = rng.randrange(len(changed)) if changed else 0
-            end = min(len(changed), at + rng.randint(1, 20))
-            match rng.randrange(6):
-                case 0 if changed:
-                    changed[at] ^= 1 << rng.randrange(8)
-                case 1:
-                    del changed[at:end]
-                case 2:
-                    changed[at:at] = changed[at:end]
-                case 3:
-                    del changed[at:]
-                case 4:
-                    changed[at:at] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 9)))
-                case _:
-                    numbers = [i for i in range(at, len(changed)) if chr(changed[i]).isdigit()]
-                    if numbers:
-                        first = numbers[0]
-                        last = first
-                        while last < len(changed) and chr(changed[last]).isdigit():
-                            last += 1
-                        changed[first:last] = rng.choice(words)
-        yield bytes(changed)
 
 
 def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
