@@ -29,6 +29,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2shard2": (4, {"tp": 2, "dp_replicate": 1, "dp_shard": 2}),
     "pp2tp2": (4, {"pp": 2, "tp": 2, "micro_batches": 2}),
 }
+DEEPSPEED: dict[str, tuple[int, dict[str, Any], int]] = {
+    "zero1": (2, {"micro_batches": 2}, 1),
+    "zero2tp2": (4, {"tp": 2, "sequence_parallel": True}, 2),
+    "zero3": (2, {}, 3),
+    "zero1pp2": (2, {"pp": 2, "micro_batches": 2}, 1),
+}
 
 
 def part(rank: int, world: int, raw: dict[str, Any], resume: bool) -> int:
@@ -41,9 +47,14 @@ def part(rank: int, world: int, raw: dict[str, Any], resume: bool) -> int:
 
 
 def call(name: str, raw: dict[str, Any], stop: int | None, resume: bool) -> None:
-    world, parallel = LAYOUTS[name]
     training = {**raw["training"], "stop_at_tokens": stop}
-    raw = {**raw, "parallel": parallel, "training": training}
+    raw = {**raw, "training": training}
+    if name in DEEPSPEED:
+        world, parallel, stage = DEEPSPEED[name]
+        raw |= {"engine": "deepspeed", "deepspeed": {"zero_stage": stage}}
+    else:
+        world, parallel = LAYOUTS[name]
+    raw["parallel"] = parallel
     assert run(world, part, world, raw, resume, seconds=250) == [0] * world
 
 
@@ -94,15 +105,17 @@ def test_a_chain_through_every_layout(straight: dict[str, Any], tmp_path: Path) 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_every_layout_takes_up_every_other(straight: dict[str, Any], tmp_path: Path) -> None:
-    """All 64 pairs: four steps under the first, the rest, with two firings, under the second."""
-    for first in LAYOUTS:
-        raw = {**straight, "run_dir": str(tmp_path / first)}
-        call(first, raw, 4 * STEP, resume=False)
-        for second in LAYOUTS:
-            folder = tmp_path / f"{first}-{second}"
-            shutil.copytree(tmp_path / first, folder)
-            call(second, {**raw, "run_dir": str(folder)}, None, resume=True)
-            same(folder, tmp_path / "straight")
-            shutil.rmtree(folder)
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("first", [*LAYOUTS, *DEEPSPEED])
+def test_every_layout_takes_up_every_other(
+    straight: dict[str, Any], tmp_path: Path, first: str
+) -> None:
+    """All 144 pairs: four steps under the first, the rest, with two firings, under the second."""
+    raw = {**straight, "run_dir": str(tmp_path / first)}
+    call(first, raw, 4 * STEP, resume=False)
+    for second in (*LAYOUTS, *DEEPSPEED):
+        folder = tmp_path / f"{first}-{second}"
+        shutil.copytree(tmp_path / first, folder)
+        call(second, {**raw, "run_dir": str(folder)}, None, resume=True)
+        same(folder, tmp_path / "straight")
+        shutil.rmtree(folder)

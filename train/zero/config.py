@@ -106,6 +106,9 @@ def settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
             },
         },
     }
+    if layout.pp > 1 and config.parallel.sequence_parallel:
+        # What passes between stages differs from rank to rank along tp: each sends all it has.
+        ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     merged = {**ours, "steps_per_print": NEVER}
     if config.deepspeed.config is not None:
         merged = _merge(_read(config.deepspeed.config), merged, config.deepspeed.config)
