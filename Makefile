@@ -55,7 +55,7 @@ bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and wi
 nodes: install ## 2 and 4 nodes (network namespaces), one killed in the middle; DeepSpeed over ssh (ten minutes)
 	$(BIN)/python -m tools.nodes
 
-faults: install ## more than 200 faults on 2 and 4 processes, each survived to the bit? (ten minutes)
+faults: install ## more than 200 faults on 2 and 4 processes, each survived to the bit? and a soak (ten minutes)
 	$(BIN)/python -m tools.faults
 
 test: install-dev ## the tests

@@ -4,7 +4,7 @@ Time: a model of four CMS levels trains; in turn, no checkpoint, one that traini
 one written by a process beside it. The stall is the time in `save`, as a fraction of a step; the
 cost is all that a save adds to the steps until the next one, the competition for cores included.
 Bytes: what is written of checkpoints at several intervals when a level that has not moved is not
-written again. Writes runs/bench/checkpoint.json.
+written again. Writes runs/bench/checkpoint.json, and the stalls into faults.json too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hope import HopeModel
 from tools.bench_cadence import EVERY_STEPS, model_config
-from tools.figures import table, write_figures
+from tools.figures import add_figures, table, write_figures
 from train.checkpoint import CheckpointStore
 from train.clock import TokenClock
 from train.evaluate.perplexity import summed_loss
@@ -122,6 +122,14 @@ def measure_bytes(interval: int, hidden_size: int, folder: Path) -> tuple[int, i
     return written, total
 
 
+def stall_fractions(seconds: dict[str, float]) -> dict[str, float]:
+    """The time that training waits in `save`, as a fraction of a step, from `measure_time`."""
+    return {
+        f"stall_fraction_{kind}": seconds[f"{kind}_stall"] / seconds["step"]
+        for kind in ("sync", "async")
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_checkpoint", description=__doc__)
     parser.add_argument("--rounds", type=int, default=12, help="saves of each kind (default 12)")
@@ -137,7 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = measure_time(options.rounds, options.steps, hidden_size, folder)
         saved = {interval: measure_bytes(interval, hidden_size, folder) for interval in INTERVALS}
     step = seconds["step"]
-    stall = {kind: seconds[f"{kind}_stall"] / step for kind in ("sync", "async")}
+    stalls = stall_fractions(seconds)
     cost = {
         kind: (seconds[f"{kind}_total"] - seconds["none_total"]) / step
         for kind in ("sync", "async")
@@ -146,7 +154,11 @@ def main(arguments: list[str] | None = None) -> int:
         table(
             [f"a save of {seconds['bytes'] / 1e6:.1f} MB; a step is {step:.2f} s", "stall", "cost"],
             [
-                [label, f"{100 * stall[kind]:.1f} % of a step", f"{100 * cost[kind]:.1f} %"]
+                [
+                    label,
+                    f"{100 * stalls[f'stall_fraction_{kind}']:.1f} % of a step",
+                    f"{100 * cost[kind]:.1f} %",
+                ]
                 for kind, label in (("sync", "training waits"), ("async", "a process writes"))
             ],
         )
@@ -162,13 +174,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
     )
     figures = {
-        "stall_fraction_sync": stall["sync"],
-        "stall_fraction_async": stall["async"],
+        **stalls,
         "cost_fraction_sync": cost["sync"],
         "cost_fraction_async": cost["async"],
     }
     for interval, (written, total) in saved.items():
         figures[f"bytes_saved_fraction_every_{interval}_steps"] = 1 - written / total
+    add_figures("faults", stalls)
     print(f"\n{write_figures('checkpoint', figures)}: {figures}")
     return 0
 

@@ -1,22 +1,24 @@
 """Every fault that a run has to survive, on 2 and 4 processes: `make faults`.
 
 Each chain of faults strikes one run; started again after each, it has to end with the bits of the
-run that was left alone. --soak MINUTES instead trains under random faults and prints the goodput.
+run that was left alone. Then how long training waits for a checkpoint, and a soak: training under
+random faults, for its goodput. --soak MINUTES is a long one of these, and nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tools.bench_checkpoint import measure_time, stall_fractions
 from tools.fault_processes import attempt
 from tools.fault_rehearsal import (
     EVERY_STEPS,
@@ -28,12 +30,13 @@ from tools.fault_rehearsal import (
     make_corpora,
     rehearse,
 )
-from tools.figures import BENCH, table, write_figures
+from tools.figures import add_figures, table
 from train.parallel.pulse import FIRST_RANK_PHASES
 from train.watchdog import HANG
 
 FOLDER = Path("runs/faults")
 WORLDS = (2, 4)
+SHORT_SOAK_MINUTES = 2.0
 
 PLACES = {
     "kill": (
@@ -181,20 +184,26 @@ def report(tally: Tally) -> str:
         figures["recovery_s_over_step_s"] = statistics.median(tally.recovery)
     if tally.hang_detection_s:
         figures["hang_detection_s"] = statistics.median(tally.hang_detection_s)
-    write_figures("faults", {**_other_figures(), **figures})
+    add_figures("faults", figures)
     lines = [table(["fault", "injected", "survived to the bit"], rows)]
     lines += [f"{name}: {value:,.2f}" for name, value in figures.items()]
-    return "\n".join([*lines, *tally.problems])
+    return "\n".join(lines)
 
 
-def _other_figures() -> dict[str, float]:
-    """What other parts of this benchmark left in the file: it has several writers."""
-    path = BENCH / "faults.json"
-    return json.loads(path.read_text())["figures"] if path.exists() else {}
+def stalls() -> str:
+    """How long training waits for a checkpoint, into the same figures; `make bench-checkpoint`
+    says more."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = stall_fractions(measure_time(6, 4, 144, Path(folder)))
+    add_figures("faults", found)
+    return "\n".join(f"{name}: {value:.3f} of a step" for name, value in found.items())
 
 
-def soak(minutes: float, ranks: int, seed: int) -> str:
-    """Train for about so many minutes under random faults, then without, and compare."""
+def soak(minutes: float, ranks: int, seed: int) -> tuple[str, list[str]]:
+    """Train for about so many minutes under random faults, then without, and compare.
+
+    Returns what to print, and what is wrong.
+    """
     corpora = make_corpora(FOLDER / "corpora")
     probe = rehearse(configuration(corpora, FOLDER / "soak-probe", seed), ranks)
     steps = int(0.6 * minutes * 60 / (probe.trained_s / STEPS))
@@ -217,14 +226,15 @@ def soak(minutes: float, ranks: int, seed: int) -> str:
     if outcome.finished:
         wrong = differences(calm.run_dir, outcome.run_dir)
     goodput = outcome.trained_s / outcome.wall_s
-    write_figures("faults", {**_other_figures(), "goodput": goodput})
-    return (
+    add_figures("faults", {"goodput": goodput})
+    text = (
         f"{steps} steps on {ranks} processes in {outcome.wall_s / 60:.1f} minutes "
         f"({(time.time() - started) / 60:.1f} with the undisturbed run), "
         f"{len(outcome.fired)} of {count} faults came, {len(outcome.attempts)} starts\n"
         f"goodput {goodput:.3f} (undisturbed: {calm.trained_s / calm.wall_s:.3f})\n"
-        + (f"WRONG: {', '.join(wrong[:8])}" if wrong else "final state equal to the bit")
+        + ("" if wrong else "final state equal to the bit")
     )
+    return text, wrong[:8]
 
 
 def main() -> int:
@@ -238,15 +248,16 @@ def main() -> int:
         "--ranks", type=int, nargs="+", default=WORLDS, help="processes (default 2 and 4; soak: 2)"
     )
     options = parser.parse_args()
-    if options.soak:
-        text = soak(options.soak, options.ranks[0], seed=0)
-    else:
-        tally = matrix(options.seeds, tuple(options.ranks))
-        text = report(tally)
-        if tally.problems:
-            text += "\nWRONG"
-    print(text)
-    return int("WRONG" in text)
+    ranks, problems = options.ranks, []
+    if not options.soak:
+        tally = matrix(options.seeds, tuple(ranks))
+        problems += tally.problems
+        print(report(tally), flush=True)
+        print(stalls(), flush=True)
+    text, wrong = soak(options.soak or SHORT_SOAK_MINUTES, ranks[0], seed=0)
+    problems += wrong
+    print("\n".join([text, *(f"WRONG: {one}" for one in problems)]))
+    return int(bool(problems))
 
 
 if __name__ == "__main__":

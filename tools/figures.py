@@ -25,6 +25,13 @@ def write_figures(name: str, figures: dict[str, float]) -> Path:
     return path
 
 
+def add_figures(name: str, figures: dict[str, float]) -> Path:
+    """`write_figures`, keeping what other benchmarks have left under other keys."""
+    path = BENCH / f"{name}.json"
+    before = json.loads(path.read_text())["figures"] if path.exists() else {}
+    return write_figures(name, {**before, **figures})
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from torch import Tensor
+
 from data_pipeline import Corpus, DataError, Loader, evaluation_batches
 from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
@@ -24,6 +26,7 @@ from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
+from train.parallel.placement import Stored
 from train.records import Corpora, NonFiniteError, SkippedStep, StepRecord
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
@@ -344,10 +347,12 @@ class Trainer:
     def _take_up(self, folder: Any, plain: dict[str, Any]) -> None:
         """Become what a checkpoint says."""
         mapping = map_levels(plain["cms"], self.config.model.cms)
-        parameters = mapping.rename(self.store.tensors(folder, "model/"))
+        parameters: dict[str, Tensor | Stored] = {
+            **mapping.rename(self.store.stored(folder, "model/"))
+        }
         parameters |= mapping.start_added(self.config.model, self.config.seed)
         self.engine.load_parameters(parameters, self._elsewhere)
-        optimizer = mapping.rename(self.store.tensors(folder, "optimizer/"))
+        optimizer = mapping.rename(self.store.stored(folder, "optimizer/"))
         self.cadence.load_state_dict(
             {name.removeprefix("optimizer/"): tensor for name, tensor in optimizer.items()},
             plain["cadence"],

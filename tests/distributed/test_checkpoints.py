@@ -21,9 +21,13 @@ from torch.distributed.tensor import (
     zeros,
 )
 
+from tools.parity import STEP, alone, make_config
 from tools.processes import run
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.manifest import damage, read_manifest
+from train.checkpoint.reading import TensorReader
+from train.engines import open_engine
+from train.parallel.placement import fill
 from train.parallel.ranks import Ranks
 
 Layout = tuple[tuple[int, ...], list[Any]]
@@ -84,7 +88,9 @@ def load(rank: int, folder: str, layout: Layout, rows: int) -> None:
     expected = content()
     targets = {n: placed(torch.zeros_like(tensor), mesh, where) for n, tensor in expected.items()}
     targets["model/plain"] = torch.zeros(9)
-    store.load_into(newest, targets)
+    stored = store.stored(newest)
+    for name, target in targets.items():
+        fill(target, stored[name])
     assert torch.equal(targets.pop("model/plain"), torch.arange(9.0))
     for name, target in targets.items():
         assert isinstance(target, DTensor)
@@ -155,7 +161,7 @@ def fsdp(rank: int, folder: str) -> None:
     store.save(1, {"model/weight": layer.weight.detach()}, {})
     with torch.no_grad():
         layer.weight.zero_()
-    store.load_into(store.newest(), {"model/weight": layer.weight.detach()})
+    fill(layer.weight.detach(), store.stored(store.newest())["model/weight"])
     assert torch.equal(layer.weight.full_tensor(), torch.arange(35.0).reshape(7, 5))
     assert torch.equal(
         store.tensors(store.newest())["model/weight"], torch.arange(35.0).reshape(7, 5)
@@ -254,3 +260,54 @@ def test_all_ranks_agree_on_the_newest_that_verifies(tmp_path: Path) -> None:
         assert set(run(2, find_damage, str(tmp_path))) == {"tokens-000000000000002"}, path.name
         path.write_bytes(content)
     assert set(run(2, find_damage, str(tmp_path))) == {newest.name}
+
+
+def bytes_read(rank: int, folder: str, parallel: dict[str, Any]) -> tuple[int, int]:
+    """(bytes of tensors that a rank read to take up a checkpoint, bytes that it holds)."""
+    ranks = Ranks()
+    engine = open_engine(make_config("hope", parallel), ranks)
+    cadence = engine.make_cadence()
+    store = CheckpointStore(folder, ranks)
+    if not store.complete():
+        for parameter in engine.parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        cadence.step({"fast", "a", "b", "c"}, STEP, lambda _: 0.0)
+        optimizer, plain = cadence.state_dict()
+        tensors = {f"model/{name}": one for name, one in engine.saved_parameters().items()}
+        store.save(
+            1, tensors | {f"optimizer/{name}": one for name, one in optimizer.items()}, plain
+        )
+    newest, lengths = store.newest(), list[int]()
+    read = TensorReader._read
+
+    def counted(self: Any, piece: Any, entry: Any, start: int, length: int) -> Tensor:
+        lengths.append(length)
+        return read(self, piece, entry, start, length)
+
+    elsewhere = alone("hope").parameters.keys() - engine.parameters.keys()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TensorReader, "_read", counted)
+        engine.load_parameters(store.stored(newest, "model/"), set(elsewhere))
+        state = store.stored(newest, "optimizer/")
+        cadence.load_state_dict(
+            {name.removeprefix("optimizer/"): one for name, one in state.items()},
+            store.plain(newest),
+            elsewhere,
+        )
+    kept, _ = cadence.state_dict()
+    held = [*engine.saved_parameters().values(), *kept.values()]
+    local = [one.to_local() if isinstance(one, DTensor) else one for one in held]
+    return sum(lengths), sum(one.nbytes for one in local)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [{"dp_replicate": 1, "dp_shard": 2}, {"tp": 2}, {"pp": 2, "micro_batches": 2}],
+    ids=["fsdp", "tp", "pp"],
+)
+def test_a_rank_reads_what_it_holds_and_no_more(tmp_path: Path, parallel: dict[str, Any]) -> None:
+    """Rows of a piece that is cut by columns are read whole: at most twice as much."""
+    (everything, _), *_ = run(1, bytes_read, str(tmp_path), {})
+    for read, held in run(2, bytes_read, str(tmp_path), parallel):
+        assert held <= read <= (1.6 if "tp" in parallel else 1.0) * held
+        assert read < 0.85 * everything

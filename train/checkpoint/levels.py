@@ -10,8 +10,9 @@ change what the model computes, and is refused.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from hope import HopeConfig, HopeModel
 from hope.config import CMSConfig, LevelConfig
 from hope.init import initial_value
+
+Value = TypeVar("Value")
 
 LEVEL = re.compile(r"\bcms\.levels\.(\d+)\.")
 
@@ -35,7 +38,7 @@ class LevelMapping:
     added: tuple[str, ...]
     changes: tuple[str, ...]
 
-    def rename(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rename(self, tensors: Mapping[str, Value]) -> dict[str, Value]:
         """Tensors of the checkpoint by the names that they have in the model."""
 
         def moved(match: re.Match[str]) -> str:

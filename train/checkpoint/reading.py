@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -20,8 +21,21 @@ from train.checkpoint.manifest import (
     TensorEntry,
     read_manifest,
 )
-from train.checkpoint.pieces import DTYPES, local_block
+from train.checkpoint.pieces import DTYPES
 from train.checkpoint.places import Place, opened, read
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a checkpoint, not read yet; see `train.parallel.placement.Stored`."""
+
+    reader: TensorReader
+    name: str
+    shape: torch.Size
+
+    def block(self, offsets: Shape, sizes: Shape) -> Tensor:
+        """The block of these sizes at these offsets, on the CPU."""
+        return self.reader.block(self.name, offsets, sizes)
 
 
 class TensorReader:
@@ -70,21 +84,9 @@ class TensorReader:
             block[where] = found
         return torch.empty(shape, dtype=dtype) if block is None else block
 
-    def load_into(self, targets: dict[str, Tensor]) -> None:
-        """Fill tensors, and the local part of DTensors, with the checkpoint's of the same names.
-
-        A rank reads what it needs and never holds more than one block of a tensor beside its own.
-        Raises CheckpointError for a name that is not there or has another shape.
-        """
-        for name, target in targets.items():
-            shape = self._entry(name).shape
-            if tuple(target.shape) != shape:
-                raise CheckpointError(
-                    f"{self.folder}: {name} has shape {list(shape)}, not {list(target.shape)}"
-                )
-            offset, local = local_block(target)
-            if local.numel() > 0:
-                local.copy_(self.block(name, offset, tuple(local.shape)))
+    def stored(self, name: str) -> StoredTensor:
+        """A tensor that is read, whole or by blocks, when it is asked for."""
+        return StoredTensor(self, name, torch.Size(self._entry(name).shape))
 
     def _entry(self, name: str) -> TensorEntry:
         try:

@@ -24,10 +24,10 @@ from train.checkpoint.errors import CheckpointError, SaveError
 from train.checkpoint.manifest import MARKER, damage, position
 from train.checkpoint.pieces import Described, Owners, assign, local_pieces, plan_files
 from train.checkpoint.places import Place, as_place, make_folder, names, remove, rename
-from train.checkpoint.reading import TensorReader, read_plain
+from train.checkpoint.reading import StoredTensor, TensorReader, read_plain
 from train.checkpoint.retention import DRAFT, Retention
 from train.checkpoint.writer import Target, attempt
-from train.parallel.placement import fill
+from train.parallel.placement import Stored, fill
 from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS
 
@@ -213,9 +213,11 @@ class CheckpointStore:
         reader = TensorReader(folder)
         return {name: reader.whole(name) for name in reader.names(prefix)}
 
-    def load_into(self, folder: Any, targets: dict[str, Tensor]) -> None:
-        """Fill tensors, and local parts of DTensors, of these names; see `TensorReader`."""
-        TensorReader(folder).load_into(targets)
+    def stored(self, folder: Any, prefix: str = "") -> dict[str, StoredTensor]:
+        """The same, read when they are asked for: of a tensor that is divided over ranks, each
+        reads its block."""
+        reader = TensorReader(folder)
+        return {name: reader.stored(name) for name in reader.names(prefix)}
 
     def _begin(self, tokens: int, replace: bool) -> tuple[str, str, bool]:
         """(final folder, draft folder, whether there is nothing to do), on the first rank."""
@@ -281,11 +283,13 @@ def open_store(config: RunConfig, ranks: Ranks) -> CheckpointStore:
 
 @torch.no_grad()
 def load_parameters(
-    parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], elsewhere: Container[str] = ()
+    parameters: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor | Stored],
+    elsewhere: Container[str] = (),
 ) -> None:
     """Copy whole `model/NAME` tensors into parameters, or this rank's parts of them, by name.
 
-    elsewhere: names of parameters that other ranks have. ValueError unless the names match.
+    elsewhere: names of parameters that other ranks have. ValueError unless names and shapes match.
     """
     saved = {name.removeprefix("model/"): tensor for name, tensor in tensors.items()}
     wrong = sorted(parameters.keys() - saved.keys())
@@ -293,7 +297,10 @@ def load_parameters(
     if wrong:
         raise ValueError(f"checkpoint and model differ in {wrong[:4]}")
     for name, parameter in parameters.items():
-        fill(parameter, saved[name])
+        try:
+            fill(parameter, saved[name])
+        except ValueError as error:
+            raise ValueError(f"checkpoint and model differ in {name}: {error}") from None
 
 
 def _gather(ranks: Ranks, value: Any) -> list[Any]:

@@ -8,6 +8,7 @@ tokens; its clipping and loss scaling are off.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from train.parallel.carried import Carried, state_of
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import allocate
 from train.parallel.part import Part, cut_layers
+from train.parallel.placement import Stored, in_memory
 from train.parallel.stages import layers_of_rank
 from train.parallel.tensor import connect, divide
 from train.zero.cadence import Group, Published, ZeroCadence
@@ -122,7 +124,7 @@ class DeepSpeedEngine(EngineParts):
             for name, one in partitions.fragments.items()
         }
 
-    def load_parameters(self, tensors: dict[str, Tensor], elsewhere: set[str]) -> None:
+    def load_parameters(self, tensors: Mapping[str, Tensor | Stored], elsewhere: set[str]) -> None:
         """Take whole `model/NAME` tensors; elsewhere: names of parameters that other ranks have.
 
         ValueError unless the names match; a collective call.
@@ -132,7 +134,7 @@ class DeepSpeedEngine(EngineParts):
         if wrong := [name for name in wrong if name not in elsewhere]:
             raise ValueError(f"checkpoint and model differ in {wrong[:4]}")
         for name in self.parameters:
-            self._put(name, saved[name])
+            self._put(name, in_memory(saved[name]))
         self._held.partitions.publish()
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from train.parallel.carried import Carried, state_of
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import allocate, parallelize
 from train.parallel.pipeline import Pipeline
+from train.parallel.placement import Stored
 
 
 class NativeEngine(EngineParts):
@@ -61,7 +64,7 @@ class NativeEngine(EngineParts):
         """Every parameter for a checkpoint, by name."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
-    def load_parameters(self, tensors: dict[str, Tensor], elsewhere: set[str]) -> None:
+    def load_parameters(self, tensors: Mapping[str, Tensor | Stored], elsewhere: set[str]) -> None:
         """Take whole `model/NAME` tensors; elsewhere: names of parameters that other ranks have."""
         load_parameters(self.parameters, tensors, elsewhere)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from train.parallel.carried import Carried, from_rows, named, spec_of, to_rows
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import PRECISIONS
 from train.parallel.part import Part
+from train.parallel.placement import Stored
 from train.parallel.tensor import loss_over
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +43,9 @@ class Engine(Protocol):
 
     def saved_parameters(self) -> dict[str, Tensor]: ...
 
-    def load_parameters(self, tensors: dict[str, Tensor], elsewhere: set[str]) -> None: ...
+    def load_parameters(
+        self, tensors: Mapping[str, Tensor | Stored], elsewhere: set[str]
+    ) -> None: ...
 
     def forward_backward(
         self, batch: Batch, carried: Carried | None

@@ -26,7 +26,7 @@ period is its context. The paper leaves the rest open; decided here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from train.optim.level import START, Level
 from train.optim.norms import Norms, all_finite
-from train.parallel.placement import placed
+from train.parallel.placement import Stored, in_memory, placed
 from train.parallel.reduction import GradientReduction
 
 ACCUMULATOR = "accumulated_grad"
@@ -314,7 +314,10 @@ class Cadence:
 
     @torch.no_grad()
     def load_state_dict(
-        self, tensors: dict[str, Tensor], plain: dict[str, Any], elsewhere: Container[str] = ()
+        self,
+        tensors: Mapping[str, Tensor | Stored],
+        plain: dict[str, Any],
+        elsewhere: Container[str] = (),
     ) -> None:
         """Take back what `state_dict` gave, whole, on any number of ranks and with any `reduce`.
 
@@ -323,7 +326,7 @@ class Cadence:
         a start that is missing.
         """
         self.state.clear()
-        remaining: dict[str, dict[str, Tensor]] = {}
+        remaining: dict[str, dict[str, Tensor | Stored]] = {}
         for full_name, value in tensors.items():
             name, _, part = full_name.rpartition("/")
             remaining.setdefault(name, {})[part] = value
@@ -347,13 +350,15 @@ class Cadence:
         if unknown:
             raise ValueError(f"checkpoint holds state of unknown parameters: {unknown}")
 
-    def _take_up(self, level: Level, parameter: nn.Parameter, saved: dict[str, Tensor]) -> None:
+    def _take_up(
+        self, level: Level, parameter: nn.Parameter, saved: dict[str, Tensor | Stored]
+    ) -> None:
         """Make this rank's accumulator of what one or several ranks had in theirs."""
         ranks = self.reduction.ranks
         by_rank = {int(k.rpartition("rank")[2]): v for k, v in saved.items() if "rank" in k}
         if self.reduction.is_shared(parameter) and not _sums_every_step(level):
             if len(saved) == len(by_rank) == ranks.size:
-                own = by_rank[ranks.rank]
+                own = in_memory(by_rank[ranks.rank])
             else:
                 own = _sum(saved) if ranks.rank == 0 else torch.zeros_like(_sum(saved))
         else:
@@ -370,10 +375,10 @@ def _sums_every_step(level: Level) -> bool:
     return level.reduce == "every_step"
 
 
-def _sum(saved: dict[str, Tensor]) -> Tensor:
+def _sum(saved: dict[str, Tensor | Stored]) -> Tensor:
     """The sum of the ranks' accumulators, in the order of their ranks."""
-    first, *others = (saved[key] for key in sorted(saved, key=lambda key: (len(key), key)))
-    total = first.clone()
+    first, *others = sorted(saved, key=lambda key: (len(key), key))
+    total = in_memory(saved[first]).clone()
     for other in others:
-        total.add_(other)
+        total.add_(in_memory(saved[other]))
     return total

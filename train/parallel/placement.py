@@ -6,11 +6,31 @@ rank's part is one block, whichever of the two cut which axis.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 TENSOR_AXIS = "tp"
+
+
+class Stored(Protocol):
+    """A tensor in a file, of which blocks can be read."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def block(self, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
+        """The block of these sizes at these offsets, on the CPU, in memory of its own."""
+        ...
+
+
+def in_memory(value: Tensor | Stored) -> Tensor:
+    """All of a tensor, read if it is in a file."""
+    if isinstance(value, Tensor):
+        return value
+    return value.block((0,) * len(value.shape), tuple(value.shape))
 
 
 def _cuts(like: DTensor) -> list[tuple[int, int, int]]:
@@ -39,17 +59,21 @@ def block(like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(offsets), tuple(sizes)
 
 
-def cut(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part, a view, of a whole tensor that is to lie as `like` does."""
-    for axis, (begin, size) in enumerate(zip(*block(like), strict=True)):
+def cut(whole: Tensor | Stored, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that is to lie as `like` does: a view; of a file it reads
+    no more than that part."""
+    offsets, sizes = block(like)
+    if not isinstance(whole, Tensor):
+        return whole.block(offsets, sizes)
+    for axis, (begin, size) in enumerate(zip(offsets, sizes, strict=True)):
         whole = whole.narrow(axis, begin, size)
     return whole
 
 
-def placed(whole: Tensor, like: Tensor) -> Tensor:
+def placed(whole: Tensor | Stored, like: Tensor) -> Tensor:
     """`whole` on the device of `like`, divided over the ranks as it is, if it has its shape."""
     if not isinstance(like, DTensor) or whole.shape != like.shape:
-        return whole.to(like.device)
+        return in_memory(whole).to(like.device)
     part = cut(whole, like).to(like.device).contiguous()
     return DTensor.from_local(
         part,
@@ -62,7 +86,9 @@ def placed(whole: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(like: Tensor, whole: Tensor) -> None:
-    """Copy this rank's part of `whole` into `like`."""
+def fill(like: Tensor, whole: Tensor | Stored) -> None:
+    """Copy this rank's part of `whole` into `like`. ValueError where they differ in shape."""
+    if whole.shape != like.shape:
+        raise ValueError(f"shape {list(whole.shape)}, not {list(like.shape)}")
     own = like.to_local() if isinstance(like, DTensor) else like
     own.copy_(cut(whole, like))

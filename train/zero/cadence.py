@@ -7,7 +7,7 @@ get back to where they compute, and that checkpoints speak of whole parameters b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +29,7 @@ from train.optim.level import Level
 from train.optim.levels import periods
 from train.optim.norms import Norms
 from train.parallel.mesh import Mesh
+from train.parallel.placement import Stored, in_memory
 from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 from train.zero.partitions import Partitions
@@ -243,11 +244,14 @@ class ZeroCadence(Cadence):
 
     @torch.no_grad()
     def load_state_dict(
-        self, tensors: dict[str, Tensor], plain: dict[str, Any], elsewhere: Container[str] = ()
+        self,
+        tensors: Mapping[str, Tensor | Stored],
+        plain: dict[str, Any],
+        elsewhere: Container[str] = (),
     ) -> None:
         """As `Cadence.load_state_dict`, whatever engine and layout saved it."""
         self.state.clear()
-        remaining: dict[str, dict[str, Tensor]] = {}
+        remaining: dict[str, dict[str, Tensor | Stored]] = {}
         for full_name, value in tensors.items():
             name, _, part = full_name.rpartition("/")
             remaining.setdefault(name, {})[part] = value
@@ -258,7 +262,8 @@ class ZeroCadence(Cadence):
             for key, partition in level.parameters.items():
                 state: dict[str, Tensor] = {}
                 for name in self.held.partitions.names[int(key.rpartition(".")[2])]:
-                    self._take_in(name, remaining.pop(name, {}), partition, state)
+                    saved = {part: in_memory(v) for part, v in remaining.pop(name, {}).items()}
+                    self._take_in(name, saved, partition, state)
                 pending = state.pop(ACCUMULATOR, None)
                 if pending is not None:
                     device = "cpu" if level.accumulator_device == "cpu" else partition.device
