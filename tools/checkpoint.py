@@ -1,4 +1,4 @@
-"""Look after the checkpoints of runs: list, verify, compare, export, tag and delete them.
+"""Look after the checkpoints of runs: list, verify, compare, export, convert, tag and delete them.
 
 RUN is a run folder, or a folder or URL of checkpoints; CHECKPOINT is one checkpoint, or a run, for
 its newest that verifies. Exit status: 0, 1 damage or a difference was found, 2 bad input.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from tools import deepspeed_checkpoints
 from tools.figures import table
 from train.checkpoint import CheckpointError, retention
 from train.checkpoint.manifest import (
@@ -220,6 +221,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("checkpoint", metavar="CHECKPOINT")
     command.add_argument("output", metavar="FILE", type=Path)
     command.add_argument("--prefix", default="model/", help="of the tensors (default model/)")
+    deepspeed_checkpoints.add_commands(commands, checkpoint)
     return parser.parse_args(arguments)
 
 

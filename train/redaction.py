@@ -56,3 +56,14 @@ def redact_tree(value: Any) -> Any:
     if isinstance(value, list):
         return [redact_tree(one) for one in value]
     return redact(value) if isinstance(value, str) else value
+
+
+def revealed(value: Any, known: Any) -> Any:
+    """Redacted plain data with its secrets put back, where `known`, the same as it was, has them."""
+    if isinstance(value, dict) and isinstance(known, dict):
+        return {key: revealed(one, known.get(key)) for key, one in value.items()}
+    if isinstance(value, list) and isinstance(known, list) and len(value) == len(known):
+        return [revealed(one, other) for one, other in zip(value, known, strict=True)]
+    if isinstance(value, str) and isinstance(known, str) and redact(known) == value:
+        return known
+    return value

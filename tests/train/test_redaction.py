@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train.__main__ import main
+from train.__main__ import main, train
+from train.checkpoint.load import load_run
+from train.config import validate_config
 from train.redaction import redact, redact_logging
 
 SECRET = "hunter2-s3cr3t"
@@ -62,3 +64,17 @@ def test_error_lines_and_logs_hold_no_secret(
         assert record.getMessage() == "at http://***@h"
     finally:
         logging.setLogRecordFactory(factory)
+
+
+def test_a_checkpoint_holds_no_secret_and_its_run_does(raw_config, tmp_path: Path) -> None:
+    uri = f"http://me:{SECRET}@127.0.0.1:9"
+    raw_config["mlflow"] = {"enabled": False, "tracking_uri": uri}
+    raw_config["training"]["stop_at_tokens"] = 256
+    run = Path(raw_config["run_dir"])
+    train(validate_config(raw_config, "test"), False)
+    (checkpoint,) = (run / "checkpoints").glob("tokens-*")
+    assert not any(SECRET.encode() in path.read_bytes() for path in checkpoint.iterdir())
+    for path in (run, checkpoint):
+        assert load_run(path)[0].mlflow.tracking_uri == uri
+    checkpoint.rename(tmp_path / "alone")
+    assert load_run(tmp_path / "alone")[0].mlflow.tracking_uri == "http://***@127.0.0.1:9"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointError, CheckpointStore, load_parameters
 from train.config import ConfigError, InitFromConfig, RunConfig, load_config, validate_config
 from train.parallel.ranks import Ranks
+from train.redaction import HIDDEN, revealed
 from train.run_folder import CHECKPOINTS, CONFIG
 
 
@@ -53,9 +55,12 @@ def initial_parameters(
 def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]:
     """Configuration, `model/NAME` tensors and plain data of a run folder or one checkpoint.
 
-    The configuration is the one that the checkpoint holds: its model has these tensors.
+    The configuration is the one that the checkpoint holds: its model has these tensors. It has no
+    secrets; those are taken from the run folder's own, where it is there.
     """
+    run_dir = path
     if (path / MARKER).exists():
+        run_dir = path.parent.parent
         if reason := damage(path):
             raise CheckpointError(f"{path}: {reason}")
         checkpoint: Any = path
@@ -68,6 +73,9 @@ def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]
     plain = read_plain(checkpoint)
     if not isinstance(plain.get("config"), dict):
         raise CheckpointError(f"{checkpoint} holds no configuration")
+    if HIDDEN in json.dumps(plain["config"]) and (run_dir / CONFIG).exists():
+        known = load_config(run_dir / CONFIG).model_dump(mode="json")
+        plain["config"] = revealed(plain["config"], known)
     reader = TensorReader(checkpoint)
     tensors = {name: reader.whole(name) for name in reader.names("model/")}
     return validate_config(plain["config"], str(checkpoint)), tensors, plain
