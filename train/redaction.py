@@ -59,7 +59,7 @@ def redact_tree(value: Any) -> Any:
 
 
 def revealed(value: Any, known: Any) -> Any:
-    """Redacted plain data with its secrets put back, where `known`, the same as it was, has them."""
+    """Redacted plain data with its secrets put back, where `known` has them."""
     if isinstance(value, dict) and isinstance(known, dict):
         return {key: revealed(one, known.get(key)) for key, one in value.items()}
     if isinstance(value, list) and isinstance(known, list) and len(value) == len(known):
