@@ -12,26 +12,24 @@ import argparse
 import copy
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.scan import ScanConfig
 from tools.figures import table, write_figures
+from tools.processes import run
 from train.clock import TokenClock
 from train.evaluate.perplexity import summed_loss
 from train.optim.build import build_cadence, decays
 from train.optim.cadence import ACCUMULATOR, Cadence
 from train.optim.config import OptimizerConfig, Reduce
 from train.optim.levels import periods
+from train.parallel.counting import CollectiveBytes
 from train.parallel.ranks import Ranks
 
 ROWS, SEQ_LEN = 8, 256
@@ -132,34 +130,13 @@ def measure_time(steps: int) -> dict[str, float]:
     }
 
 
-class CountBytes(TorchDispatchMode):
-    """Bytes that this rank sends in collectives, by the ring algorithms' count.
-
-    all-reduce 2 (W - 1) / W of the tensor, reduce-scatter and all-gather (W - 1) / W of the whole.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        share = (RANKS - 1) / RANKS
-        match func._schema.name:
-            case "c10d::allreduce_":
-                self.bytes += 2 * share * sum(tensor.nbytes for tensor in args[0])
-            case "c10d::_reduce_scatter_base_" | "c10d::_allgather_base_":
-                self.bytes += share * max(tensor.nbytes for tensor in args[:2])
-            case name if name.startswith("c10d::"):
-                raise AssertionError(f"a collective that is not counted: {name}")
-        return func(*args, **(kwargs or {}))
-
-
-def count_traffic(rank: int, meeting: str, results: Any) -> None:
-    """Run on each rank: bytes a step for both policies, of the CMS alone and of the whole model."""
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
+def count_traffic(rank: int) -> dict[tuple[str, str], tuple[float, float]]:
+    """Run on each rank: (bytes sent a step, bytes of accumulator a slow parameter) for both
+    policies, of the CMS alone and of the whole model."""
     ranks = Ranks.alone()
     ranks.rank, ranks.size = rank, RANKS
     config = model_config()
+    results = {}
     for reduce in ("every_step", "at_update"):
         for part in ("cms", "model"):
             model = HopeModel(config)
@@ -167,17 +144,15 @@ def count_traffic(rank: int, meeting: str, results: Any) -> None:
             cadence = build_cadence(model, config, settings, ranks)
             clock = TokenClock(periods(config))
             largest = 0.0
-            with CountBytes() as counted:
+            with CollectiveBytes() as counted:
                 for _ in range(max(EVERY_STEPS)):
                     for name, parameter in model.named_parameters():
                         if part == "model" or ".cms." in name:
                             parameter.grad = torch.ones_like(parameter)
                     cadence.step(clock.advance(TOKENS), TOKENS, lambda _: LR, clock.tokens)
                     largest = max(largest, bytes_per_slow_parameter(cadence))
-            if rank == 0:
-                results[reduce, part] = (counted.bytes / max(EVERY_STEPS), largest)
-    dist.barrier()
-    dist.destroy_process_group()
+            results[reduce, part] = (sum(counted.bytes.values()) / max(EVERY_STEPS), largest)
+    return results
 
 
 def bytes_per_slow_parameter(cadence: Cadence) -> float:
@@ -207,17 +182,6 @@ def expected_traffic(reduce: Reduce, part: str) -> float:
         fast = sum(p.numel() for n, p in model.named_parameters() if ".cms." not in n)
         total += 2 * share * fast
     return total
-
-
-def measure_traffic() -> dict[tuple[str, str], tuple[float, float]]:
-    """(bytes a step, bytes of accumulator a slow parameter) by policy and part of the model."""
-    context = torch.multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder, context.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(
-            count_traffic, (str(Path(folder) / "meeting"), results), nprocs=RANKS
-        )
-        return dict(results)
 
 
 def one_process_bytes() -> float:
@@ -260,7 +224,7 @@ def main() -> int:
             ],
         )
     )
-    traffic = measure_traffic()
+    traffic = run(RANKS, count_traffic)[0]
     print()
     print(
         table(

@@ -109,6 +109,24 @@ def test_bfloat16_stays_near_float32() -> None:
             assert all(p.dtype.itemsize == 4 for p in trace.parameters.values())
 
 
+COMPILED: list[tuple[int, dict[str, Any]]] = [
+    (1, {}),
+    (2, {}),
+    (2, {"dp_replicate": 1, "dp_shard": 2}),
+    (2, {"tp": 2, **SP}),
+    (2, {"pp": 2, "micro_batches": 2}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("model", ["hope", "hope-attention"])
+@pytest.mark.parametrize(("world", "layout"), COMPILED)
+def test_compiled_layers_follow_one_process(model: str, world: int, layout: dict[str, Any]) -> None:
+    """With every axis but cp, whose layers wait for each other."""
+    compare(model, world, {str(layout): make_config(model, {**layout, "compile": True})})
+
+
 JOB = Job(HopeConfig(vocab_size=48, dim=32, num_layers=4, num_heads=4), ROWS, LENGTH)
 IMPOSSIBLE = [
     ({"tp": 3, "dp_replicate": 1}, 3, "tp=3 must divide the heads"),

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from tools import bench_forgetting
-from tools.bench_cadence import expected_traffic, measure_traffic, one_process_bytes
+from tools.bench_cadence import RANKS, count_traffic, expected_traffic, one_process_bytes
+from tools.processes import run
 
 
 def test_counted_bytes_are_the_formulas() -> None:
-    traffic = measure_traffic()
+    traffic = run(RANKS, count_traffic)[0]
     assert len(traffic) == 4
     for (reduce, part), (counted, _) in traffic.items():
         assert counted == expected_traffic(reduce, part), (reduce, part)  # type: ignore[arg-type]

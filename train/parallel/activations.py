@@ -32,6 +32,9 @@ PRODUCTS = (
 )
 
 
+RECOMPILATIONS = 64
+
+
 def _policy(kept: tuple[str, ...], _: Any, operator: Any, *__: Any, **___: Any) -> CheckpointPolicy:
     name = getattr(operator, "_schema", None)
     if name is not None and name.name.startswith(kept):
@@ -65,5 +68,9 @@ def _recomputed(forward: Any, contexts: Any, *arguments: Any) -> Any:
 
 def compile_layers(model: nn.Module) -> None:
     """torch.compile every layer in place; equal layers share what is compiled."""
+    # All layers are one function to the compiler: kinds of layers x training or not x with or
+    # without a state are more than its 8, and beyond them it would run them uncompiled.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILATIONS)
     for layer in model.layers:  # type: ignore[union-attr]
         layer.compile()
