@@ -1,10 +1,10 @@
 """make bench-parallel: are all layouts one process, what they cost, and what was predicted.
 
-Parity: every layout of `tools.parity.LAYOUTS` with every model, against one process. Memory: the
+Parity: every layout of `tools.parity` with every model and engine, against one process. Memory: the
 dry run's prediction against the resident set's high-water mark (`tools.peak_memory`). Speed: tokens
 a second of two processes of one thread each over one, the same global batch, in turns within one
 run. Bubbles: the share of a step in which a pipeline's rank computes nothing, by schedule. Writes
-runs/bench/parallel.json.
+runs/bench/parallel.json, after each part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.distributed.pipelining.stage import PipelineStage
 from data_pipeline import Batch
 from data_pipeline.loader import rows_of_rank
 from tools import parity
-from tools.figures import table, write_figures
+from tools.figures import add_figures, table
 from tools.peak_memory import CASES, prediction_errors
 from tools.processes import run
 from train.clock import TokenClock
@@ -44,6 +44,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2": {"pp": 2, "micro_batches": MICRO_BATCHES},
     "cp2": {"cp": 2, "micro_batches": 2},
 }
+PARTS = ("speed", "bubbles", "memory", "parity")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "zbv")
 
 
@@ -199,30 +200,22 @@ def measure_parity(worlds: list[int]) -> dict[str, float]:
     return errors
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_parallel", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps a layout (default 5)")
-    parser.add_argument("--rows", type=int, default=4, help="rows of a step (default 4)")
-    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8], help="of parity")
-    options = parser.parse_args()
-    if options.rounds < 1 or options.rows % MICRO_BATCHES or options.rows < 1:
-        parser.error(f"--rounds at least 1, --rows a multiple of {MICRO_BATCHES}")
-    sizes = (options.rounds, options.rows, options.seq_len)
-    figures: dict[str, float] = {}
-
+def report_speed(sizes: tuple[int, int, int]) -> dict[str, float]:
     print(f"load average before timing: {_load()}; {os.cpu_count()} cores")
     seconds = run(RANKS, measure_speed, *sizes, seconds=3600)[0]
-    rows = []
+    figures, rows = {}, []
     for name in list(LAYOUTS)[1:]:
         pairs = zip(seconds["alone"], seconds[name], strict=True)
         figures[f"speedup_{name}"] = statistics.median(one / two for one, two in pairs)
         rows.append([name, f"{figures[f'speedup_{name}']:.2f}"])
     print(table(["two processes over one", "tokens/s, ratio"], rows))
     print(f"load average after: {_load()}\n")
+    return figures
 
+
+def report_bubbles(sizes: tuple[int, int, int]) -> dict[str, float]:
     shares = run(RANKS, measure_bubbles, *sizes, seconds=3600)
-    rows = []
+    figures, rows = {}, []
     for schedule in SCHEDULES:
         steps = zip(*(ranks[schedule] for ranks in shares), strict=True)
         mean = statistics.median(sum(step) / RANKS for step in steps)
@@ -233,24 +226,51 @@ def main() -> int:
         table([f"idle, {RANKS} ranks, {MICRO_BATCHES} micro-batches", "measured", "theory"], rows)
     )
     print(f"load average after: {_load()}\n")
+    return figures
 
+
+def report_memory() -> dict[str, float]:
     worst, rows = 0.0, []
-    for world, parallel, model in CASES:
+    for number, (world, parallel, model) in enumerate(CASES, start=1):
         errors = prediction_errors(world, parallel, **model)
         error = max(errors, key=abs)
         worst = max(worst, abs(error))
         rows.append([f"{world}: {parallel | model}", f"{100 * error:+.1f} %"])
-    figures["memory_prediction_error"] = worst
+        print(f"memory: {number} of {len(CASES)} cases", file=sys.stderr)
     print(table(["peak memory, predicted over measured", "worst rank"], rows), "\n")
+    return {"memory_prediction_error": worst}
 
-    errors = measure_parity(options.worlds)
-    figures["worst_relative_error"] = max(errors.values())
-    figures["layouts_in_parity"] = sum(error <= parity.TOLERANCE for error in errors.values())
+
+def report_parity(worlds: list[int]) -> dict[str, float]:
+    errors = measure_parity(worlds)
+    inside = sum(error <= parity.TOLERANCE for error in errors.values())
     for name, error in errors.items():
-        if error > parity.TOLERANCE:
+        if not error <= parity.TOLERANCE:
             print(f"not in parity: {name}: {error:.1e}")
-    print(f"{int(figures['layouts_in_parity'])} of {len(errors)} layouts follow one process")
-    print(f"\n{write_figures('parallel', figures)}: {figures}")
+    print(f"{inside} of {len(errors)} layouts follow one process\n")
+    return {"layouts_in_parity": inside, "worst_relative_error": max(errors.values())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench_parallel", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps a layout (default 5)")
+    parser.add_argument("--rows", type=int, default=4, help="rows of a step (default 4)")
+    parser.add_argument("--seq-len", type=int, default=512, help="tokens of a row (default 512)")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4, 8], help="of parity")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    options = parser.parse_args()
+    if options.rounds < 1 or options.rows % MICRO_BATCHES or options.rows < 1:
+        parser.error(f"--rounds at least 1, --rows a multiple of {MICRO_BATCHES}")
+    sizes = (options.rounds, options.rows, options.seq_len)
+    reports: dict[str, Callable[[], dict[str, float]]] = {
+        "speed": lambda: report_speed(sizes),
+        "bubbles": lambda: report_bubbles(sizes),
+        "memory": report_memory,
+        "parity": lambda: report_parity(options.worlds),
+    }
+    for part in options.parts:
+        figures = reports[part]()
+        print(f"{add_figures('parallel', figures)}: {figures}\n", flush=True)
     return 0
 
 
