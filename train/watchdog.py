@@ -160,7 +160,8 @@ class Watchdog:
         if not self._shares:
             return
         self._ticks += 1
-        wait = wait_of_training()
+        # Not while it moves: reading a frame's variables keeps them alive until the frame ends.
+        wait = wait_of_training() if self.pulse.idle_seconds > self.interval else None
         beat = {
             "ticks": self._ticks,
             "entered": self.pulse.entered,
