@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from hope.scan.contract import MEM, ScanConfig, compute_dtype
@@ -23,11 +22,6 @@ from hope.scan.writes import W1_DELTA, W2_DELTA
 BLOCK = 16
 """Tokens of a block of the recurrence, in all memories; memory chunks are multiples of it. The
 kernels take 32 and 64 too, but hold so much then that they spill to memory (docs/gpu.md)."""
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
-    return not isinstance(memory_forward, triton.JITFunction)
 
 
 def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
