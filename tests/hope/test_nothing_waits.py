@@ -23,9 +23,10 @@ pytest.importorskip("triton")
 
 WAITS = (
     "aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
-    "aten::_unique2", "aten::repeat_interleave",
+    "aten::_unique2", "aten::repeat_interleave", "aten::lift_fresh",
 )  # fmt: skip
-"""What needs values on the host, or a shape that depends on them."""
+"""What needs values on the host, a shape that depends on them, or (the last) what brings numbers
+from there: torch.tensor, and a list as an index."""
 
 
 class NothingWaits(TorchDispatchMode):
@@ -58,13 +59,18 @@ class NothingWaits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def tiny(implementation: str, width: int, layers: int = 1) -> HopeConfig:
+def tiny(
+    implementation: str, width: int, layers: int = 1, adaptive_query: bool = False
+) -> HopeConfig:
     return HopeConfig(
         vocab_size=80,
         dim=width,
         num_layers=layers,
         num_heads=1 if width < 64 else width // 64,
-        titans=TitansConfig(scan=ScanConfig(16, 16, implementation=implementation)),  # type: ignore
+        titans=TitansConfig(
+            adaptive_query=adaptive_query,
+            scan=ScanConfig(16, 16, implementation=implementation),  # type: ignore
+        ),
         cms=CMSConfig(levels=(LevelConfig(name="a", hidden_size=16),)),
     )
 
@@ -79,11 +85,14 @@ def operators() -> dict[str, Callable[..., Any]]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
+@pytest.mark.parametrize("adaptive_query", [False, True])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_step_in_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_in_kernels(
+    device: str, adaptive_query: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On the meta device, where nothing has values; and with the operators' bodies in view."""
     monkeypatch.setattr("hope.scan.check_reset", lambda *_: None)  # asserted on a device
-    model = HopeModel(tiny("triton", 16)).to(device)
+    model = HopeModel(tiny("triton", 16, adaptive_query=adaptive_query)).to(device)
     tokens = torch.zeros(1, 32, dtype=torch.int64, device=device)
     starts = torch.zeros(1, 32, dtype=torch.bool, device=device)
     bodies = operators()
@@ -96,7 +105,8 @@ def test_a_step_in_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_what_waits_is_found() -> None:
     x = torch.ones(3)
-    for call in (lambda: float(x.sum()), lambda: x[x > 0], x.nonzero, lambda: x.to("meta")):
+    calls = (lambda: float(x.sum()), lambda: x[x > 0], x.nonzero, lambda: x.to("meta"))
+    for call in (*calls, lambda: x[[0, 2]], lambda: torch.tensor([1.0])):
         with pytest.raises(AssertionError, match=r"waits|between devices"), NothingWaits():
             call()
 

@@ -112,6 +112,13 @@ def test_shapes_and_chunks(
     check_parity(make_problem(**shape), config)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
+    config = ScanConfig(16, 16, decay_to="zero", checkpoint_chunks=1)
+    problem = make_problem(rows, 1, 40, WIDTH, with_state=False, resets=((0, 32),))
+    check_parity(problem, config)
+
+
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 @pytest.mark.parametrize("block", [32, 64])
 def test_longer_blocks(block: int, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
