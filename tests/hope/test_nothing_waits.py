@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_pipeline import IGNORE
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.fused import cross_entropy, gated_norm, loss
-from hope.scan import ScanConfig
+from hope.scan import ScanConfig, chunked
 from hope.scan import triton as scan_triton
 from tests.hope.fused.cases import relative_error
 from train.evaluate.perplexity import summed_loss
@@ -75,30 +75,32 @@ def tiny(
     )
 
 
-def operators() -> dict[str, Callable[..., Any]]:
-    """The bodies of the operators that launch kernels, by name."""
-    defined = (
+OPERATORS = {
+    "triton": (
         scan_triton._scan_triton, scan_triton._scan_triton_backward, gated_norm._gated_norm,
         gated_norm._gated_norm_backward, loss._rows, loss._rows_backward,
-    )  # fmt: skip
-    return {operator._qualname: operator._init_fn for operator in defined}
+    ),
+    "chunked": (chunked._scan_chunked, chunked._scan_chunked_backward),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
 @pytest.mark.parametrize("adaptive_query", [False, True])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
-def test_a_step_in_kernels(
-    device: str, adaptive_query: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("implementation", OPERATORS)
+def test_a_step(
+    implementation: str, device: str, adaptive_query: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device, where nothing has values; and with the operators' bodies in view."""
     monkeypatch.setattr("hope.scan.check_reset", lambda *_: None)  # asserted on a device
-    model = HopeModel(tiny("triton", 16, adaptive_query=adaptive_query)).to(device)
-    tokens = torch.zeros(1, 32, dtype=torch.int64, device=device)
-    starts = torch.zeros(1, 32, dtype=torch.bool, device=device)
-    bodies = operators()
+    model = HopeModel(tiny(implementation, 16, adaptive_query=adaptive_query)).to(device)
+    tokens = torch.zeros(2, 32, dtype=torch.int64, device=device)
+    starts = torch.zeros(2, 32, dtype=torch.bool, device=device)
+    bodies = {one._qualname: one._init_fn for one in OPERATORS[implementation]}
+    kernels = "triton" if implementation == "triton" else "torch"
     with NothingWaits(bodies if device == "cpu" else None) as mode:
         logits, _ = model(tokens, None, starts)
-        cross_entropy(logits.flatten(0, 1), tokens.flatten(), IGNORE, "triton").backward()
+        cross_entropy(logits.flatten(0, 1), tokens.flatten(), IGNORE, kernels).backward()
     assert {name: mode.seen.get(name) for name in bodies} == dict.fromkeys(bodies, 1)
     assert all(parameter.grad is not None for parameter in model.parameters())
 
