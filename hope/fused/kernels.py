@@ -36,7 +36,7 @@ def gated_norm_forward(
     read [B, heads, length, D] with those strides; weight [heads, D]; gate and out [rows, heads, D],
     rows = B * length. FEATURES: D, or the power of two above it.
     """
-    n = tl.program_id(1)
+    n = tl.program_id(1).to(tl.int64)
     feature = tl.arange(0, FEATURES)
     w = tl.load(weight + n * D + feature, mask=feature < D, other=0.0)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -61,7 +61,7 @@ def gated_norm_backward(
     d_out and d_gate are laid out like gate; d_read [B, heads, length, D] is contiguous; d_weight
     [num_programs(0), heads, D] gets each program's sum.
     """
-    n = tl.program_id(1)
+    n = tl.program_id(1).to(tl.int64)
     feature = tl.arange(0, FEATURES)
     w = tl.load(weight + n * D + feature, mask=feature < D, other=0.0)
     dw = w * 0.0
