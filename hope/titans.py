@@ -6,15 +6,20 @@ from math import log
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, normalize, rms_norm, silu
+from torch.nn.functional import gelu, normalize
 
 from hope.config import HopeConfig
 from hope.convolution import CausalConvolution
 from hope.flops import Flops, linear_flops, product_flops, scan_flops, sum_flops
+from hope.fused import gated_rms_norm
 from hope.init import Constant, Initialiser, Linear, Normal
 from hope.scan import MemoryState, ScanWeights, initial_state, scan
 from hope.sharding import Shard, ShardPlan, within
 from hope.state import StateSpec, TensorSpec, TitansState
+from hope.triton import Implementation
+
+NORMS: dict[str, Implementation] = {"auto": "auto", "triton": "triton"}
+"""What computes the output's norm and gate, by the scan's implementation; torch with the rest."""
 
 
 def logit(share: float) -> float:
@@ -49,6 +54,7 @@ class SelfModifyingTitans(nn.Module):
         self.scan_config = titans.scan
         self.writes, self.adaptive_query = titans.writes, titans.adaptive_query
         self.norm_eps = config.norm_eps
+        self.norm_implementation = NORMS.get(titans.scan.implementation, "torch")
         dim, heads, d = config.dim, config.num_heads, config.head_dim
         h = titans.memory_expansion * d
         std = dim**-0.5
@@ -167,10 +173,10 @@ class SelfModifyingTitans(nn.Module):
             read, memory = self._read_start(query), None
             conv_x = conv_q.new_zeros(batch, 0, conv_q.shape[2])
             inputs = query = query.new_zeros(batch, self.num_heads, 0, self.head_dim)
-        mixed = rms_norm(read, (self.head_dim,), eps=self.norm_eps).transpose(1, 2)
-        mixed = (mixed * self.head_norm).reshape(batch, length, -1)
-        y = self.out(mixed.to(x.dtype) * silu(self.gate(x)))
-        return y, TitansState(memory, conv_x, conv_q, inputs, query)
+        mixed = gated_rms_norm(
+            read, self.head_norm, self.gate(x), self.norm_eps, self.norm_implementation
+        )
+        return self.out(mixed), TitansState(memory, conv_x, conv_q, inputs, query)
 
     def _scan(
         self,

@@ -1,11 +1,11 @@
-"""python -m tools.bench_gpu: the scan's kernels and whole models on one GPU.
+"""python -m tools.bench_gpu: our kernels and whole models on one GPU.
 
-Four parts, in this order (--parts): parity of the kernels in float32 and bfloat16 against the
-closed form in float64 on the same device; microseconds of each kernel beside its floor
-(tools.kernel_costs); one layer, eager and as a CUDA graph; the 340M, 760M and 1.3B sizes. Layers
-and models take one step's forward and backward of 32K tokens, in rows of 2K to 32K, in bfloat16:
-Hope, Hope-Attention, a compiled Transformer++, and flash-linear-attention's Gated DeltaNet where
-it is installed. Prints tables and writes docs/gpu/NAME.json with the chip, date and versions.
+Four parts, in this order (--parts): parity of the kernels in float32 and bfloat16 against float64
+on the same device; microseconds of each kernel beside its floor (tools.kernel_costs); one layer;
+the 340M, 760M and 1.3B sizes with their loss. Layers and models take one step's forward and
+backward of 32K tokens, in rows of 2K to 32K, in bfloat16: Hope, eager and as a CUDA graph,
+Hope-Attention, a compiled Transformer++, and flash-linear-attention's Gated DeltaNet where it is
+installed. Prints tables and writes docs/gpu/NAME.json with the chip, date and versions.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from hope.init import initialise
 from hope.layer import HopeLayer
-from hope.scan import ScanConfig, ScanWeights, scan
 from tools.figures import table
-from tools.kernel_costs import PEAK_FLOPS, Shape, kernel_costs
+from tools.gpu_kernels import Figures, kernels, parity
+from tools.kernel_costs import PEAK_FLOPS
 from train.config import load_config
+from train.evaluate.perplexity import summed_loss
 
 STEP_TOKENS = 32_768
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
 MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8544}
 """Hidden width of the Transformer++ of equal parameters; the files in configs/ say the same."""
 PARTS = ("parity", "kernels", "layer", "models")
-Figures = dict[str, float]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,106 +106,15 @@ def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
     return median(times)
 
 
-def scan_inputs(
-    shape: Shape, dtype: torch.dtype, device: str = "cuda"
-) -> tuple[Tensor, Tensor, ScanWeights]:
-    """x, q and weights of a scan at the model's own initial scales, leaves that want gradients."""
-    generator = torch.Generator().manual_seed(0)
-    rows, heads, tokens, d, h = shape
-
-    def draw(*size: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        z = scale * torch.randn(*size, generator=generator) + shift
-        return z.to(device, dtype).requires_grad_()
-
-    q = torch.nn.functional.normalize(draw(rows, heads, tokens, d).detach(), dim=-1)
-    weights = ScanWeights(
-        w1=draw(5, heads, d, h, scale=0.5 * h**-0.5),
-        w2=draw(5, heads, h, d, scale=2 * d**-0.5),
-        w_eta=draw(heads, d, scale=0.1 * d**-0.5),
-        b_eta=draw(heads, scale=0.0, shift=-4.2),
-        w_alpha=draw(heads, d, scale=0.1 * d**-0.5),
-        b_alpha=draw(heads, scale=0.0, shift=9.21),
-    )
-    return draw(rows, heads, tokens, d), q.requires_grad_(), weights
-
-
-def parity() -> Figures:
-    """Largest error of output and gradients, relative to the largest value of each."""
-    figures: Figures = {}
-    rows = []
-    for width, chunk in ((64, 16), (64, 32), (64, 64), (128, 16)):
-        shape, config = Shape(2, 4, 1024, width, width), ScanConfig(chunk, 64)
-        expected = results(shape, replace(config, implementation="chunked"), torch.float64)
-        for dtype in (torch.float32, torch.bfloat16) if width == 64 else (torch.bfloat16,):
-            actual = results(shape, replace(config, implementation="triton"), dtype)
-            errors = [
-                float((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-12))
-                for a, e in zip(actual, expected, strict=True)
-            ]
-            key = f"d{width}_c{chunk}_{str(dtype).removeprefix('torch.')}"
-            figures |= {f"error_out_{key}": errors[0], f"error_gradients_{key}": max(errors[1:])}
-            rows.append([key, f"{errors[0]:.1e}", f"{max(errors[1:]):.1e}"])
-    print(table(["scan against float64", "output", "gradients"], rows), flush=True)
-    return figures
-
-
-def results(shape: Shape, config: ScanConfig, dtype: torch.dtype) -> list[Tensor]:
-    """Output and all gradients of one scan."""
-    x, q, weights = scan_inputs(shape, torch.float32)
-    x, q, *rest = (z.detach().to(dtype).requires_grad_() for z in (x, q, *weights))
-    out, _ = scan(x, q, ScanWeights(*rest), config)
-    ramp = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64)
-    loss = (out * ramp.view(out.shape).to(dtype)).sum()
-    return [out.detach(), *torch.autograd.grad(loss, [x, q, *rest])]
-
-
-def kernels(repetitions: int) -> Figures:
-    """Microseconds of every kernel over a sequence, from the profiler, beside its floor."""
-    figures: Figures = {}
-    rows = []
-    for shape in (Shape(8, 16, 4096, 64, 64), Shape(8, 12, 4096, 128, 128)):
-        config = ScanConfig(implementation="triton")
-        x, q, weights = scan_inputs(shape, torch.bfloat16)
-        leaves = [x, q, *weights]
-        found = {}
-        for stage in ("forward", "backward"):
-            out, _ = scan(x, q, weights, config)
-            torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CUDA]
-            ) as recording:
-                for _ in range(repetitions):
-                    if stage == "forward":
-                        scan(x, q, weights, config)
-                    else:
-                        torch.autograd.grad(out.sum(), leaves, retain_graph=True)
-                torch.cuda.synchronize()
-            for event in recording.key_averages():
-                found[f"{stage}: {event.key}"] = event.device_time_total / repetitions
-        for name, cost in kernel_costs(config, shape).items():
-            key = f"{name.replace(': ', '_')}_d{shape.width}"
-            figures |= {f"us_{key}": found[name], f"floor_us_{key}": cost.floor}
-            rows.append(
-                [
-                    key,
-                    f"{found[name]:,.0f}",
-                    f"{cost.floor:,.0f}",
-                    f"{found[name] / cost.floor:.1f}",
-                ]
-            )
-    print(table(["kernel", "us", "floor", "over it"], rows), flush=True)
-    return figures
-
-
 def step_of(module: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward and backward of a module whose first result is what matters."""
+    """Forward and backward of a model of tokens x with its loss, or of a layer of activations x."""
     leaves = [x] if x.is_floating_point() else []
     leaves += list(module.parameters())
 
     def step() -> None:
         result = module(x)
         y = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
-        loss = y.float().logsumexp(-1).mean() if y.shape[-1] > 4096 else y.float().square().mean()
+        loss = y.float().square().mean() if x.is_floating_point() else summed_loss(y, x)
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
     return step
@@ -301,8 +210,9 @@ def models(sizes: list[str], lengths: tuple[int, ...], repetitions: int) -> Figu
 
                 with torch.device("meta"):
                     flops = sum(HopeModel(one, seed=None).flops_per_token(length, executed=False))
+                graph = one.mixer == "titans"
                 more, lines = measure(
-                    f"{size}_{name}_t{length}", make, tokens, flops, repetitions, False
+                    f"{size}_{name}_t{length}", make, tokens, flops, repetitions, graph
                 )
                 figures |= more
                 rows += lines

@@ -1,13 +1,14 @@
-"""python -m tools.compile_kernels: compile the scan's kernels for a GPU without having one.
+"""python -m tools.compile_kernels: compile the Triton kernels for a GPU without having one.
 
 Every kernel for every size that the dispatcher takes, ahead of time for sm_90 (H100): registers
 of a thread, bytes spilled to local memory, shared memory of a block, as ptxas and Triton report
-them. Writes runs/bench/kernels.json. Needs triton; no GPU, no driver.
+them. Writes runs/bench/kernels.json, after each kernel. Needs triton; no GPU, no driver.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import re
 import subprocess
@@ -22,140 +23,166 @@ from typing import Any
 
 import torch
 
+from hope.fused.gated_norm import tile
+from hope.fused.loss import BLOCK, WARPS
 from hope.scan import ScanConfig
 from hope.scan.triton import HEAD_WIDTHS, MAX_STATE, padded
 from tools.figures import table, write_figures
 
 SHARED_LIMIT = 232_448  # bytes that a block may have on sm_90
-KERNELS = ("memory_forward", "memory_backward", "projections_forward", "projections_backward")
-_INTEGERS = (
-    "tokens",
-    "first_token",
-    "blocks",
-    "slots",
-    "heads",
-    "chunks",
-    "first_chunk",
-    "q_first",
-)
+SCAN_KERNELS = ("memory_forward", "memory_backward", "projections_forward", "projections_backward")
+NORM_WIDTHS = (64, 96, 128, 256)
+ACTIVATIONS = (
+    "x", "q", "dx", "dq", "source", "d_source", "out", "d_out", "read", "gate", "d_read", "d_gate",
+    "logits", "d_logits",
+)  # fmt: skip
+"""Arguments of kernels in the activations' dtype; other tensors are float32, but for these:"""
+INTEGER_TENSORS = {"reset": "*u8", "labels": "*i64"}
+SCALARS = {"q_stride": "i64", "eta_max": "fp32", "eps": "fp32"} | dict.fromkeys(
+    (
+        "tokens", "first_token", "blocks", "slots", "heads", "chunks", "first_chunk", "q_first",
+        "rows", "length", "row_stride", "head_stride", "token_stride", "columns",
+    ),
+    "i32",
+)  # fmt: skip
+MULTIPLES = ("row_stride", "head_stride", "token_stride", "columns")
+"""Integers that are multiples of 16 at the sizes that matter, which Triton makes use of."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at one size, in blocks of that many tokens."""
+    """A kernel of a module, its compile-time arguments, its activations' dtype, how it is compiled.
 
+    key: what its figures are called after their kind.
+    """
+
+    key: str
+    module: str
     kernel: str
-    width: int
-    hidden: int
-    block: int
+    constants: dict[str, Any]
     dtype: torch.dtype
-
-    @property
-    def key(self) -> str:
-        """What its figures are called after their kind."""
-        dtype = "bf16" if self.dtype == torch.bfloat16 else "fp32"
-        return f"{self.kernel}_d{self.width}_h{self.hidden}_b{self.block}_{dtype}"
+    options: dict[str, int]
 
 
 @dataclass(frozen=True)
 class Report:
     """Registers a thread, bytes of spill stores and loads a thread, bytes of shared memory a
-    block, warps a block, seconds to compile."""
+    block, seconds to compile."""
 
     registers: int
     spill_stores: int
     spill_loads: int
     shared: int
-    warps: int
     seconds: float
 
+    @property
+    def fits(self) -> bool:
+        """Whether an H100 can start it."""
+        return self.shared <= SHARED_LIMIT
 
-def cases(blocks: tuple[int, ...]) -> Iterator[Case]:
-    """Everything that the dispatcher takes on a GPU, at the default options of the scan."""
+
+def _name(dtype: torch.dtype) -> str:
+    return "bf16" if dtype == torch.bfloat16 else "fp32"
+
+
+def scan_cases(blocks: tuple[int, ...], memory_chunk: int) -> Iterator[Case]:
+    """Everything that the scan's dispatcher takes on a GPU, with that memory_chunk and the default
+    options of the scan."""
+    from hope.scan.launch import COMPILE_OPTIONS, kernel_flags
+
+    config = ScanConfig(memory_chunk, max(64, memory_chunk))
     widths = sorted({padded(width) for width in HEAD_WIDTHS})
     for width, expansion in itertools.product(widths, (1, 2, 4)):
-        size = width * width * expansion
+        hidden = width * expansion
         for dtype, most in ((torch.bfloat16, MAX_STATE), (torch.float32, 64 * 64)):
-            if size <= most:
-                for block, kernel in itertools.product(blocks, KERNELS):
-                    yield Case(kernel, width, width * expansion, block, dtype)
+            if width * hidden > most:
+                continue
+            for block, kernel in itertools.product(blocks, SCAN_KERNELS):
+                constants = {
+                    **kernel_flags(config, dtype),
+                    "D": width,
+                    "H": hidden,
+                    "C": block,
+                    "OPEN": max(1, config.memory_chunk // block),
+                    "PERIOD": config.projection_chunk // block,
+                    "HAS_RESET": True,
+                    "ADAPTIVE": False,
+                    "READ": True,
+                    "SAVE": False,
+                    "CAUSAL": config.read == "causal",
+                }
+                module = "hope.scan.kernels." + kernel.partition("_")[0]
+                key = f"{kernel}_d{width}_h{hidden}_b{block}_{_name(dtype)}"
+                yield Case(key, module, kernel, constants, dtype, COMPILE_OPTIONS)
 
 
-def compile_case(case: Case, config: ScanConfig | None = None) -> Report:
+def fused_cases() -> Iterator[Case]:
+    """The mixer's norm and gate, and the loss."""
+    module = "hope.fused.kernels"
+    for dtype, kind in itertools.product((torch.bfloat16, torch.float32), ("forward", "backward")):
+        for width in NORM_WIDTHS:
+            key = f"gated_norm_{kind}_d{width}_{_name(dtype)}"
+            yield Case(key, module, f"gated_norm_{kind}", tile(width), dtype, {"num_warps": 4})
+        key = f"cross_entropy_{kind}_{_name(dtype)}"
+        yield Case(
+            key, module, f"cross_entropy_{kind}", {"BLOCK": BLOCK}, dtype, {"num_warps": WARPS}
+        )
+
+
+def compile_case(case: Case) -> Report:
     """Compile for sm_90 and read what ptxas says; fails with Triton's own errors."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hope.scan import launch
-    from hope.scan.kernels import memory, projections
-
-    config = config or ScanConfig()
-    kernel = getattr(memory if case.kernel.startswith("memory") else projections, case.kernel)
-    constants: dict[str, Any] = {
-        **launch.kernel_flags(config, case.dtype),
-        "D": case.width,
-        "H": case.hidden,
-        "C": case.block,
-        "OPEN": max(1, config.memory_chunk // case.block),
-        "PERIOD": config.projection_chunk // case.block,
-        "HAS_RESET": True,
-        "ADAPTIVE": False,
-        "READ": True,
-        "SAVE": False,
-        "CAUSAL": config.read == "causal",
-    }
-    signature, constexprs = {}, {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-            constexprs[name] = constants[name]
-        else:
-            signature[name] = _type(name, case)
+    kernel = getattr(importlib.import_module(case.module), case.kernel)
+    signature = {name: _type(name, case) for name in kernel.arg_names}
     source = ASTSource(
-        fn=kernel, signature=signature, constexprs=constexprs, attrs=_aligned(kernel, signature)
+        fn=kernel,
+        signature=signature,
+        constexprs={
+            name: case.constants[name] for name, t in signature.items() if t == "constexpr"
+        },
+        attrs=_aligned(signature),
     )
-    options = launch.COMPILE_OPTIONS
     start = time.perf_counter()
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", 90, 32),
+        options=case.options,
+    )
     registers, stores, loads = assemble(compiled.asm["ptx"])
-    return Report(
-        registers, stores, loads, compiled.metadata.shared, options["num_warps"],
-        time.perf_counter() - start,
-    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    return Report(registers, stores, loads, compiled.metadata.shared, seconds)
 
 
 def _why_not() -> str:
     """Why nothing can be compiled here, or nothing."""
     if find_spec("triton") is None:
         return "triton is not installed; requirements-dev.txt has it"
-    from hope.scan import launch
+    from hope.triton import is_interpreted
 
-    if launch.is_interpreted():
+    if is_interpreted():
         return "kernels are interpreted: unset TRITON_INTERPRET to compile them"
     return ""
 
 
 def _type(name: str, case: Case) -> str:
-    if name in _INTEGERS:
-        return "i32"
-    if name in ("q_stride",):
-        return "i64"
-    if name == "eta_max":
-        return "fp32"
-    if name == "reset":
-        return "*u8"
-    activations = ("x", "q", "dx", "dq", "source", "d_source", "out", "d_out")
-    low = case.dtype == torch.bfloat16 and name in activations
-    return "*bf16" if low else "*fp32"
+    if name in case.constants:
+        return "constexpr"
+    if name in SCALARS:
+        return SCALARS[name]
+    if name in INTEGER_TENSORS:
+        return INTEGER_TENSORS[name]
+    return "*bf16" if case.dtype == torch.bfloat16 and name in ACTIVATIONS else "*fp32"
 
 
-def _aligned(kernel: Any, signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
+def _aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     """Tensors start at multiples of 16 bytes, as torch allocates them."""
     return {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in MULTIPLES
     }
 
 
@@ -179,21 +206,23 @@ def assemble(ptx: str) -> tuple[int, int, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 all compiled, 1 some did not, 2 bad input or no compiler."""
+    """Exit status: 0 all compiled and fit, 1 some did not, 2 bad input or no compiler."""
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_kernels", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("--only", default="", help="compile cases whose key contains this")
     parser.add_argument("--blocks", type=int, nargs="+", choices=(16, 32, 64), default=[16])
+    parser.add_argument("--memory-chunk", type=int, choices=(16, 32, 64), default=16)
     options = parser.parse_args(arguments)
-    chosen = [case for case in cases(tuple(options.blocks)) if options.only in case.key]
-    if not chosen:
-        parser.error(f"no case contains {options.only!r}")
     if reason := _why_not():
         print(f"compile_kernels: {reason}", file=sys.stderr)
         return 2
+    cases = (*scan_cases(tuple(options.blocks), options.memory_chunk), *fused_cases())
+    chosen = [case for case in cases if options.only in case.key]
+    if not chosen:
+        parser.error(f"no case contains {options.only!r}")
     figures: dict[str, float] = {}
-    rows, failed = [], False
+    rows, failed, path = [], False, None
     for case in chosen:
         try:
             report = compile_case(case)
@@ -201,16 +230,26 @@ def main(arguments: list[str] | None = None) -> int:
             failed = True
             print(f"{case.key}: {' '.join(str(error).split())[-300:]}", file=sys.stderr)
             continue
+        if not report.fits:
+            failed = True
+            print(f"{case.key}: {report.shared:,} B of {SHARED_LIMIT:,} B shared", file=sys.stderr)
         spilled = max(report.spill_stores, report.spill_loads)
         figures |= {
             f"registers_{case.key}": report.registers,
             f"spill_bytes_{case.key}": spilled,
             f"shared_bytes_{case.key}": report.shared,
         }
-        cells = [report.warps, report.registers, spilled, report.shared, round(report.seconds, 1)]
+        cells = [
+            case.options["num_warps"],
+            report.registers,
+            spilled,
+            report.shared,
+            round(report.seconds, 1),
+        ]
         rows.append([case.key, *map(str, cells)])
+        path = write_figures("kernels", figures)
     print(table(["kernel", "warps", "registers", "spill B", "shared B", "s"], rows))
-    print(f"figures: {write_figures('kernels', figures)}")
+    print(f"figures: {path}")
     return int(failed)
 
 

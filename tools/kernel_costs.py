@@ -1,9 +1,10 @@
-"""python -m tools.kernel_costs: operations, bytes and floor in time of each of the scan's kernels.
+"""python -m tools.kernel_costs: operations, bytes and floor in time of each of our kernels.
 
 The floor of a kernel on an H100 is the longer of its matrix products at 990 TFLOP/s (bf16) and its
 bytes at 3.35 TB/s. Nothing is run: `tools.bench_gpu` measures. Products are those of the closed
 form (`hope.flops`), what backward computes again included; the masked products of the triangular
-inverses are not. Bytes are tensors in and out once, and states where they go through memory.
+inverses are not, nor is element-wise work, all that norm, gate and loss have. Bytes are tensors in
+and out once, and states where they go through memory.
 """
 
 from __future__ import annotations
@@ -96,6 +97,19 @@ def kernel_costs(config: ScanConfig, shape: Shape, element: int = 2) -> dict[str
     }
 
 
+def fused_costs(shape: Shape, vocabulary: int, element: int = 2) -> dict[str, Cost]:
+    """The same of the mixer's norm and gate, and of the loss over logits of that many columns."""
+    positions = shape.rows * shape.tokens
+    mixed = positions * shape.heads * shape.width * element
+    logits = positions * vocabulary * element
+    return {
+        "forward: gated_norm_forward": Cost(0, 3 * mixed),
+        "backward: gated_norm_backward": Cost(0, 5 * mixed),
+        "forward: cross_entropy_forward": Cost(0, logits),
+        "backward: cross_entropy_backward": Cost(0, 2 * logits),
+    }
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 printed, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -106,21 +120,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--expansion", type=int, default=1)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--chunks", type=int, nargs=2, default=(16, 64), metavar="TOKENS")
     options = parser.parse_args(arguments)
     shape = Shape(
         options.rows, options.heads, options.tokens, options.width,
         options.width * options.expansion,
     )  # fmt: skip
-    if min(shape) < 1:
+    if min(*shape, options.vocabulary) < 1:
         parser.error("sizes must be positive")
     try:
         config = ScanConfig(*options.chunks)
     except ValueError as error:
         parser.error(str(error))
+    costs = kernel_costs(config, shape) | fused_costs(shape, options.vocabulary)
     rows = [
         [name, f"{cost.flops / 1e9:,.0f}", f"{cost.bytes / 1e6:,.0f}", f"{cost.floor:,.0f}"]
-        for name, cost in kernel_costs(config, shape).items()
+        for name, cost in costs.items()
     ]
     print(table(["kernel", "GFLOP", "MB", "floor, us"], rows))
     return 0

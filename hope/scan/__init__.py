@@ -38,8 +38,8 @@ def scan(
     weights: the initial memories and read-out vectors; state: the memories to go on from
         (default: the weights), as returned by an earlier call that ended on a projection chunk.
     reset: bool [B, T], true where row b starts again from the weights; only at multiples of
-        config.projection_chunk. validate_reset=False skips that check, which reads the values
-        (it is also skipped under torch.compile).
+        config.projection_chunk (on a CUDA device asserted there, where nothing waits for it).
+        validate_reset=False skips that check (it is also skipped under torch.compile).
     Returns out [B, N, T, d] in x's dtype, and the state after T tokens (float32, or float64 for
     float64 x). Gradients flow to x, q, weights and state from both. The first token is at a chunk
     boundary; T need not be a multiple of a chunk.

@@ -206,12 +206,18 @@ def check_inputs(
 def check_reset(reset: Tensor, projection_chunk: int) -> None:
     """Raise ValueError where reset [B, T] is true off a multiple of projection_chunk.
 
-    Looks at the values, so on a GPU it waits for them.
+    On a CUDA device, which looking at the values would wait for, a device-side assertion instead.
     """
     if reset.shape[1] == 1 or projection_chunk == 1:
         return
     off_boundary = reset.clone()
     off_boundary[:, ::projection_chunk] = False
+    if reset.is_cuda:
+        torch._assert_async(
+            ~off_boundary.any(),
+            f"scan: reset is true off a multiple of projection_chunk ({projection_chunk})",
+        )
+        return
     if bool(off_boundary.any()):
         row, token = (int(i) for i in off_boundary.nonzero()[0])
         raise ValueError(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from hope.scan.contract import MEM, ScanConfig, compute_dtype
@@ -23,11 +22,6 @@ from hope.scan.writes import W1_DELTA, W2_DELTA
 BLOCK = 16
 """Tokens of a block of the recurrence, in all memories; memory chunks are multiples of it. The
 kernels take 32 and 64 too, but hold so much then that they spill to memory (docs/gpu.md)."""
-
-
-def is_interpreted() -> bool:
-    """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
-    return not isinstance(memory_forward, triton.JITFunction)
 
 
 def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -65,10 +59,9 @@ class Launcher:
         self.base = _pack(w1, w2)
         self.readout = torch.stack([w_eta, w_alpha])
         self.bias = torch.stack([b_eta, b_alpha])
-        self.adaptive = w1.shape[0] > MEM + 1
-        self.order = [0, 1, 2, 3, *([5] if self.adaptive else []), MEM]
-        self.back = [self.order.index(box) for box in range(len(self.order))]
-        self.projections = len(self.order) - 1
+        self.memories = w1.shape[0]
+        self.adaptive = self.memories > MEM + 1
+        self.projections = self.memories - 1
         self.count = self.rows * self.heads
         chunk = config.projection_chunk
         self.block = BLOCK
@@ -84,9 +77,14 @@ class Launcher:
         """Uninitialised memory of the compute dtype."""
         return self.x.new_empty(shape, dtype=self.dtype)
 
+    def mem_last(self, z: Tensor) -> Tensor:
+        """Memories [memories, ...] from the contract's order to the kernels', or back: M_q and
+        M_mem change places. (A list as an index would be copied to the device, and waited for.)"""
+        return torch.cat([z[:MEM], z[MEM + 1 :], z[MEM : MEM + 1]]) if self.adaptive else z
+
     def state_shape(self) -> tuple[int, ...]:
         """Of the states of all memories: [memories, G, 2, D, H]."""
-        return (len(self.order), self.count, 2, self.width, self.hidden)
+        return (self.memories, self.count, 2, self.width, self.hidden)
 
     def length(self, segment: int) -> int:
         """Tokens of a segment, the last one's padded to whole blocks."""
@@ -96,33 +94,33 @@ class Launcher:
 
     def start(self, state: tuple[Tensor, Tensor] | None) -> Tensor:
         """Delta before the first token."""
-        shape = (len(self.order), self.rows, self.heads, 2, self.width, self.hidden)
-        base = self.base[self.order].unsqueeze(1)
+        shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
+        base = self.mem_last(self.base).unsqueeze(1)
         initial = self.config.decay_to == "initial"
         if state is not None:
-            packed = _pack(*state)[self.order]
+            packed = self.mem_last(_pack(*state))
             packed = packed - base if initial else packed
         elif initial:
             packed = base.new_zeros(1).expand(shape)
         else:
-            packed = base.expand(shape)
+            packed = base.expand(shape).clone()  # kernels write into it
         return packed.reshape(self.state_shape()).contiguous()
 
     def pack_gradient(self, d_final1: Tensor | None, d_final2: Tensor | None) -> Tensor:
         """The gradient of the final state, zero where there is none, in memory of its own."""
         if d_final1 is None and d_final2 is None:
             return self.new(*self.state_shape()).zero_()
-        memories, shape = len(self.order), (self.rows, self.heads, self.width, self.hidden)
+        memories, shape = self.memories, (self.rows, self.heads, self.width, self.hidden)
         if d_final1 is None:
             d_final1 = self.new(memories, *shape).zero_()
         if d_final2 is None:
             d_final2 = self.new(memories, *shape).zero_().mT
-        return _pack(d_final1, d_final2)[self.order].reshape(self.state_shape())
+        return self.mem_last(_pack(d_final1, d_final2)).reshape(self.state_shape())
 
     def unpack(self, packed: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
         """[memories, G, 2, D, H], plus base where given, as w1 [M, B, N, d, h] and w2."""
-        shape = (len(self.order), self.rows, self.heads, 2, self.width, self.hidden)
-        packed = packed.view(shape)[self.back]
+        shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
+        packed = self.mem_last(packed.view(shape))
         if base is not None:
             packed = packed + base.unsqueeze(1)
         return packed[:, :, :, 0].contiguous(), packed[:, :, :, 1].mT.contiguous()

@@ -62,11 +62,11 @@ def project(
     kv, inverse = unit(mm(act[:2], w1[:2].mT, y).add_(x))
     # Only <w, M(x)> = <w, x> + <W1^T w, act> is needed of M_eta and M_alpha.
     rows = group // readout.shape[1]
-    readout = readout.repeat_interleave(rows, 1).unsqueeze(2)
+    readout = _each_row(readout, rows).unsqueeze(2)
     pulled = readout @ w1[2:]
     logit = (act[2:] @ pulled.mT).squeeze(-1)
     logit += (x @ readout.squeeze(2).permute(1, 2, 0)).permute(2, 0, 1)
-    logit += bias.repeat_interleave(rows, 1).unsqueeze(-1)
+    logit += _each_row(bias, rows).unsqueeze(-1)
     eta = torch.sigmoid(logit[0]) * eta_max
     log_alpha = F.logsigmoid(logit[1])
     rest = torch.sigmoid(-logit)
@@ -103,7 +103,7 @@ def project_backward(
     d_w1, d_w2 = sums.frozen.some(READERS)
     add_mm(d_w1[:2], dy.mT, act[:2])
     d_pulled = d_logit.mT @ act[2:]
-    wide = readout.repeat_interleave(rows, 1).unsqueeze(-1)
+    wide = _each_row(readout, rows).unsqueeze(-1)
     d_w1[2:].addcmul_(wide, d_pulled)
     add_mm(d_w2, dz.mT, for_each_memory(4, x, "x", scratch))
     dx = mm(dz, w2, scratch("dx", 4, *x.shape)).sum(0).add_(dy[0]).add_(dy[1])
@@ -112,6 +112,12 @@ def project_backward(
     sums.readout.add_(d_readout.unflatten(1, (heads, rows)).sum(2))
     sums.bias.add_(d_logit.sum((2, 3)).unflatten(1, (heads, rows)).sum(2))
     return dx
+
+
+def _each_row(z: Tensor, rows: int) -> Tensor:
+    """Every head's [2, N, ...] for each of its rows, [2, N * rows, ...]. (repeat_interleave copies
+    the number of rows to the device and waits.)"""
+    return z.unsqueeze(2).expand(-1, -1, rows, *z.shape[2:]).flatten(1, 2)
 
 
 class Queried(NamedTuple):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,21 +22,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
+from hope.triton import why_no_kernels
 
 HEAD_WIDTHS = (64, 96, 128)
 """Heads of 96 are run as heads of 128 whose last features are zero, which changes nothing else."""
 MAX_STATE = 128 * 128
 """Most elements of a fast-weight matrix, d * h, that the kernels are compiled for. In float32, with
 three TF32 products for each, it is 64 * 64: compiling larger ones takes minutes."""
-_AVAILABLE = find_spec("triton") is not None
 
 
 def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
     """Why the kernels can't take a call on activations x [B, N, T, d] and memories of that hidden
     width, as a clause; empty if they can."""
     width = x.shape[3]
-    if not _AVAILABLE:
-        return "triton is not installed"
+    if reason := why_no_kernels(x):
+        return reason
     if config.memory_chunk % 16:
         return f"memory_chunk is {config.memory_chunk}, not a multiple of 16"
     if x.is_cuda:
@@ -49,23 +48,12 @@ def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
         most = MAX_STATE if x.dtype == torch.bfloat16 else 64 * 64
         if hidden not in (width, 2 * width, 4 * width) or size > most:
             return f"memories of {width} x {hidden} in {x.dtype} are not among the sizes compiled"
-        return ""
-    if not _interpreted():
-        return "x is on the CPU, where kernels run under TRITON_INTERPRET=1 only"
-    if x.dtype == torch.bfloat16:
-        return "Triton's interpreter computes wrongly in bfloat16"
     return ""
 
 
 def padded(size: int) -> int:
     """The width that the kernels run for one of `size`: a power of two, at least 16."""
     return max(16, 1 << (size - 1).bit_length())
-
-
-def _interpreted() -> bool:
-    from hope.scan.launch import is_interpreted
-
-    return is_interpreted()
 
 
 @cache

@@ -97,12 +97,12 @@ class NativeEngine(EngineParts):
         (part,) = self.parts
         pulse, rows = self.mesh.world.pulse, torch.arange(tokens.shape[0])
         ahead = 1 if self.mesh.cp.size > 1 else 0
-        total, waiting = 0.0, []
+        losses, waiting = [], []
         for own in rows.tensor_split(self.config.parallel.micro_batches):
             documents = None if starts is None else starts[own]
             pulse.enter("forward")
             loss = self.loss(part(tokens[own], own, documents), labels[own])
-            total += float(loss.detach())
+            losses.append(loss.detach())
             waiting.append(loss)
             if len(waiting) > ahead:
                 pulse.enter("backward")
@@ -110,7 +110,7 @@ class NativeEngine(EngineParts):
         for loss in waiting:
             pulse.enter("backward")
             loss.backward()
-        return total
+        return sum(map(float, losses))  # only now is a device waited for
 
     @torch.no_grad()
     def held_out(self, batch: Batch) -> float:

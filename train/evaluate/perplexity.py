@@ -10,9 +10,9 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from data_pipeline import IGNORE, Batch
+from hope.fused import cross_entropy
 from train.parallel.ranks import Ranks
 
 
@@ -41,9 +41,7 @@ class EvaluationInterruptedError(Exception):
 
 def summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum over the positions that count of -log p(label), in float32. logits [..., V]."""
-    return cross_entropy(
-        logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return cross_entropy(logits.flatten(0, -2), labels.flatten(), IGNORE)
 
 
 class LossOfABatch(Protocol):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 from hope import HopeModel
 from train.parallel.config import ActivationCheckpointing
 
-SCANS = ("hope::",)
+SCANS = ("hope::scan",)
 PRODUCTS = (
     "aten::mm",
     "aten::addmm",

@@ -107,7 +107,7 @@ class Pipeline:
 
     def step(self, tokens: Tensor, labels: Tensor, starts: Tensor | None) -> float:
         """Forward and backward of all micro-batches; the summed loss where the model ends."""
-        more = {"rows": torch.arange(tokens.shape[0], device=tokens.device)}
+        more = {"rows": torch.arange(tokens.shape[0])}  # read on the host
         if starts is not None:
             more["document_starts"] = starts
         last = self._parts[-1].last

@@ -27,6 +27,7 @@ from torch.nn.functional import embedding
 from data_pipeline import IGNORE
 from hope import HopeModel
 from hope.attention import Attention
+from hope.fused import logits_gradient, row_statistics
 from hope.init import Linear, RMSNorm
 from hope.model import Embedding
 from hope.sharding import Shard, check_tensor_parallel, local_part
@@ -127,30 +128,26 @@ class _CrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
-        largest = logits.amax(dim=-1)
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
-        exponents = (logits - largest.unsqueeze(-1)).exp()
         own = labels - dist.get_rank(group) * logits.shape[-1]
-        here = (own >= 0) & (own < logits.shape[-1])
-        own = own.clamp(0, logits.shape[-1] - 1)
-        picked = logits.gather(-1, own.unsqueeze(-1)).squeeze(-1).masked_fill(~here, 0)
-        total, label = all_reduce(torch.stack([exponents.sum(dim=-1), picked]), group)
+        lse, picked = row_statistics(logits, own)
+        largest = lse.clone()
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group)
+        total, label = all_reduce(torch.stack([(lse - largest).exp(), picked]), group)
+        lse = largest + total.log()
         counts = labels != IGNORE
-        ctx.save_for_backward(exponents.div_(total.unsqueeze(-1)), own, here & counts, counts)
-        return (total.log() + largest - label).masked_fill(~counts, 0).sum()
+        ctx.save_for_backward(logits, own, lse, counts)
+        return (lse - label).masked_fill(~counts, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        share, own, here, counts = ctx.saved_tensors
-        found = share * counts.unsqueeze(-1)
-        found.scatter_add_(-1, own.unsqueeze(-1), -here.to(found.dtype).unsqueeze(-1))
-        return found * grad, None, None
+        logits, own, lse, counts = ctx.saved_tensors
+        share = counts * grad
+        return logits_gradient(logits, own, lse, share, -share), None, None
 
 
 def vocabulary_parallel_loss(logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
     """`summed_loss` of logits [..., V / ranks]: the same sum on every rank of `group`."""
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    return _CrossEntropy.apply(logits.to(precise).flatten(0, -2), labels.flatten(), group)
+    return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), group)
 
 
 def loss_over(group: dist.ProcessGroup) -> Any:

@@ -37,6 +37,15 @@ class Problem(NamedTuple):
         }
 
 
+class OnGpu:
+    """As much of activations on a GPU as the dispatcher looks at."""
+
+    is_cuda = True
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        self.shape, self.dtype = (1, 1, 64, width), dtype
+
+
 def make_problem(
     rows: int = 2,
     heads: int = 2,

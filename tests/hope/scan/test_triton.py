@@ -23,7 +23,7 @@ from hope.init import initialise
 from hope.layer import HopeLayer
 from hope.scan import ScanConfig, scan
 from hope.scan.triton import _scan_triton, warn_once, why_not
-from tests.hope.scan.cases import Problem, everything, make_problem, worst_error
+from tests.hope.scan.cases import OnGpu, Problem, everything, make_problem, worst_error
 
 pytest.importorskip("triton")
 
@@ -110,6 +110,13 @@ def test_shapes_and_chunks(
     if ON_GPU:
         shape |= {"width": WIDTH, "expansion": 1}
     check_parity(make_problem(**shape), config)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
+    config = ScanConfig(16, 16, decay_to="zero", checkpoint_chunks=1)
+    problem = make_problem(rows, 1, 40, WIDTH, with_state=False, resets=((0, 32),))
+    check_parity(problem, config)
 
 
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
@@ -244,15 +251,6 @@ def test_what_the_kernels_do_not_take_is_said_in_one_line() -> None:
     with pytest.raises(ValueError, match="memory_chunk is 8, not a multiple of 16") as error:
         scan(p.x, p.q, p.weights, ScanConfig(8, 16, implementation="triton"))
     assert "\n" not in str(error.value)
-
-
-class OnGpu:
-    """As much of activations on a GPU as is looked at."""
-
-    is_cuda = True
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        self.shape, self.dtype = (1, 1, 64, width), dtype
 
 
 def test_what_the_dispatcher_takes_on_a_gpu() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,20 @@ def step(how: Any) -> tuple[dict[str, Tensor], Counter[str], int]:
         loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return gradients, calls.counts, sum(held.values())
+
+
+def test_norm_and_gate_are_computed_again() -> None:
+    """Their kernel is cheap; the scan's, beside it, is not run twice."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are not interpreted")
+    scan = ScanConfig(memory_chunk=16, projection_chunk=16, implementation="triton")
+    config = replace(CONFIG, pattern=("titans",), num_layers=1, titans=TitansConfig(scan=scan))
+    model = HopeModel(config)
+    checkpoint_activations(model, "selective")
+    with Calls() as calls:
+        model(torch.zeros(1, 16, dtype=torch.int64))[0].sum().backward()
+    assert (calls.counts["hope::scan_triton"], calls.counts["hope::gated_norm"]) == (1, 2)
 
 
 @pytest.mark.parametrize("how", ["selective", "full"])
