@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from hope import HopeModel
 from tools import checkpoint
@@ -77,6 +78,46 @@ def test_there_and_back(
     tokens = torch.arange(40).reshape(2, 20)
     assert torch.equal(model(tokens)[0], original(tokens)[0])
     assert run(1, convert, ["to-deepspeed", str(run_dir), str(there)]) == [2]
+
+
+def save_plainly(rank: int, folder: str, raw: dict[str, Any], stage: int) -> dict[str, Any]:
+    """Two steps of a program that knows nothing of ours; its weights, whole."""
+    library = open_deepspeed()
+    model = HopeModel(validate_config(raw, "test").model, seed=3)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
+    with quiet():
+        engine, *_ = library.initialize(
+            model=model,
+            optimizer=torch.optim.AdamW(model.parameters(), lr=0.01),
+            config={**settings, "zero_allow_untested_optimizer": True},
+            dist_init_required=False,
+        )
+    for _ in range(2):
+        loss = engine(torch.arange(32).reshape(2, 16) + rank)[0].square().mean()
+        engine.backward(loss)
+        engine.step()
+    with quiet():
+        engine.save_checkpoint(folder)
+    get = library.utils.safe_get_full_fp32_param
+    return {name: get(parameter).clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_weights_of_any_stage_from_several_ranks(
+    raw_config: dict[str, Any], tmp_path: Path, stage: int
+) -> None:
+    raw_config["model"]["vocab_size"] = 64
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(raw_config))
+    there, back = tmp_path / "ds", tmp_path / "back"
+    expected, _ = run(2, save_plainly, str(there), raw_config, stage)
+    assert run(1, convert, ["from-deepspeed", str(there), str(back)]) == [2]  # of what model?
+    more = ["--config", str(tmp_path / "config.yaml")]
+    assert run(1, convert, ["from-deepspeed", str(there), str(back), *more]) == [0]
+    (folder,) = back.glob("tokens-*")
+    found = dict(load_run(folder)[1].named_parameters())
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
 
 
 class Trap:
