@@ -91,7 +91,7 @@ def configuration(
             "dim": 16,
             "num_layers": 1,
             "num_heads": 2,
-            "titans": {"scan": {"memory_chunk": 16, "projection_chunk": 16}},
+            "titans": {"scan": {"memory_chunk": 16, "projection_chunk": 16, "eta_max": 0.03}},
             "cms": {
                 "levels": [
                     {"name": "a", "hidden_size": 8, "update_every_tokens": "step"},
@@ -111,7 +111,7 @@ def configuration(
             "batch_tokens": STEP_TOKENS,
             "state_carry": "stream",
         },
-        "optimizer": {"lr": 0.01, "schedule": {"warmup_tokens": 4 * STEP_TOKENS}},
+        "optimizer": {"lr": 0.001, "schedule": {"warmup_tokens": 4 * STEP_TOKENS}},
         "evaluation": {"every_tokens": every, "max_tokens": 256, "batch_rows": 4},
         "checkpoint": {"every_tokens": every, "asynchronous": not _needs_the_last(faults)},
         "mlflow": {"enabled": False},

@@ -12,8 +12,8 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -200,13 +200,13 @@ def stalls() -> str:
 
 
 def soak(minutes: float, ranks: int, seed: int) -> tuple[str, list[str]]:
-    """Train for about so many minutes under random faults, then without, and compare.
+    """Train for about so many minutes under random faults, beside it without, and compare.
 
     Returns what to print, and what is wrong.
     """
     corpora = make_corpora(FOLDER / "corpora")
     probe = rehearse(configuration(corpora, FOLDER / "soak-probe", seed), ranks)
-    steps = int(0.6 * minutes * 60 / (probe.trained_s / STEPS))
+    steps = int(0.5 * minutes * 60 / (probe.trained_s / STEPS))
     steps -= steps % EVERY_STEPS
     draw = random.Random(f"soak/{seed}")
     count = max(1, int(minutes * 60 * 0.25 / 4))
@@ -218,10 +218,14 @@ def soak(minutes: float, ranks: int, seed: int) -> tuple[str, list[str]]:
         rank = 0 if phase in FIRST_RANK_PHASES else draw.randrange(ranks)
         step = 1 + (steps - 4) * number // count
         faults.append({"kind": kind, "phase": phase, "step": step, "rank": rank, "seed": seed})
-    started = time.time()
     limit_s = 600 + 120 * minutes
-    outcome = rehearse(configuration(corpora, FOLDER / "soak", seed, steps, faults), ranks, limit_s)
-    calm = rehearse(configuration(corpora, FOLDER / "soak-calm", seed, steps), ranks, limit_s)
+    with ThreadPoolExecutor() as beside:
+        undisturbed = beside.submit(
+            rehearse, configuration(corpora, FOLDER / "soak-calm", seed, steps), ranks, limit_s
+        )
+        disturbed = configuration(corpora, FOLDER / "soak", seed, steps, faults)
+        outcome = rehearse(disturbed, ranks, limit_s)
+        calm = undisturbed.result()
     wrong = ["it did not come to its end"]
     if outcome.finished:
         wrong = differences(calm.run_dir, outcome.run_dir)
@@ -229,7 +233,7 @@ def soak(minutes: float, ranks: int, seed: int) -> tuple[str, list[str]]:
     add_figures("faults", {"goodput": goodput})
     text = (
         f"{steps} steps on {ranks} processes in {outcome.wall_s / 60:.1f} minutes "
-        f"({(time.time() - started) / 60:.1f} with the undisturbed run), "
+        f"(undisturbed, beside it: {calm.wall_s / 60:.1f}), "
         f"{len(outcome.fired)} of {count} faults came, {len(outcome.attempts)} starts\n"
         f"goodput {goodput:.3f} (undisturbed: {calm.trained_s / calm.wall_s:.3f})\n"
         + ("" if wrong else "final state equal to the bit")
