@@ -230,7 +230,7 @@ def test_a_killed_run_goes_on_with_the_ranks_that_are_left(
     config = configuration(data, tmp_path / "run", 0, faults=[fault])
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     arguments = [str(tmp_path / "run.yaml"), "--resume-or-start"]
-    assert attempt(arguments, 2, tmp_path / "log").statuses == [76, -9]
+    assert attempt(arguments, 2, tmp_path / "log", grace_s=60.0).statuses == [76, -9]
     assert attempt(arguments, 1, tmp_path / "log").statuses == [0]
     runs = [read_metrics(run / "metrics.jsonl") for run in (calm(2).run_dir, tmp_path / "run")]
     for one, two in zip(*runs, strict=True):

@@ -17,7 +17,6 @@ def beat(ticks: int = 2, wait: tuple[str, list[int]] | None = None) -> Beat:
         "entered": 7,
         "phase": "forward",
         "step": 3,
-        "time": time.time() - 30,
         "wait": wait,
     }
 
@@ -50,7 +49,8 @@ CASES: list[Any] = [
 @pytest.mark.parametrize(("after", "expected"), CASES)
 def test_the_first_cause_is_named(after: dict[int, Beat], expected: list[str]) -> None:
     before = {rank: beat(1) for rank in after}
-    lines = missing(0, GATHER, [1], before, after)
+    now = {rank: {**one, "time": time.time() - 30} for rank, one in after.items()}
+    lines = missing(0, GATHER, [1], before, now)
     assert len(lines) == len(expected)
     for line, wanted in zip(lines, expected, strict=True):
         assert line.startswith(wanted)
