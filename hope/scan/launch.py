@@ -1,9 +1,11 @@
-"""Launching the scan's Triton kernels: layouts, segments, and what is kept for backward.
+"""Launching the scan's Triton kernels: layouts, chunks, segments, and what is kept for backward.
 
-A segment is `segment_chunks` projection chunks. Forward runs the projection memories over a
-segment, then M_mem with the keys, values, steps and decays that they gave, and keeps the states
-between segments. Backward goes from the last segment to the first: it runs both again to have
-the state before every block, then M_mem's derivative, then that of the projection memories.
+The projection memories need each other at every projection chunk: one launch reads k, v, eta and
+alpha out of them, one writes them, a program per (row, head, memory) with the states in global
+memory. M_mem needs what they give but gives them nothing: it runs over a whole segment of
+`segment_chunks` projection chunks in one launch. Forward keeps the states between segments.
+Backward goes from the last segment to the first: it runs both again to have the state before every
+block, then M_mem's derivative, then that of the projection memories, chunk by chunk.
 Nothing is waited for and no shape depends on values, so a CUDA graph can capture all of it.
 """
 
@@ -15,13 +17,19 @@ import torch
 from torch import Tensor
 
 from hope.scan.contract import MEM, ScanConfig, compute_dtype
-from hope.scan.kernels.memory import memory_backward, memory_forward
-from hope.scan.kernels.projections import projections_backward, projections_forward
+from hope.scan.kernels.projections import project_backward, project_forward
+from hope.scan.kernels.writes import write_forward
+from hope.scan.kernels.writes_backward import write_backward
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
-BLOCK = 16
-"""Tokens of a block of the recurrence, in all memories; memory chunks are multiples of it. The
-kernels take 32 and 64 too, but hold so much then that they spill to memory (docs/gpu.md)."""
+BLOCK = 64
+"""Most tokens of a block of the recurrence, which lies inside a chunk that shares a frozen state."""
+TILE = 64
+"""Hidden features that a program holds at a time."""
+FORWARD_KINDS, BACKWARD_KINDS = 2, 7
+"""Hidden layers [C, H] that passes over the tiles hand on through memory."""
+COMPILE_OPTIONS = {"num_warps": 8, "num_stages": 1}
+"""Loads must not move over the stores of an earlier round of a loop, so no loop is pipelined."""
 
 
 def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -36,9 +44,9 @@ def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-COMPILE_OPTIONS = {"num_warps": 8, "num_stages": 1}
-"""Four warps spill more in all. Loads must not move over the stores of an earlier round of a loop,
-so no loop is pipelined."""
+def block_length(chunk: int) -> int:
+    """Tokens of a block in chunks of that many, a multiple of 16: a power of two."""
+    return min(BLOCK, chunk & -chunk)
 
 
 class Launcher:
@@ -56,15 +64,16 @@ class Launcher:
         self.dtype = compute_dtype(x)
         self.x, self.q = x.contiguous(), q.contiguous()
         w1, w2, w_eta, b_eta, w_alpha, b_alpha = (w.to(self.dtype) for w in weights)
-        self.base = _pack(w1, w2)
-        self.readout = torch.stack([w_eta, w_alpha])
-        self.bias = torch.stack([b_eta, b_alpha])
         self.memories = w1.shape[0]
         self.adaptive = self.memories > MEM + 1
         self.projections = self.memories - 1
+        self.base = self.mem_last(_pack(w1, w2))
+        self.readout = torch.stack([w_eta, w_alpha])
+        self.bias = torch.stack([b_eta, b_alpha])
         self.count = self.rows * self.heads
         chunk = config.projection_chunk
-        self.block = BLOCK
+        self.block, self.mem_block = block_length(chunk), block_length(config.memory_chunk)
+        self.period, self.open = chunk // self.block, config.memory_chunk // self.mem_block
         self.chunks = -(-self.tokens // chunk)
         self.reset = x.new_zeros(1, dtype=torch.uint8)
         if reset is not None:
@@ -82,9 +91,9 @@ class Launcher:
         M_mem change places. (A list as an index would be copied to the device, and waited for.)"""
         return torch.cat([z[:MEM], z[MEM + 1 :], z[MEM : MEM + 1]]) if self.adaptive else z
 
-    def state_shape(self) -> tuple[int, ...]:
-        """Of the states of all memories: [memories, G, 2, D, H]."""
-        return (self.memories, self.count, 2, self.width, self.hidden)
+    def states(self, memories: int, *slots: int) -> Tensor:
+        """Memory for states [memories, G, slots, 2, D, H]."""
+        return self.new(memories, self.count, *slots, 2, self.width, self.hidden)
 
     def length(self, segment: int) -> int:
         """Tokens of a segment, the last one's padded to whole blocks."""
@@ -93,36 +102,48 @@ class Launcher:
         return min(whole, -(-rest // self.block) * self.block)
 
     def start(self, state: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Delta before the first token."""
+        """Delta before the first token: [memories, G, 2, D, H], in memory of its own."""
         shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        base = self.mem_last(self.base).unsqueeze(1)
+        base = self.base.unsqueeze(1)
         initial = self.config.decay_to == "initial"
+        fresh = base.new_zeros(1) if initial else base
+        packed = fresh.expand(shape)
         if state is not None:
             packed = self.mem_last(_pack(*state))
             packed = packed - base if initial else packed
-        elif initial:
-            packed = base.new_zeros(1).expand(shape)
-        else:
-            packed = base.expand(shape).clone()  # kernels write into it
-        return packed.reshape(self.state_shape()).contiguous()
+            if self.has_reset:
+                packed = torch.where(self.first_reset(), fresh, packed)
+        return packed.reshape(self.memories, self.count, *shape[3:]).clone()
+
+    def first_reset(self) -> Tensor:
+        """Which rows start again at the first token: bool [1, rows, 1, 1, 1, 1]."""
+        return (self.reset[:, 0] != 0).view(1, -1, 1, 1, 1, 1)
+
+    def first_gradient(self, d_state: Tensor, d_base: Tensor) -> None:
+        """What rows that start again at the first token send to M_0 and not to the state before."""
+        if self.has_reset:
+            shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
+            again, given = self.first_reset(), d_state.view(shape)
+            d_base.view(shape).add_(torch.where(again, given, 0.0))
+            given.masked_fill_(again, 0.0)
 
     def pack_gradient(self, d_final1: Tensor | None, d_final2: Tensor | None) -> Tensor:
         """The gradient of the final state, zero where there is none, in memory of its own."""
         if d_final1 is None and d_final2 is None:
-            return self.new(*self.state_shape()).zero_()
+            return self.states(self.memories).zero_()
         memories, shape = self.memories, (self.rows, self.heads, self.width, self.hidden)
         if d_final1 is None:
             d_final1 = self.new(memories, *shape).zero_()
         if d_final2 is None:
             d_final2 = self.new(memories, *shape).zero_().mT
-        return self.mem_last(_pack(d_final1, d_final2)).reshape(self.state_shape())
+        packed = self.mem_last(_pack(d_final1, d_final2))
+        return packed.reshape(memories, self.count, 2, self.width, self.hidden)
 
-    def unpack(self, packed: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[memories, G, 2, D, H], plus base where given, as w1 [M, B, N, d, h] and w2."""
+    def unpack(self, packed: Tensor, with_base: bool = False) -> tuple[Tensor, Tensor]:
+        """[memories, G, 2, D, H], plus M_0 if asked for, as w1 [M, B, N, d, h] and w2."""
         shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        packed = self.mem_last(packed.view(shape))
-        if base is not None:
-            packed = packed + base.unsqueeze(1)
+        packed = packed.view(shape)
+        packed = self.mem_last(packed + self.base.unsqueeze(1) if with_base else packed)
         return packed[:, :, :, 0].contiguous(), packed[:, :, :, 1].mT.contiguous()
 
     def buffers(self) -> dict[str, Tensor]:
@@ -134,101 +155,136 @@ class Launcher:
             shapes["query"] = wide
         return {name: self.new(*shape) for name, shape in shapes.items()}
 
-    def launch(self, kernel: Any, segment: int, **arguments: Any) -> None:
-        """Run a kernel over a segment."""
-        first_chunk = segment * self.config.segment_chunks
-        kernel[(self.count,)](
-            reset=self.reset,
+    def launch(self, kernel: Any, grid: tuple[int, ...], segment: int, **arguments: Any) -> None:
+        """Run a kernel on buffers of a segment."""
+        whole = self.config.segment_chunks * self.config.projection_chunk
+        kernel[(self.count, *grid)](
             tokens=self.tokens,
-            first_token=first_chunk * self.config.projection_chunk,
-            blocks=self.length(segment) // self.block,
+            length=self.length(0),
+            first_token=segment * whole,
             heads=self.heads,
-            chunks=self.chunks,
-            first_chunk=first_chunk,
             D=self.width,
             H=self.hidden,
-            C=self.block,
-            PERIOD=self.config.projection_chunk // self.block,
-            HAS_RESET=self.has_reset,
-            **self.flags,
+            TILE=min(TILE, self.hidden),
             **arguments,
             **COMPILE_OPTIONS,
         )
 
+    def write(self, kernel: Any, segment: int, memories: slice, **arguments: Any) -> None:
+        """Launch a kernel that writes some memories, or its derivative."""
+        count = len(range(*memories.indices(self.memories)))
+        self.launch(
+            kernel,
+            (count,),
+            segment,
+            base=self.base[memories],
+            reset=self.reset,
+            chunks=self.chunks,
+            CHUNK=self.config.projection_chunk,
+            HAS_RESET=self.has_reset,
+            **self.flags,
+            **arguments,
+        )
+
+    def chunks_of(self, segment: int) -> list[tuple[int, int]]:
+        """The projection chunks of a segment: first token in the buffers, number of blocks."""
+        length, chunk = self.length(segment), self.config.projection_chunk
+        return [
+            (first, min(chunk, length - first) // self.block) for first in range(0, length, chunk)
+        ]
+
+    def project(self, segment: int, buffers: dict[str, Tensor], state: Tensor) -> None:
+        """The projection memories over a segment: fills the buffers and moves `state`
+        [projections, G, slots, 2, D, H] on."""
+        given = {name: buffers[name] for name in ("k", "v", "eta", "log_alpha")}
+        hidden = self.new(self.projections * self.count * FORWARD_KINDS, self.block, self.hidden)
+        for first, blocks in self.chunks_of(segment):
+            place = {"first": first, "first_block": first // self.block, "slots": state.shape[2]}
+            self.launch(
+                project_forward,
+                (self.projections, blocks),
+                segment,
+                x=self.x,
+                source=self.q,
+                query=buffers.get("query", buffers["k"]),
+                **given,
+                base=self.base,
+                readout=self.readout,
+                bias=self.bias,
+                state=state,
+                **place,
+                eta_max=float(self.config.eta_max),
+                C=self.block,
+                INITIAL=self.flags["INITIAL"],
+                DOT=self.flags["DOT"],
+            )
+            self.write(
+                write_forward,
+                segment,
+                slice(self.projections),
+                q=self.q,
+                out=self.q,
+                q_stride=0,
+                q_first=0,
+                **given,
+                state=state,
+                hidden=hidden,
+                blocks=blocks,
+                **place,
+                C=self.block,
+                OPEN=self.period,
+                READ="",
+            )
+
     def queries(self, segment: int, buffers: dict[str, Tensor]) -> dict[str, Any]:
         """Where M_mem's queries of a segment lie: in the call's q, or in the segment's buffer."""
         if self.adaptive:
-            length = self.length(segment) * self.width
-            return {"q": buffers["query"], "q_stride": length, "q_first": 0}
+            return {
+                "q": buffers["query"], "q_stride": self.length(0) * self.width, "q_first": 0
+            }  # fmt: skip
         first = segment * self.config.segment_chunks * self.config.projection_chunk
         return {"q": self.q, "q_stride": self.tokens * self.width, "q_first": first}
 
-    def project(self, segment: int, buffers: dict[str, Tensor], scratch: Tensor) -> None:
-        """The projection memories over a segment, from slot 0 of scratch."""
-        self.launch(
-            projections_forward,
-            segment,
-            base=self.base,
-            x=self.x,
-            source=self.q,
-            query=buffers.get("query", buffers["k"]),
-            **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
-            readout=self.readout,
-            bias=self.bias,
-            scratch=scratch,
-            slots=scratch.shape[2],
-            eta_max=float(self.config.eta_max),
-            ADAPTIVE=self.adaptive,
-        )
-
     def memorise(
-        self,
-        segment: int,
-        buffers: dict[str, Tensor],
-        state: Tensor,
-        out: Tensor | None,
-        scratch: Tensor | None,
+        self, segment: int, buffers: dict[str, Tensor], state: Tensor, out: Tensor | None
     ) -> None:
-        """M_mem over a segment from `state`, which moves on; writes `out` and `scratch` if
-        given."""
-        self.launch(
-            memory_forward,
+        """M_mem over a segment: writes `out` if given and moves `state` [1, G, slots, ...] on."""
+        self.write(
+            write_forward,
             segment,
-            OPEN=self.config.memory_chunk // self.block,
+            slice(self.projections, None),
             **self.queries(segment, buffers),
             **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
-            base=self.base[MEM],
-            out=state if out is None else out,
+            out=self.q if out is None else out,
             state=state,
-            scratch=state if scratch is None else scratch,
-            slots=0 if scratch is None else scratch.shape[1],
-            READ=out is not None,
-            SAVE=scratch is not None,
-            CAUSAL=self.config.read == "causal",
+            hidden=self.new(self.count * FORWARD_KINDS, self.mem_block, self.hidden),
+            blocks=self.length(segment) // self.mem_block,
+            first=0,
+            first_block=0,
+            slots=state.shape[2],
+            C=self.mem_block,
+            OPEN=self.open,
+            READ="" if out is None else self.config.read,
         )
-
-    def slots(self, blocks: int) -> Tensor:
-        """Scratch for the projection memories' states: [memories, G, blocks + 1, 2, D, H]."""
-        return self.new(self.projections, self.count, blocks + 1, 2, self.width, self.hidden)
 
     def forward(self, state: tuple[Tensor, Tensor] | None, out: Tensor, saved: Tensor) -> Tensor:
         """Fill `out` and `saved`, Delta before every segment but the first (as far as it goes);
-        returns Delta after the last."""
+        returns Delta after the last, [memories, G, 2, D, H]."""
         now = self.start(state)
-        scratch = self.slots(self.config.projection_chunk // self.block)
+        split = (self.projections, 1)
+        # As many slots as blocks share a frozen state: the last of them writes over it.
+        parts = [self.states(n, m) for n, m in zip(split, (self.period, self.open), strict=True)]
+        for part, begun in zip(parts, now.split(split), strict=True):
+            part[:, :, 0] = begun
         buffers = self.buffers()
-        mem = now[self.projections]
-        scratch[:, :, 0] = now[: self.projections]
         for segment in range(self.segments):
-            if 0 < segment <= saved.shape[0]:
-                saved[segment - 1, : self.projections] = scratch[:, :, 0]
-                saved[segment - 1, self.projections] = mem
-            self.project(segment, buffers, scratch)
-            self.memorise(segment, buffers, mem, out, None)
-            last = self.length(segment) // self.block % scratch.shape[2]
-            if last:
-                scratch[:, :, 0] = scratch[:, :, last]
-        now[: self.projections] = scratch[:, :, 0]
+            self.project(segment, buffers, parts[0])
+            self.memorise(segment, buffers, parts[1], out)
+            last = segment == self.segments - 1
+            if last or segment < saved.shape[0]:
+                target = (now if last else saved[segment]).split(split)
+                for z, part, c in zip(target, parts, (self.block, self.mem_block), strict=True):
+                    z.copy_(part[:, :, self.length(segment) // c % part.shape[2]])
         return now
 
     def backward(
@@ -242,67 +298,108 @@ class Launcher:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fill dx and dq; d_state becomes the gradient of W before the first token. Returns those
         of M_0 at fixed states [memories, G, 2, D, H], of readout [2, G, D] and of bias [2, G]."""
-        config = self.config
-        whole = self.length(0)
-        scratch = self.slots(whole // self.block)
-        mem_scratch = self.new(self.count, whole // self.block, 2, self.width, self.hidden)
+        mem, whole = slice(self.projections, None), self.length(0)
+        states = self.states(self.projections, whole // self.block + 1)
+        mem_states = self.states(1, whole // self.mem_block + 1)
         buffers = self.buffers()
-        grads = {f"d_{name}": torch.empty_like(z) for name, z in buffers.items()}
-        d_key, d_value = grads["d_k"], grads["d_v"]
-        d_base, d_frozen = torch.zeros_like(d_state), torch.zeros_like(d_state[:-1])
+        given = {name: buffers[name] for name in ("k", "v", "eta", "log_alpha")}
+        wide = (self.memories, self.count, whole, self.width)
+        sent = {"dk": self.new(*wide), "dv": self.new(*wide)}
+        sent |= {name: self.new(*wide[:3]) for name in ("d_log_eta", "d_log_alpha")}
+        d_query = self.new(*wide[1:]) if self.adaptive else dq
+        each_dx = self.new(self.projections, *wide[1:])
+        d_base, d_frozen = torch.zeros_like(d_state), torch.zeros_like(d_state)
         d_readout = self.new(2, self.count, self.width).zero_()
         d_bias = self.new(2, self.count).zero_()
-        both = {
-            **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
-            "dk": d_key,
-            "dv": d_value,
-            "d_log_eta": grads["d_eta"],
-            "d_log_alpha": grads["d_log_alpha"],
-        }
+        mem_hidden = self.new(self.count * BACKWARD_KINDS, self.mem_block, self.hidden)
+        hidden = self.new(
+            self.projections * self.count * BACKWARD_KINDS, self.block, self.hidden
+        )
         for segment in reversed(range(self.segments)):
             before = saved[segment - 1] if segment else self.start(state)
-            scratch[:, :, 0] = before[: self.projections]
-            self.project(segment, buffers, scratch)
-            mem = before[self.projections].clone()
-            self.memorise(segment, buffers, mem, None, mem_scratch)
-            self.launch(
-                memory_backward,
+            states[:, :, 0], mem_states[:, :, 0] = before[: self.projections], before[mem]
+            self.project(segment, buffers, states)
+            self.memorise(segment, buffers, mem_states, None)
+            self.write(
+                write_backward,
                 segment,
-                OPEN=config.memory_chunk // self.block,
+                mem,
                 **self.queries(segment, buffers),
-                **both,
+                **given,
+                **{name: z[mem] for name, z in sent.items()},
                 d_out=d_out,
-                dq=grads["d_query"] if self.adaptive else dq,
-                base=self.base[MEM],
-                d_base=d_base[self.projections],
-                d_state=d_state[self.projections],
-                scratch=mem_scratch,
-                slots=mem_scratch.shape[1],
-                CAUSAL=config.read == "causal",
+                dq=d_query,
+                d_base=d_base[mem],
+                d_state=d_state[mem],
+                d_frozen=d_frozen[mem],
+                state=mem_states,
+                hidden=mem_hidden,
+                first=0,
+                first_block=0,
+                blocks=self.length(segment) // self.mem_block,
+                slots=mem_states.shape[2],
+                C=self.mem_block,
+                OPEN=self.open,
+                READ=self.config.read,
             )
-            self.launch(
-                projections_backward,
-                segment,
-                **both,
-                base=self.base,
-                x=self.x,
-                dx=dx,
-                source=self.q,
-                d_source=dq,
-                d_query=grads["d_query"] if self.adaptive else d_key,
-                d_base=d_base,
-                d_state=d_state,
-                d_frozen=d_frozen,
-                readout=self.readout,
-                d_readout=d_readout,
-                bias=self.bias,
-                d_bias=d_bias,
-                scratch=scratch,
-                slots=scratch.shape[2],
-                eta_max=float(config.eta_max),
-                ADAPTIVE=self.adaptive,
-            )
+            for first, blocks in reversed(self.chunks_of(segment)):
+                where = {
+                    "state": states,
+                    "slots": states.shape[2],
+                    "first": first,
+                    "first_block": first // self.block,
+                    "blocks": blocks,
+                    "d_state": d_state,
+                    "C": self.block,
+                }
+                self.write(
+                    write_backward,
+                    segment,
+                    slice(self.projections),
+                    q=self.q,
+                    d_out=d_out,
+                    dq=d_query,
+                    q_stride=0,
+                    q_first=0,
+                    **given,
+                    **sent,
+                    d_base=d_base,
+                    d_frozen=d_frozen,
+                    hidden=hidden,
+                    OPEN=self.period,
+                    READ="",
+                    **where,
+                )
+                self.launch(
+                    project_backward,
+                    (self.projections,),
+                    segment,
+                    x=self.x,
+                    source=self.q,
+                    dx=each_dx,
+                    d_query=d_query,
+                    **sent,
+                    base=self.base,
+                    readout=self.readout,
+                    d_readout=d_readout,
+                    bias=self.bias,
+                    d_bias=d_bias,
+                    memories=self.memories,
+                    INITIAL=self.flags["INITIAL"],
+                    DOT=self.flags["DOT"],
+                    **where,
+                )
+            self.gather(segment, each_dx[:MEM].sum(0), dx)
+            if self.adaptive:
+                self.gather(segment, each_dx[MEM], dq)
+        self.first_gradient(d_state, d_base)
         return d_base, d_readout, d_bias
+
+    def gather(self, segment: int, z: Tensor, target: Tensor) -> None:
+        """Write a segment's z [G, F, D] into target [rows, heads, T, D]."""
+        first = segment * self.length(0)
+        here = target[:, :, first : first + self.length(0)]
+        here.copy_(z.view(self.rows, self.heads, -1, self.width)[:, :, : here.shape[2]])
 
 
 def _pack(w1: Tensor, w2: Tensor) -> Tensor:

@@ -102,8 +102,7 @@ def _scan_triton(
     state = None if state1 is None or state2 is None else (state1, state2)
     with torch.cuda.device_of(x):
         delta = launcher.forward(state, out, saved)
-    base = launcher.base if decay_to == "initial" else None
-    return out, *launcher.unpack(delta, base), saved
+    return out, *launcher.unpack(delta, decay_to == "initial"), saved
 
 
 def _empty_outputs(
@@ -173,8 +172,8 @@ def _scan_triton_backward(
     if state is None:
         d_base += d_state
     else:
-        states = list(launcher.unpack(d_state, None))
-    d_w1, d_w2 = (z.sum(1) for z in launcher.unpack(d_base, None))
+        states = list(launcher.unpack(d_state))
+    d_w1, d_w2 = (z.sum(1) for z in launcher.unpack(d_base))
     (d_w_eta, d_w_alpha), (d_b_eta, d_b_alpha) = (
         [part.view(launcher.rows, launcher.heads, *part.shape[1:]).sum(0) for part in z]
         for z in (d_readout, d_bias)

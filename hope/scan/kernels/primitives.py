@@ -161,26 +161,21 @@ def unit_lower_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def tile(D: tl.constexpr, H: tl.constexpr):
-    """Offsets of a matrix [D, H] that lies row after row."""
-    return tl.arange(0, D)[:, None] * H + tl.arange(0, H)[None, :]
+def tile_at(first, ROWS: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr):
+    """Offsets of the columns from `first` on, TILE of them, of a matrix [ROWS, H]."""
+    return tl.arange(0, ROWS)[:, None] * H + first + tl.arange(0, TILE)[None, :]
 
 
 @triton.jit
-def load_state(pointer, D: tl.constexpr, H: tl.constexpr):
-    """W1 [D, H] and W2 transposed [D, H], which lie behind each other."""
-    return tl.load(pointer + tile(D, H)), tl.load(pointer + D * H + tile(D, H))
+def load_frozen(delta, base, at, INITIAL: tl.constexpr):
+    """A tile of W from pointers to Delta and to M_0."""
+    w = tl.load(delta + at)
+    if INITIAL:
+        w += tl.load(base + at)
+    return w
 
 
 @triton.jit
-def store_state(pointer, w1, w2, D: tl.constexpr, H: tl.constexpr):
-    """The inverse of `load_state`."""
-    tl.store(pointer + tile(D, H), w1)
-    tl.store(pointer + D * H + tile(D, H), w2)
-
-
-@triton.jit
-def add_state(pointer, w1, w2, D: tl.constexpr, H: tl.constexpr):
-    """Add to what `load_state` would give."""
-    old1, old2 = load_state(pointer, D, H)
-    store_state(pointer, old1 + w1, old2 + w2, D, H)
+def add_to(pointer, x):
+    """Add x to what lies at those addresses."""
+    tl.store(pointer, tl.load(pointer) + x)
