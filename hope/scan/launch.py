@@ -26,8 +26,8 @@ BLOCK = 64
 """Most tokens of a block of the recurrence, which lies inside a chunk that shares a frozen state."""
 TILE = 64
 """Hidden features that a program holds at a time."""
-FORWARD_KINDS, BACKWARD_KINDS = 2, 7
-"""Hidden layers [C, H] that passes over the tiles hand on through memory."""
+FORWARD_ROOM, BACKWARD_ROOM = (2, 2, 0), (7, 4, 2)
+"""Matrices [C, H], [C, D] and [C, C] that the passes over a block hand on through memory."""
 COMPILE_OPTIONS = {"num_warps": 8, "num_stages": 1}
 """Loads must not move over the stores of an earlier round of a loop, so no loop is pipelined."""
 
@@ -94,6 +94,12 @@ class Launcher:
     def states(self, memories: int, *slots: int) -> Tensor:
         """Memory for states [memories, G, slots, 2, D, H]."""
         return self.new(memories, self.count, *slots, 2, self.width, self.hidden)
+
+    def scratch(self, memories: int, room: tuple[int, int, int], block: int) -> Tensor:
+        """What the programs of that many memories need: [memories * G, elements]."""
+        widths = (self.hidden, self.width, block)
+        elements = block * sum(n * width for n, width in zip(room, widths, strict=True))
+        return self.new(memories * self.count, elements)
 
     def length(self, segment: int) -> int:
         """Tokens of a segment, the last one's padded to whole blocks."""
@@ -178,6 +184,7 @@ class Launcher:
             (count,),
             segment,
             base=self.base[memories],
+            room=arguments["scratch"].shape[1],
             reset=self.reset,
             chunks=self.chunks,
             CHUNK=self.config.projection_chunk,
@@ -197,7 +204,7 @@ class Launcher:
         """The projection memories over a segment: fills the buffers and moves `state`
         [projections, G, slots, 2, D, H] on."""
         given = {name: buffers[name] for name in ("k", "v", "eta", "log_alpha")}
-        hidden = self.new(self.projections * self.count * FORWARD_KINDS, self.block, self.hidden)
+        scratch = self.scratch(self.projections, FORWARD_ROOM, self.block)
         for first, blocks in self.chunks_of(segment):
             place = {"first": first, "first_block": first // self.block, "slots": state.shape[2]}
             self.launch(
@@ -228,7 +235,7 @@ class Launcher:
                 q_first=0,
                 **given,
                 state=state,
-                hidden=hidden,
+                scratch=scratch,
                 blocks=blocks,
                 **place,
                 C=self.block,
@@ -257,7 +264,7 @@ class Launcher:
             **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
             out=self.q if out is None else out,
             state=state,
-            hidden=self.new(self.count * FORWARD_KINDS, self.mem_block, self.hidden),
+            scratch=self.scratch(1, FORWARD_ROOM, self.mem_block),
             blocks=self.length(segment) // self.mem_block,
             first=0,
             first_block=0,
@@ -311,10 +318,8 @@ class Launcher:
         d_base, d_frozen = torch.zeros_like(d_state), torch.zeros_like(d_state)
         d_readout = self.new(2, self.count, self.width).zero_()
         d_bias = self.new(2, self.count).zero_()
-        mem_hidden = self.new(self.count * BACKWARD_KINDS, self.mem_block, self.hidden)
-        hidden = self.new(
-            self.projections * self.count * BACKWARD_KINDS, self.block, self.hidden
-        )
+        mem_scratch = self.scratch(1, BACKWARD_ROOM, self.mem_block)
+        scratch = self.scratch(self.projections, BACKWARD_ROOM, self.block)
         for segment in reversed(range(self.segments)):
             before = saved[segment - 1] if segment else self.start(state)
             states[:, :, 0], mem_states[:, :, 0] = before[: self.projections], before[mem]
@@ -333,7 +338,7 @@ class Launcher:
                 d_state=d_state[mem],
                 d_frozen=d_frozen[mem],
                 state=mem_states,
-                hidden=mem_hidden,
+                scratch=mem_scratch,
                 first=0,
                 first_block=0,
                 blocks=self.length(segment) // self.mem_block,
@@ -365,7 +370,7 @@ class Launcher:
                     **sent,
                     d_base=d_base,
                     d_frozen=d_frozen,
-                    hidden=hidden,
+                    scratch=scratch,
                     OPEN=self.period,
                     READ="",
                     **where,

@@ -86,27 +86,28 @@ def lost(log_share):
 
 
 @triton.jit
-def decays(log_alpha, C: tl.constexpr):
-    """Of log_alpha [C]: decay from the block's start to before t [C], from t to its end [C], over
-    the block (scalar); what the first and the third lose; ratio [C, C], A_{t-1} / A_s for s < t."""
+def log_before(log_alpha, C: tl.constexpr):
+    """Log of the decay from the block's start to before each token [C]. A masked sum, not a
+    difference: exactly independent of the token's own decay."""
+    i = tl.arange(0, C)
+    return tl.sum(tl.where(i[None, :] < i[:, None], log_alpha[None, :], 0.0), 1)
+
+
+@triton.jit
+def decay_after(log_alpha, C: tl.constexpr):
+    """Decay from each token to the block's end [C]."""
+    i = tl.arange(0, C)
+    return tl.exp(tl.sum(tl.where(i[None, :] > i[:, None], log_alpha[None, :], 0.0), 1))
+
+
+@triton.jit
+def decay_ratio(log_alpha, C: tl.constexpr):
+    """A_{t-1} / A_s for s < t, else zero [C, C]."""
     i = tl.arange(0, C)
     before = i[None, :] < i[:, None]
-    row = log_alpha[None, :]
-    # A masked sum, not a difference: exactly independent of the token's own decay.
-    log_prev = tl.sum(tl.where(before, row, 0.0), 1)
-    log_end = tl.sum(tl.where(i[None, :] <= i[:, None], row, 0.0), 1)
-    log_after = tl.sum(tl.where(i[None, :] > i[:, None], row, 0.0), 1)
-    log_total = tl.sum(log_alpha, 0)
-    between = log_prev[:, None] - log_end[None, :]
-    ratio = tl.where(before, tl.exp(tl.where(before, between, 0.0)), 0.0)
-    return (
-        tl.exp(log_prev),
-        tl.exp(log_after),
-        tl.exp(log_total),
-        lost(log_prev),
-        lost(log_total),
-        ratio,
-    )
+    log_end = tl.sum(tl.where(i[None, :] <= i[:, None], log_alpha[None, :], 0.0), 1)
+    between = log_before(log_alpha, C)[:, None] - log_end[None, :]
+    return tl.where(before, tl.exp(tl.where(before, between, 0.0)), 0.0)
 
 
 @triton.jit
@@ -163,7 +164,8 @@ def unit_lower_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
 @triton.jit
 def tile_at(first, ROWS: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr):
     """Offsets of the columns from `first` on, TILE of them, of a matrix [ROWS, H]."""
-    return tl.arange(0, ROWS)[:, None] * H + first + tl.arange(0, TILE)[None, :]
+    row, column = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, TILE).to(tl.int64)
+    return row[:, None] * H + column[None, :] + first
 
 
 @triton.jit
@@ -179,3 +181,15 @@ def load_frozen(delta, base, at, INITIAL: tl.constexpr):
 def add_to(pointer, x):
     """Add x to what lies at those addresses."""
     tl.store(pointer, tl.load(pointer) + x)
+
+
+@triton.jit
+def load_rows(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A matrix [ROWS, COLUMNS] that lies row after row."""
+    return tl.load(pointer + tile_at(0, ROWS, COLUMNS, COLUMNS))
+
+
+@triton.jit
+def store_rows(pointer, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `load_rows`."""
+    tl.store(pointer + tile_at(0, ROWS, COLUMNS, COLUMNS), x)

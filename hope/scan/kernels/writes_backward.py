@@ -4,9 +4,12 @@ which says how the hidden width is tiled; the mathematics is `hope.scan.writes_b
 After the forward passes again, over the tiles (S: the gradient of W after the block):
 
 1. `read_causal_backward`, M_mem only: dq, and the gradient dz_q before the read's hidden layer;
-2. `through_w2`: X2, the gradient of W2's right-hand sides, into k, and S2 before the block;
-3. `through_w1`, once X1 is known: the gradient of W1's keys, that of r, and S1 before the block;
-4. `through_frozen`: into the chunk-start W, k and v.
+2. `into_written1`: the gradient of U1, and from it X1, that of W1's right-hand sides;
+3. `through_w2`: X2, the same of W2, into k, and S2 before the block;
+4. `through_w1`: the gradient of W1's keys and that of r, and S1 before the block;
+5. `through_frozen`: into the chunk-start W, k and v.
+
+rows [C]: what the decay before each token multiplies; p [C]: <dU, U>, the gradient of log eta.
 """
 
 from __future__ import annotations
@@ -18,182 +21,233 @@ from hope.scan.kernels.primitives import (
     NORM_EPS,
     STEP_FLOOR,
     add_to,
-    decays,
+    decay_after,
+    decay_ratio,
     dot,
     exact_dot,
     gelu,
     load_frozen,
+    load_rows,
+    log_before,
     log_decay_gradient,
+    lost,
+    store_rows,
     tile_at,
     unit_backward,
 )
 from hope.scan.kernels.projections import read_start_backward
-from hope.scan.kernels.writes import (
-    frozen_sums,
-    key_inverse,
-    read_causal,
-    solve1,
-    solve2,
-    starts_again,
-)
+from hope.scan.kernels.writes import load_queries, read_causal, solve1, solve2, starts_again
 
 
 @triton.jit
 def read_causal_backward(
-    d_out, q, k, prev, across2, d_across1, ratio, inverse, delta, base, z_k, u2, z_q, dz_q,
+    d_out, q, valid, k, log_alpha, inverse, written1, delta, base, z_k, u2, z_q, dz_q, dq, dk,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, INITIAL: tl.constexpr,
     TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """From d_out [C, D]: dq, dk [C, D]; rows [C], what decay before t multiplies; stores dz_q."""
-    dq = tl.full((C, D), 0.0, q.dtype)
-    d_across2 = tl.full((C, C), 0.0, q.dtype)
-    rows = tl.full((C,), 0.0, q.dtype)
+    """From d_out [C, D]: stores dq, dk [C, D] and dz_q [C, H]; returns rows."""
+    decay = tl.load(log_alpha + tl.arange(0, C))
+    prev = tl.exp(log_before(decay, C))
+    given = load_queries(d_out, valid, k, C, D)
+    query = load_queries(q, valid, k, C, D)
+    ratio = decay_ratio(decay, C)
+    d_across1 = -dot(given, tl.trans(load_rows(written1, C, D)), DOT) * ratio
+    across2 = dot(query, tl.trans(load_rows(k, C, D)), DOT) * ratio
+    d_query = tl.full((C, D), 0.0, query.dtype)
+    d_across2 = tl.full((C, C), 0.0, query.dtype)
+    rows = tl.full((C,), 0.0, query.dtype)
     for first in range(0, H, TILE):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
-        z = tl.load(z_q + here)
-        act, slope, _ = gelu(z)
+        act, slope, _ = gelu(tl.load(z_q + here))
         act_k, _, _ = gelu(tl.load(z_k + here))
-        d_act = dot(d_out * prev[:, None], tl.load(delta + at), DOT)
+        d_act = dot(given, tl.load(delta + at), DOT) * prev[:, None]
         d_act += dot(d_across1, act_k * inverse[:, None], DOT)
         rows += tl.sum(d_act * act, 1)
         if INITIAL:
-            d_act += dot(d_out, tl.load(base + at), DOT)
+            d_act += dot(given, tl.load(base + at), DOT)
         dz = d_act * slope
         tl.store(dz_q + here, dz)
-        dq += dot(dz * prev[:, None], tl.trans(tl.load(delta + D * H + at)), DOT)
-        z = dot(q * prev[:, None], tl.load(delta + D * H + at), DOT)
+        d2 = tl.load(delta + D * H + at)
+        d_query += dot(dz * prev[:, None], tl.trans(d2), DOT)
+        z = dot(query, d2, DOT) * prev[:, None]
         if not TARGET:
             u = tl.load(u2 + here)
             z -= dot(across2, u, DOT)
             d_across2 -= dot(dz, tl.trans(u), DOT)
         rows += tl.sum(dz * z, 1)
         if INITIAL:
-            dq += dot(dz, tl.trans(tl.load(base + D * H + at)), DOT)
-    dq += d_out
-    dk = q * 0.0
+            d_query += dot(dz, tl.trans(tl.load(base + D * H + at)), DOT)
+    d_query += load_queries(d_out, valid, k, C, D)
+    d_key = d_query * 0.0
     if not TARGET:
-        d_across2 *= ratio
-        dq += dot(d_across2, k, DOT)
-        dk = dot(tl.trans(d_across2), q, DOT)
-    return dq, dk, rows
+        d_across2 *= decay_ratio(tl.load(log_alpha + tl.arange(0, C)), C)
+        d_query += dot(d_across2, load_rows(k, C, D), DOT)
+        d_key = dot(tl.trans(d_across2), load_queries(q, valid, k, C, D), DOT)
+    tl.store(dq + tile_at(0, C, D, D), d_query, mask=valid[:, None])
+    store_rows(dk, d_key, C, D)
+    return rows
 
 
 @triton.jit
-def through_w2(
-    k, q, eta, prev, end, total, prev_lost, total_lost, ratio, system, across2, u1, inverse, again,
-    dk, rows, delta, base, d_base, d_state, z_k, u2, x2, dz_q,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
-    HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA2: tl.constexpr, TARGET: tl.constexpr,
-    DOT: tl.constexpr,
+def into_written1(
+    log_alpha, inverse, again, delta, d_state, z_k,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr,
+    HAS_RESET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """From S: X2 [C, H] (stored), into U1 [C, D]; dk [C, D] and rows [C] with what they have; p [C]
-    = <dU2, U2> and boundary = <S, Delta after the block> but for W1's writes. S2 moves on."""
-    du1 = tl.full((C, D), 0.0, k.dtype)
-    gram = tl.full((C, C), 0.0, k.dtype)
-    p = tl.full((C,), 0.0, k.dtype)
-    boundary = tl.sum(p, 0)
+    """What S1 sends to U1 [C, D], and <S1, Delta1 before the block>."""
+    end = decay_after(tl.load(log_alpha + tl.arange(0, C)), C) * inverse
+    du = tl.full((C, D), 0.0, end.dtype)
+    along = tl.sum(end, 0) * 0.0
     for first in range(0, H, TILE):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
         s1 = tl.load(d_state + at)
         if HAS_RESET:
             s1 = tl.where(again, 0.0, s1)
+        along += tl.sum(s1 * tl.load(delta + at))
         act, _, _ = gelu(tl.load(z_k + here))
-        of_state = tl.sum(s1 * tl.load(delta + at))
-        du1 -= dot(act * (inverse * end)[:, None], tl.trans(s1), DOT)
-        s2 = tl.load(d_state + D * H + at)
-        lost = s2 * total_lost
+        du -= dot(act * end[:, None], tl.trans(s1), DOT)
+    return du, along
+
+
+@triton.jit
+def through_w2(
+    k, q, valid, eta, log_alpha, system2, again, rows, delta, base, d_base, d_state, z_k, u2, x2,
+    dz_q, dk,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
+    HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA2: tl.constexpr, TARGET: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """From S2: stores X2 [C, H] and dk [C, D] (READ: adds to it) and moves S2 on; returns rows, p and
+    <S2, Delta2 after the block>."""
+    decay = tl.load(log_alpha + tl.arange(0, C))
+    before = log_before(decay, C)
+    prev, prev_lost, end = tl.exp(before), lost(before), decay_after(decay, C)
+    total, total_lost = tl.exp(tl.sum(decay, 0)), lost(tl.sum(decay, 0))
+    step = tl.load(eta + tl.arange(0, C))
+    key = load_rows(k, C, D)
+    if READ:
+        query = load_queries(q, valid, k, C, D)
+        across2 = dot(query, tl.trans(key), DOT) * decay_ratio(decay, C)
+    if DELTA2:
+        system = load_rows(system2, C, C)
+    d_key = tl.full((C, D), 0.0, key.dtype)
+    gram = tl.full((C, C), 0.0, key.dtype)
+    p = step * 0.0
+    boundary = tl.sum(p, 0)
+    for first in range(0, H, TILE):
+        at, here = tile_at(first, D, H, TILE) + D * H, tile_at(first, C, H, TILE)
+        s2 = tl.load(d_state + at)
+        gone = s2 * total_lost
         if HAS_RESET:
-            lost = tl.where(again, s2, lost)
+            gone = tl.where(again, s2, gone)
             s2 = tl.where(again, 0.0, s2)
-        d2 = tl.load(delta + D * H + at)
-        of_state += tl.sum(s2 * d2)
-        boundary += total * of_state
-        before = s2 * total
+        d2 = tl.load(delta + at)
+        boundary += total * tl.sum(s2 * d2)
         if READ:
             dz = tl.load(dz_q + here)
-            before += dot(tl.trans(q * prev[:, None]), dz, DOT)
-            if INITIAL:
-                lost += dot(tl.trans(q * prev_lost[:, None]), dz, DOT)
         if not TARGET:
             u = tl.load(u2 + here)
-            dk -= dot(u * end[:, None], tl.trans(s2), DOT)
-            du = -dot(k * end[:, None], s2, DOT)
+            d_key -= dot(u * end[:, None], tl.trans(s2), DOT)
+            du = -dot(key, s2, DOT) * end[:, None]
             boundary += tl.sum(du * u)
             if READ:
                 du -= dot(tl.trans(across2), dz, DOT)
             if DELTA2:
                 du = exact_dot(tl.trans(system), du, DOT)
             p += tl.sum(du * u, 1)
-            du *= eta[:, None]
+            du *= step[:, None]
             tl.store(x2 + here, du)
             if DELTA2:
                 gram += dot(du, tl.trans(u), DOT)
-                dk += dot(du * prev[:, None], tl.trans(d2), DOT)
-                before += dot(tl.trans(k * prev[:, None]), du, DOT)
-                if INITIAL:
-                    w = tl.load(base + D * H + at)
-                    rows -= tl.sum(dot(k, w, DOT) * du, 1)
-                    dk += dot(du, tl.trans(w), DOT)
-                    lost += dot(tl.trans(k * prev_lost[:, None]), du, DOT)
+                d_key += dot(du * prev[:, None], tl.trans(d2), DOT)
+        s2 *= total
+        if READ:
+            s2 += dot(tl.trans(query), dz * prev[:, None], DOT)
+        if DELTA2:
+            s2 += dot(tl.trans(key), du * prev[:, None], DOT)
+        tl.store(d_state + at, s2)
         if INITIAL:
-            add_to(d_base + D * H + at, lost)
+            if READ:
+                gone += dot(tl.trans(query), dz * prev_lost[:, None], DOT)
+            if DELTA2:
+                gone += dot(tl.trans(key), du * prev_lost[:, None], DOT)
+                w = tl.load(base + at)
+                rows -= tl.sum(dot(key, w, DOT) * du, 1)
+                d_key += dot(du, tl.trans(w), DOT)
+            add_to(d_base + at, gone)
         elif HAS_RESET:
-            add_to(d_base + D * H + at, tl.where(again, lost, 0.0))
-        tl.store(d_state + D * H + at, before)
+            add_to(d_base + at, tl.where(again, gone, 0.0))
     if DELTA2:
-        gram *= ratio
-        dk -= dot(gram + tl.trans(gram), k, DOT)
-    return du1, dk, rows, p, boundary + tl.sum(du1 * u1)
+        gram *= decay_ratio(tl.load(log_alpha + tl.arange(0, C)), C)
+        d_key -= dot(gram + tl.trans(gram), load_rows(k, C, D), DOT)
+    if READ:
+        d_key += load_rows(dk, C, D)
+    store_rows(dk, d_key, C, D)
+    return rows, p, boundary
 
 
 @triton.jit
 def through_w1(
-    d_out, prev, end, total, prev_lost, total_lost, gram, d_across1, u1, x1, dr, inverse, again,
-    rows, frozen, delta, base, d_base, d_state, z_k, x2, de, z_q,
+    d_out, valid, k, log_alpha, inverse, written1, x1, again, rows, frozen, delta, base, d_base,
+    d_state, z_k, x2, de, z_q, dr,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
     HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """From S1 and x1 [C, D]: the gradient of W1's keys [C, H] (stored) and its part along each key
-    [C]; dr [C, D] and rows [C] with what they have. S1 moves on. gram [C, C]: ratio * (x1 u1^T)."""
-    along = tl.full((C,), 0.0, dr.dtype)
+    """From S1 and X1: stores the gradient of W1's keys [C, H], adds to dr [C, D] and moves S1 on;
+    returns that gradient's part along each key [C], and rows."""
+    decay = tl.load(log_alpha + tl.arange(0, C))
+    before = log_before(decay, C)
+    prev, prev_lost, end = tl.exp(before), lost(before), decay_after(decay, C)
+    total, total_lost = tl.exp(tl.sum(decay, 0)), lost(tl.sum(decay, 0))
+    x, u1 = load_rows(x1, C, D), load_rows(written1, C, D)
+    if DELTA1:
+        gram = dot(x, tl.trans(u1), DOT) * decay_ratio(decay, C)
+        gram += tl.trans(gram)
+    if READ:
+        given = load_queries(d_out, valid, k, C, D)
+        d_across1 = -dot(given, tl.trans(u1), DOT) * decay_ratio(decay, C)
+    grad_r = tl.full((C, D), 0.0, x.dtype)
+    along = end * 0.0
     for first in range(0, H, TILE):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
         s1 = tl.load(d_state + at)
-        lost = s1 * total_lost
+        gone = s1 * total_lost
         if HAS_RESET:
-            lost = tl.where(again, s1, lost)
+            gone = tl.where(again, s1, gone)
             s1 = tl.where(again, 0.0, s1)
         act, slope, _ = gelu(tl.load(z_k + here))
         e = act * inverse[:, None]
-        grad = -dot(u1 * end[:, None], s1, DOT)
-        before = s1 * total
+        grad = -dot(u1, s1, DOT) * end[:, None]
+        s1 *= total
         if DELTA1:
-            grad += dot(x1 * prev[:, None], tl.load(delta + at), DOT)
-            grad -= dot(gram + tl.trans(gram), e, DOT)
-            before += dot(tl.trans(x1), e * prev[:, None], DOT)
+            grad += dot(x, tl.load(delta + at), DOT) * prev[:, None]
+            grad -= dot(gram, e, DOT)
+            s1 += dot(tl.trans(x), e * prev[:, None], DOT)
             if INITIAL:
-                own = dot(x1, tl.load(base + at), DOT)
+                own = dot(x, tl.load(base + at), DOT)
                 grad += own
                 rows -= tl.sum(own * e, 1)
-                lost += dot(tl.trans(x1), e * prev_lost[:, None], DOT)
+                gone += dot(tl.trans(x), e * prev_lost[:, None], DOT)
         if READ:
             act, _, _ = gelu(tl.load(z_q + here))
             grad += dot(tl.trans(d_across1), act, DOT)
-            before += dot(tl.trans(d_out), act * prev[:, None], DOT)
+            s1 += dot(tl.trans(given), act * prev[:, None], DOT)
             if INITIAL:
-                lost += dot(tl.trans(d_out), act * prev_lost[:, None], DOT)
+                gone += dot(tl.trans(given), act * prev_lost[:, None], DOT)
+        tl.store(d_state + at, s1)
         if INITIAL:
-            add_to(d_base + at, lost)
+            add_to(d_base + at, gone)
         elif HAS_RESET:
-            add_to(d_base + at, tl.where(again, lost, 0.0))
-        tl.store(d_state + at, before)
+            add_to(d_base + at, tl.where(again, gone, 0.0))
         tl.store(de + here, grad)
         along += tl.sum(grad * e, 1)
         if not TARGET:
             f1 = load_frozen(frozen, base, at, INITIAL)
-            dr += dot(tl.load(x2 + here) * slope, tl.trans(f1), DOT)
-    return along, dr, rows
+            grad_r += dot(tl.load(x2 + here) * slope, tl.trans(f1), DOT)
+    if not TARGET:
+        store_rows(dr, grad_r + load_rows(dr, C, D), C, D)
+    return along, rows
 
 
 @triton.jit
@@ -209,18 +263,24 @@ def move_frozen(d_state, d_frozen, grad, opens, OPEN: tl.constexpr):
 
 @triton.jit
 def through_frozen(
-    k, v, r, dr, d_value, along, inverse, along_act, rows, opens, frozen, base, d_state, d_frozen,
-    z_k, z_v, x2, de, dk,
+    k, v, residual, dr, short, along, along_act, inverse, rows, opens, frozen, base, d_state,
+    d_frozen, z_k, z_v, x2, de, dk, dv,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, OPEN: tl.constexpr,
     INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of the frozen terms: dk, dv [C, D] and rows [C], with what they have, and
-    into the frozen W.
+    """From the gradients of the frozen terms: adds to dk, stores dv [C, D], moves what the frozen W
+    gets; returns rows.
 
-    d_value [C, D]: of M(v) (TARGET) or of v by itself; along, along_act [C]: the gradient of W1's
-    keys along them, and that of the activations along the keys.
+    along, along_act [C]: the gradient of W1's keys along them, and that of the activations along
+    the keys.
     """
-    dv = d_value
+    key, value = load_rows(k, C, D), load_rows(v, C, D)
+    if TARGET:
+        grad_r = -unit_backward(load_rows(dr, C, D), key - load_rows(residual, C, D), short)
+    else:
+        grad_r, r = load_rows(dr, C, D), load_rows(residual, C, D)
+    d_key = tl.full((C, D), 0.0, key.dtype)
+    d_value = tl.full((C, D), 0.0, key.dtype)
     for first in range(0, H, TILE):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
         act, slope, curvature = gelu(tl.load(z_k + here))
@@ -232,30 +292,37 @@ def through_frozen(
         f1 = load_frozen(frozen, base, at, INITIAL)
         if TARGET:
             dz_k = da * slope
-            dz_v = dot(d_value, f1, DOT) * slope_v
-            df1 = dot(tl.trans(d_value), act_v, DOT)
+            dz_v = dot(grad_r, f1, DOT) * slope_v
+            df = dot(tl.trans(grad_r), act_v, DOT)
         else:
             x = tl.load(x2 + here)
             through = x * dot(r, f1, DOT)
             rows -= tl.sum(through * slope, 1)
-            d_act = dot(dr, f1, DOT)
+            d_act = dot(grad_r, f1, DOT)
             dz_k = through * curvature + (da + d_act) * slope
             dz_v = -d_act * slope_v
-            df1 = dot(tl.trans(r), x * slope, DOT) + dot(tl.trans(dr), act - act_v, DOT)
-        move_frozen(d_state + at, d_frozen + at, df1, opens, OPEN)
-        df2 = dot(tl.trans(k), dz_k, DOT) + dot(tl.trans(v), dz_v, DOT)
-        move_frozen(d_state + D * H + at, d_frozen + D * H + at, df2, opens, OPEN)
+            df = dot(tl.trans(r), x * slope, DOT) + dot(tl.trans(grad_r), act - act_v, DOT)
+        move_frozen(d_state + at, d_frozen + at, df, opens, OPEN)
+        df = dot(tl.trans(key), dz_k, DOT) + dot(tl.trans(value), dz_v, DOT)
+        move_frozen(d_state + D * H + at, d_frozen + D * H + at, df, opens, OPEN)
         f2 = load_frozen(frozen + D * H, base + D * H, at, INITIAL)
-        dk += dot(dz_k, tl.trans(f2), DOT)
-        dv += dot(dz_v, tl.trans(f2), DOT)
-    return dk, dv, rows
+        d_key += dot(dz_k, tl.trans(f2), DOT)
+        d_value += dot(dz_v, tl.trans(f2), DOT)
+    grad_r = load_rows(dr, C, D)
+    store_rows(dk, d_key + grad_r + load_rows(dk, C, D), C, D)
+    if TARGET:
+        unit = load_rows(k, C, D) - load_rows(residual, C, D)
+        store_rows(dv, d_value - unit_backward(grad_r, unit, short), C, D)
+    else:
+        store_rows(dv, d_value - grad_r, C, D)
+    return rows
 
 
 @triton.jit
 def write_backward(
     q, d_out, dq, k, v, eta, log_alpha, dk, dv, d_log_eta, d_log_alpha,
-    base, d_base, d_state, d_frozen, state, hidden, reset,
-    q_stride, q_first, tokens, length, first_token, first, first_block, blocks, slots, heads,
+    base, d_base, d_state, d_frozen, state, scratch, reset,
+    q_stride, q_first, tokens, length, first_token, first, first_block, blocks, slots, room, heads,
     chunks,
     D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, OPEN: tl.constexpr,
     CHUNK: tl.constexpr, READ: tl.constexpr, HAS_RESET: tl.constexpr, INITIAL: tl.constexpr,
@@ -266,7 +333,8 @@ def write_backward(
 
     Writes dq, laid out as q, and each memory's dk, dv [memories, G, F, D], d_log_eta, d_log_alpha
     [memories, G, F]; adds to d_base, like d_state, what M_0 gets. d_frozen (OPEN > 1 only): zeros
-    like d_state, and zeros again afterwards. hidden: seven kinds.
+    like d_state, and zeros again afterwards. scratch: 7 C H, 4 C D and 2 C C elements for each
+    program.
     """
     g = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0).to(tl.int64)
@@ -277,114 +345,107 @@ def write_backward(
     d_base += (m * count + g) * size
     d_state += (m * count + g) * size
     d_frozen += (m * count + g) * size
-    z_k = hidden + (m * count + g) * (7 * C * H)
+    z_k = scratch + (m * count + g) * room
     z_v, u2, x2, de = z_k + C * H, z_k + 2 * C * H, z_k + 3 * C * H, z_k + 4 * C * H
-    z_q, dz_q = z_k + 5 * C * H, z_k + 6 * C * H
-    column = tl.arange(0, D)[None, :]
+    z_q, dz_q, residual = z_k + 5 * C * H, z_k + 6 * C * H, z_k + 7 * C * H
+    written1, x1, dr = residual + C * D, residual + 2 * C * D, residual + 3 * C * D
+    system1 = residual + 4 * C * D
+    system2 = system1 + C * C
+    i = tl.arange(0, C)
     for back in range(blocks):
-        i = blocks - 1 - back
-        j = first_block + i
+        j = first_block + blocks - 1 - back
         frozen = state + ((j - j % OPEN) % slots) * size
         delta = state + (j % slots) * size
-        local = first + i * C + tl.arange(0, C)
+        local = first + (blocks - 1 - back) * C
         here = g * length + local
-        at = here[:, None] * D + column
-        step = tl.load(eta + here)
-        prev, end, total, prev_lost, total_lost, ratio = decays(tl.load(log_alpha + here), C)
-        key, value = tl.load(k + at), tl.load(v + at)
+        key, value, step, decay = k + here * D, v + here * D, eta + here, log_alpha + here
+        d_key = dk + (m * count * length + here) * D
+        valid = (first_token + local + i) < tokens
+        query = q + g * q_stride + (q_first + local) * D
+        d_query = dq + g * q_stride + (q_first + local) * D
+        given = d_out + (g * tokens + first_token + local) * D
         again = False
         if HAS_RESET:
-            last = first_token + first + (i + 1) * C
-            again = starts_again(reset, g // heads, last, chunks, CHUNK)
-        r, short, size1, lift, gram = frozen_sums(
-            key, value, prev, frozen, delta, base, z_k, z_v,
+            again = starts_again(reset, g // heads, first_token + local + C, chunks, CHUNK)
+        short, extent, inverse = solve1(
+            key, value, step, decay, frozen, delta, base, z_k, z_v, residual, written1, system1,
             C, D, H, TILE, True, INITIAL, DELTA1, TARGET, DOT,
         )  # fmt: skip
-        u1, system1, inverse = solve1(step, ratio, r, size1, lift, gram, C, DELTA1, DOT)
         tl.debug_barrier()
-        system2 = ratio
         if not TARGET:
-            system2 = key_inverse(key, step, ratio, C, DELTA2, DOT)
             solve2(
-                key, step, prev, system2, r, frozen, delta, base, z_k, u2,
-                C, D, H, TILE, INITIAL, DELTA2, DOT,
+                key, step, decay, residual, frozen, delta, base, z_k, u2, system2,
+                C, D, H, TILE, True, INITIAL, DELTA2, DOT,
             )  # fmt: skip
             tl.debug_barrier()
-        rows = step * 0.0
-        d_key = key * 0.0
-        query, d_answer, across2, d_across1 = key, key, ratio, ratio
-        if READ != "":
-            valid = ((first_token + local) < tokens)[:, None]
-            at_q = g * q_stride + (q_first + local)[:, None] * D + column
-            at_out = (g * tokens + first_token + local)[:, None] * D + column
-            query = tl.load(q + at_q, mask=valid, other=0.0).to(key.dtype)
-            d_answer = tl.load(d_out + at_out, mask=valid, other=0.0).to(key.dtype)
-            if READ == "causal":
-                across2 = dot(query, tl.trans(key), DOT) * ratio
-                _, across1 = read_causal(
-                    query, prev, across2, ratio, u1, inverse, delta, base, z_k, u2, z_q,
-                    C, D, H, TILE, True, INITIAL, TARGET, DOT,
-                )  # fmt: skip
-                d_across1 = -dot(d_answer, tl.trans(u1), DOT) * ratio
-                tl.debug_barrier()
-                d_query, d_key, rows = read_causal_backward(
-                    d_answer, query, key, prev, across2, d_across1, ratio, inverse, delta, base,
-                    z_k, u2, z_q, dz_q, C, D, H, TILE, INITIAL, TARGET, DOT,
-                )  # fmt: skip
-                tl.store(dq + at_q, d_query, mask=valid)
-                tl.debug_barrier()
-        du1, d_key, rows, p, boundary = through_w2(
-            key, query, step, prev, end, total, prev_lost, total_lost, ratio, system2, across2, u1,
-            inverse, again, d_key, rows, delta, base, d_base, d_state, z_k, u2, x2, dz_q,
+        rows = inverse * 0.0
+        if READ == "causal":
+            _, across1 = read_causal(
+                query, valid, key, decay, inverse, written1, delta, base, z_k, u2, z_q,
+                C, D, H, TILE, True, INITIAL, TARGET, DOT,
+            )  # fmt: skip
+            store_rows(x1, -dot(tl.trans(across1), load_queries(given, valid, k, C, D), DOT), C, D)
+            tl.debug_barrier()
+            rows = read_causal_backward(
+                given, query, valid, key, decay, inverse, written1, delta, base, z_k, u2, z_q,
+                dz_q, d_query, d_key, C, D, H, TILE, INITIAL, TARGET, DOT,
+            )  # fmt: skip
+            tl.debug_barrier()
+        du1, boundary = into_written1(
+            decay, inverse, again, delta, d_state, z_k, C, D, H, TILE, HAS_RESET, DOT
+        )
+        u1 = load_rows(written1, C, D)
+        boundary = boundary * tl.exp(tl.sum(tl.load(decay + i), 0)) + tl.sum(du1 * u1)
+        if READ == "causal":
+            du1 += load_rows(x1, C, D)
+        if DELTA1:
+            du1 = exact_dot(tl.trans(load_rows(system1, C, C)), du1, DOT)
+        p1 = tl.sum(du1 * u1, 1)
+        du1 *= tl.load(step + i)[:, None]
+        along_act = tl.sum(du1 * load_rows(residual, C, D), 1)
+        tl.debug_barrier()
+        store_rows(x1, du1, C, D)
+        if DELTA1:
+            floor = extent * extent + STEP_FLOOR
+            store_rows(dr, du1 * (extent / floor)[:, None], C, D)
+            rows -= along_act * extent / floor
+            along_act *= (2.0 * STEP_FLOOR - floor) / (floor * floor)
+        else:
+            store_rows(dr, du1, C, D)
+            rows -= along_act
+        tl.debug_barrier()
+        rows, p, boundary2 = through_w2(
+            key, query, valid, step, decay, system2, again, rows, delta, base, d_base, d_state,
+            z_k, u2, x2, dz_q, d_key,
             C, D, H, TILE, READ == "causal", HAS_RESET, INITIAL, DELTA2, TARGET, DOT,
         )  # fmt: skip
         tl.debug_barrier()
-        if READ == "causal":
-            du1 -= dot(tl.trans(across1), d_answer, DOT)
-        if DELTA1:
-            du1 = exact_dot(tl.trans(system1), du1, DOT)
-        p += tl.sum(du1 * u1, 1)
-        x1 = du1 * step[:, None]
-        gram = ratio
-        dr, d_step = x1, tl.sum(x1 * r, 1)
-        if DELTA1:
-            gram = dot(x1, tl.trans(u1), DOT) * ratio
-            pace = size1 / (size1 * size1 + STEP_FLOOR)
-            dr = x1 * pace[:, None]
-            rows -= d_step * pace
-        else:
-            rows -= d_step
-        along, dr, rows = through_w1(
-            d_answer, prev, end, total, prev_lost, total_lost, gram, d_across1, u1, x1, dr,
-            inverse, again, rows, frozen, delta, base, d_base, d_state, z_k, x2, de, z_q,
+        along, rows = through_w1(
+            given, valid, key, decay, inverse, written1, x1, again, rows, frozen, delta, base,
+            d_base, d_state, z_k, x2, de, z_q, dr,
             C, D, H, TILE, READ == "causal", HAS_RESET, INITIAL, DELTA1, TARGET, DOT,
         )  # fmt: skip
         tl.debug_barrier()
+        if DELTA1:
+            along = tl.where(inverse > 0.999 / NORM_EPS, 0.0, along)
         if READ == "chunk_start":
             into = d_state
             if OPEN > 1:
                 into = d_frozen
-            d_query = read_start_backward(
-                d_answer, query, frozen, base, into, C, D, H, TILE, INITIAL, DOT
-            )
-            tl.store(dq + at_q, d_query, mask=valid)
+            grad = read_start_backward(
+                load_queries(given, valid, k, C, D), load_queries(query, valid, k, C, D),
+                frozen, base, into, C, D, H, TILE, INITIAL, DOT,
+            )  # fmt: skip
+            tl.store(d_query + tile_at(0, C, D, D), grad, mask=valid[:, None])
             tl.debug_barrier()
-        along_act = d_step
-        if DELTA1:
-            floor = size1 * size1 + STEP_FLOOR
-            along = tl.where(inverse > 0.999 / NORM_EPS, 0.0, along)
-            along_act = d_step * (2.0 * STEP_FLOOR - floor) / (floor * floor)
-        d_value = -dr
-        if TARGET:
-            d_value = -unit_backward(dr, key - r, short)
-        d_key, d_value, rows = through_frozen(
-            key, value, r, dr, d_value, along, inverse, along_act, rows, j % OPEN == 0,
-            frozen, base, d_state, d_frozen, z_k, z_v, x2, de, d_key + dr,
+        rows = through_frozen(
+            key, value, residual, dr, short, along, along_act, inverse, rows, j % OPEN == 0,
+            frozen, base, d_state, d_frozen, z_k, z_v, x2, de, d_key,
+            dv + (m * count * length + here) * D,
             C, D, H, TILE, OPEN, INITIAL, DELTA1, TARGET, DOT,
         )  # fmt: skip
-        tl.store(dk + m * count * length * D + at, d_key)
-        tl.store(dv + m * count * length * D + at, d_value)
-        tl.store(d_log_eta + m * count * length + here, p)
-        d_decay = log_decay_gradient(p, rows, boundary, C)
-        tl.store(d_log_alpha + m * count * length + here, d_decay)
+        p += p1
+        tl.store(d_log_eta + m * count * length + here + i, p)
+        d_decay = log_decay_gradient(p, rows, boundary + boundary2, C)
+        tl.store(d_log_alpha + m * count * length + here + i, d_decay)
         tl.debug_barrier()
