@@ -382,7 +382,7 @@ class Launcher:
                     x=self.x,
                     source=self.q,
                     dx=each_dx,
-                    d_query=d_query,
+                    d_query=d_query if self.adaptive else sent["dk"],
                     **sent,
                     base=self.base,
                     readout=self.readout,

@@ -168,10 +168,10 @@ def project_backward(
             token = tl.load(x + at_x, mask=valid[:, None], other=0.0).to(weight.dtype)
             logit = read_scalar(token, weight, frozen, base, C, D, H, TILE, INITIAL, DOT)
             logit += tl.load(bias + (m - 2) * heads + n)
-            given = d_log_eta
+            sent = d_log_eta
             if m == 3:
-                given = d_log_alpha
-            d_logit = sum_over(given, here, count * length, memories) / (1.0 + tl.exp(logit))
+                sent = d_log_alpha
+            d_logit = sum_over(sent, here, count * length, memories) / (1.0 + tl.exp(logit))
             d_logit = tl.where(valid, d_logit, 0.0)
             d_token, dw = read_scalar_backward(
                 d_logit, token, weight, frozen, base, d_state, C, D, H, TILE, INITIAL, DOT

@@ -5,9 +5,10 @@ After the forward passes again, over the tiles (S: the gradient of W after the b
 
 1. `read_causal_backward`, M_mem only: dq, and the gradient dz_q before the read's hidden layer;
 2. `into_written1`: the gradient of U1, and from it X1, that of W1's right-hand sides;
-3. `through_w2`: X2, the same of W2, into k, and S2 before the block;
-4. `through_w1`: the gradient of W1's keys and that of r, and S1 before the block;
-5. `through_frozen`: into the chunk-start W, k and v.
+3. `through_w2`: X2, the same of W2, and into k;
+4. `through_w1`: the gradient of W1's keys and that of r;
+5. `move_state`: S before the block, and into M_0;
+6. `through_frozen`: into the chunk-start W, k and v.
 
 rows [C]: what the decay before each token multiplies; p [C]: <dU, U>, the gradient of log eta.
 """
@@ -111,18 +112,16 @@ def into_written1(
 
 @triton.jit
 def through_w2(
-    k, q, valid, eta, log_alpha, system2, again, rows, delta, base, d_base, d_state, z_k, u2, x2,
-    dz_q, dk,
+    k, q, valid, eta, log_alpha, system2, again, rows, delta, base, d_state, u2, x2, dz_q, dk,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
     HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA2: tl.constexpr, TARGET: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """From S2: stores X2 [C, H] and dk [C, D] (READ: adds to it) and moves S2 on; returns rows, p and
-    <S2, Delta2 after the block>."""
+    """From S2: stores X2 [C, H] and dk [C, D] (READ: adds to it); returns rows, p and <S2, Delta2
+    after the block>."""
     decay = tl.load(log_alpha + tl.arange(0, C))
-    before = log_before(decay, C)
-    prev, prev_lost, end = tl.exp(before), lost(before), decay_after(decay, C)
-    total, total_lost = tl.exp(tl.sum(decay, 0)), lost(tl.sum(decay, 0))
+    prev, end = tl.exp(log_before(decay, C)), decay_after(decay, C)
+    total = tl.exp(tl.sum(decay, 0))
     step = tl.load(eta + tl.arange(0, C))
     key = load_rows(k, C, D)
     if READ:
@@ -137,21 +136,17 @@ def through_w2(
     for first in range(0, H, TILE):
         at, here = tile_at(first, D, H, TILE) + D * H, tile_at(first, C, H, TILE)
         s2 = tl.load(d_state + at)
-        gone = s2 * total_lost
         if HAS_RESET:
-            gone = tl.where(again, s2, gone)
             s2 = tl.where(again, 0.0, s2)
         d2 = tl.load(delta + at)
         boundary += total * tl.sum(s2 * d2)
-        if READ:
-            dz = tl.load(dz_q + here)
         if not TARGET:
             u = tl.load(u2 + here)
             d_key -= dot(u * end[:, None], tl.trans(s2), DOT)
             du = -dot(key, s2, DOT) * end[:, None]
             boundary += tl.sum(du * u)
             if READ:
-                du -= dot(tl.trans(across2), dz, DOT)
+                du -= dot(tl.trans(across2), tl.load(dz_q + here), DOT)
             if DELTA2:
                 du = exact_dot(tl.trans(system), du, DOT)
             p += tl.sum(du * u, 1)
@@ -160,23 +155,10 @@ def through_w2(
             if DELTA2:
                 gram += dot(du, tl.trans(u), DOT)
                 d_key += dot(du * prev[:, None], tl.trans(d2), DOT)
-        s2 *= total
-        if READ:
-            s2 += dot(tl.trans(query), dz * prev[:, None], DOT)
-        if DELTA2:
-            s2 += dot(tl.trans(key), du * prev[:, None], DOT)
-        tl.store(d_state + at, s2)
-        if INITIAL:
-            if READ:
-                gone += dot(tl.trans(query), dz * prev_lost[:, None], DOT)
-            if DELTA2:
-                gone += dot(tl.trans(key), du * prev_lost[:, None], DOT)
-                w = tl.load(base + at)
-                rows -= tl.sum(dot(key, w, DOT) * du, 1)
-                d_key += dot(du, tl.trans(w), DOT)
-            add_to(d_base + at, gone)
-        elif HAS_RESET:
-            add_to(d_base + at, tl.where(again, gone, 0.0))
+                if INITIAL:
+                    w = tl.load(base + at)
+                    rows -= tl.sum(dot(key, w, DOT) * du, 1)
+                    d_key += dot(du, tl.trans(w), DOT)
     if DELTA2:
         gram *= decay_ratio(tl.load(log_alpha + tl.arange(0, C)), C)
         d_key -= dot(gram + tl.trans(gram), load_rows(k, C, D), DOT)
@@ -188,18 +170,16 @@ def through_w2(
 
 @triton.jit
 def through_w1(
-    d_out, valid, k, log_alpha, inverse, written1, x1, again, rows, frozen, delta, base, d_base,
-    d_state, z_k, x2, de, z_q, dr,
+    d_out, valid, k, log_alpha, inverse, written1, x1, again, rows, frozen, delta, base, d_state,
+    z_k, x2, de, z_q, dr,
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
     HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """From S1 and X1: stores the gradient of W1's keys [C, H], adds to dr [C, D] and moves S1 on;
-    returns that gradient's part along each key [C], and rows."""
+    """From S1 and X1: stores the gradient of W1's keys [C, H], adds to dr [C, D]; returns that
+    gradient's part along each key [C], and rows."""
     decay = tl.load(log_alpha + tl.arange(0, C))
-    before = log_before(decay, C)
-    prev, prev_lost, end = tl.exp(before), lost(before), decay_after(decay, C)
-    total, total_lost = tl.exp(tl.sum(decay, 0)), lost(tl.sum(decay, 0))
+    prev, end = tl.exp(log_before(decay, C)), decay_after(decay, C)
     x, u1 = load_rows(x1, C, D), load_rows(written1, C, D)
     if DELTA1:
         gram = dot(x, tl.trans(u1), DOT) * decay_ratio(decay, C)
@@ -212,34 +192,21 @@ def through_w1(
     for first in range(0, H, TILE):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
         s1 = tl.load(d_state + at)
-        gone = s1 * total_lost
         if HAS_RESET:
-            gone = tl.where(again, s1, gone)
             s1 = tl.where(again, 0.0, s1)
         act, slope, _ = gelu(tl.load(z_k + here))
         e = act * inverse[:, None]
         grad = -dot(u1, s1, DOT) * end[:, None]
-        s1 *= total
         if DELTA1:
             grad += dot(x, tl.load(delta + at), DOT) * prev[:, None]
             grad -= dot(gram, e, DOT)
-            s1 += dot(tl.trans(x), e * prev[:, None], DOT)
             if INITIAL:
                 own = dot(x, tl.load(base + at), DOT)
                 grad += own
                 rows -= tl.sum(own * e, 1)
-                gone += dot(tl.trans(x), e * prev_lost[:, None], DOT)
         if READ:
             act, _, _ = gelu(tl.load(z_q + here))
             grad += dot(tl.trans(d_across1), act, DOT)
-            s1 += dot(tl.trans(given), act * prev[:, None], DOT)
-            if INITIAL:
-                gone += dot(tl.trans(given), act * prev_lost[:, None], DOT)
-        tl.store(d_state + at, s1)
-        if INITIAL:
-            add_to(d_base + at, gone)
-        elif HAS_RESET:
-            add_to(d_base + at, tl.where(again, gone, 0.0))
         tl.store(de + here, grad)
         along += tl.sum(grad * e, 1)
         if not TARGET:
@@ -248,6 +215,54 @@ def through_w1(
     if not TARGET:
         store_rows(dr, grad_r + load_rows(dr, C, D), C, D)
     return along, rows
+
+
+@triton.jit
+def move_state(
+    left, right, scale, read_left, read_right, valid, like, log_alpha, again, d_base, d_state,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, ACT: tl.constexpr,
+    DELTA: tl.constexpr, READ: tl.constexpr, HAS_RESET: tl.constexpr, INITIAL: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """S1 or S2 before the block, in place, and what M_0 gets: from left [C, D] and right [C, H], the
+    gradient and the keys of W1 (ACT: right is before the activation, which `scale` [C] makes keys)
+    or W2's keys and the gradient; likewise from the read's."""
+    decay = tl.load(log_alpha + tl.arange(0, C))
+    before = log_before(decay, C)
+    prev, prev_lost = tl.exp(before), lost(before)
+    total, total_lost = tl.exp(tl.sum(decay, 0)), lost(tl.sum(decay, 0))
+    if DELTA:
+        x = load_rows(left, C, D)
+    if READ:
+        y = load_queries(read_left, valid, like, C, D)
+    for first in range(0, H, TILE):
+        at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
+        s = tl.load(d_state + at)
+        gone = s * total_lost
+        if HAS_RESET:
+            gone = tl.where(again, s, gone)
+            s = tl.where(again, 0.0, s)
+        s *= total
+        if DELTA:
+            z = tl.load(right + here)
+            if ACT:
+                z, _, _ = gelu(z)
+                z *= scale[:, None]
+            s += dot(tl.trans(x), z * prev[:, None], DOT)
+            if INITIAL:
+                gone += dot(tl.trans(x), z * prev_lost[:, None], DOT)
+        if READ:
+            z = tl.load(read_right + here)
+            if ACT:
+                z, _, _ = gelu(z)
+            s += dot(tl.trans(y), z * prev[:, None], DOT)
+            if INITIAL:
+                gone += dot(tl.trans(y), z * prev_lost[:, None], DOT)
+        tl.store(d_state + at, s)
+        if INITIAL:
+            add_to(d_base + at, gone)
+        elif HAS_RESET:
+            add_to(d_base + at, tl.where(again, gone, 0.0))
 
 
 @triton.jit
@@ -415,15 +430,25 @@ def write_backward(
             rows -= along_act
         tl.debug_barrier()
         rows, p, boundary2 = through_w2(
-            key, query, valid, step, decay, system2, again, rows, delta, base, d_base, d_state,
-            z_k, u2, x2, dz_q, d_key,
+            key, query, valid, step, decay, system2, again, rows, delta, base, d_state, u2, x2,
+            dz_q, d_key,
             C, D, H, TILE, READ == "causal", HAS_RESET, INITIAL, DELTA2, TARGET, DOT,
         )  # fmt: skip
         tl.debug_barrier()
         along, rows = through_w1(
             given, valid, key, decay, inverse, written1, x1, again, rows, frozen, delta, base,
-            d_base, d_state, z_k, x2, de, z_q, dr,
+            d_state, z_k, x2, de, z_q, dr,
             C, D, H, TILE, READ == "causal", HAS_RESET, INITIAL, DELTA1, TARGET, DOT,
+        )  # fmt: skip
+        tl.debug_barrier()
+        move_state(
+            x1, z_k, inverse, given, z_q, valid, k, decay, again, d_base, d_state,
+            C, D, H, TILE, True, DELTA1, READ == "causal", HAS_RESET, INITIAL, DOT,
+        )  # fmt: skip
+        move_state(
+            key, x2, inverse, query, dz_q, valid, k, decay, again, d_base + D * H,
+            d_state + D * H,
+            C, D, H, TILE, False, DELTA2, READ == "causal", HAS_RESET, INITIAL, DOT,
         )  # fmt: skip
         tl.debug_barrier()
         if DELTA1:
