@@ -22,9 +22,10 @@ from hope.scan.kernels.writes import write_forward
 from hope.scan.kernels.writes_backward import write_backward
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
-BLOCK = 64
-"""Most tokens of a block of the recurrence, which lies inside a chunk that shares a frozen state."""
-TILE = 64
+BLOCK, MEM_BLOCK = 64, 32
+"""Most tokens of a block of the recurrence, inside a chunk that shares a frozen state: in the
+memories that project and in M_mem, whose read needs registers too."""
+TILE = 32
 """Hidden features that a program holds at a time."""
 FORWARD_ROOM, BACKWARD_ROOM = (2, 2, 0), (7, 4, 2)
 """Matrices [C, H], [C, D] and [C, C] that the passes over a block hand on through memory."""
@@ -44,9 +45,11 @@ def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def block_length(chunk: int) -> int:
-    """Tokens of a block in chunks of that many, a multiple of 16: a power of two."""
-    return min(BLOCK, chunk & -chunk)
+def block_lengths(config: ScanConfig) -> tuple[int, int]:
+    """Tokens of a block of the memories that project, and of M_mem: powers of two, at least 16
+    where memory_chunk is a multiple of 16."""
+    chunk, mem = config.projection_chunk, config.memory_chunk
+    return min(BLOCK, chunk & -chunk), min(MEM_BLOCK, mem & -mem)
 
 
 class Launcher:
@@ -72,7 +75,7 @@ class Launcher:
         self.bias = torch.stack([b_eta, b_alpha])
         self.count = self.rows * self.heads
         chunk = config.projection_chunk
-        self.block, self.mem_block = block_length(chunk), block_length(config.memory_chunk)
+        self.block, self.mem_block = block_lengths(config)
         self.period, self.open = chunk // self.block, config.memory_chunk // self.mem_block
         self.chunks = -(-self.tokens // chunk)
         self.reset = x.new_zeros(1, dtype=torch.uint8)

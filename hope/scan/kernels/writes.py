@@ -157,7 +157,9 @@ def solve2(
 @triton.jit
 def load_queries(pointer, valid, like, C: tl.constexpr, D: tl.constexpr):
     """Rows [C, D] where valid [C], in the dtype that `like` points to, else zero."""
-    return tl.load(pointer + tile_at(0, C, D, D), mask=valid[:, None], other=0.0).to(like.dtype.element_ty)
+    return tl.load(pointer + tile_at(0, C, D, D), mask=valid[:, None], other=0.0).to(
+        like.dtype.element_ty
+    )
 
 
 @triton.jit
@@ -244,7 +246,7 @@ def advance(
 
 @triton.jit
 def starts_again(reset, row, end, chunks, CHUNK: tl.constexpr):
-    """Whether a row starts again at the projection chunk that begins at token `end`, if one does."""
+    """Whether a row starts again at token `end`: at the projection chunk that begins there."""
     chunk = end // CHUNK
     inside = (end % CHUNK == 0) & (chunk < chunks)
     return tl.load(reset + row * chunks + chunk, mask=inside, other=0) != 0
@@ -259,8 +261,8 @@ def write_forward(
     CHUNK: tl.constexpr, READ: tl.constexpr, HAS_RESET: tl.constexpr, INITIAL: tl.constexpr,
     DELTA1: tl.constexpr, DELTA2: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Write blocks first_block, ..., whose tokens are from `first` on in the buffers, which begin at
-    first_token of the sequence.
+    """Write blocks first_block, ..., whose tokens are from `first` on in the buffers, which begin
+    at first_token of the sequence.
 
     READ: "causal" or "chunk_start", which writes `out` [G, T, D], or ""; OPEN: blocks that share a
     frozen state; CHUNK: tokens of a projection chunk; q: at g * q_stride + (q_first + token of the

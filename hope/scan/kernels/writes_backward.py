@@ -224,9 +224,9 @@ def move_state(
     DELTA: tl.constexpr, READ: tl.constexpr, HAS_RESET: tl.constexpr, INITIAL: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """S1 or S2 before the block, in place, and what M_0 gets: from left [C, D] and right [C, H], the
-    gradient and the keys of W1 (ACT: right is before the activation, which `scale` [C] makes keys)
-    or W2's keys and the gradient; likewise from the read's."""
+    """S1 or S2 before the block, in place, and what M_0 gets: from left [C, D] and right [C, H],
+    the gradient and the keys of W1 (ACT: right is before the activation, which `scale` [C] makes
+    keys) or W2's keys and the gradient; likewise from the read's."""
     decay = tl.load(log_alpha + tl.arange(0, C))
     before = log_before(decay, C)
     prev, prev_lost = tl.exp(before), lost(before)
@@ -267,7 +267,7 @@ def move_state(
 
 @triton.jit
 def move_frozen(d_state, d_frozen, grad, opens, OPEN: tl.constexpr):
-    """Add a tile's gradient of the frozen W to the state's where its chunk `opens`, else keep it."""
+    """Add a tile's gradient of the frozen W to S where its chunk `opens`, else keep it."""
     if OPEN == 1:
         add_to(d_state, grad)
     else:
@@ -283,8 +283,8 @@ def through_frozen(
     C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, OPEN: tl.constexpr,
     INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """From the gradients of the frozen terms: adds to dk, stores dv [C, D], moves what the frozen W
-    gets; returns rows.
+    """From the gradients of the frozen terms: adds to dk, stores dv [C, D], moves what the frozen
+    W gets; returns rows.
 
     along, along_act [C]: the gradient of W1's keys along them, and that of the activations along
     the keys.
