@@ -105,7 +105,7 @@ def scan_cases(memory_chunk: int) -> Iterator[Case]:
         for name in SCAN_LAUNCHES:
             kernel = name.removesuffix("_mem")
             of_mem = kernel != name
-            block = launch.block_lengths(config)[of_mem]
+            block = launch.block_lengths(config, dtype)[of_mem]
             constants = {
                 **launch.kernel_flags(config, dtype),
                 "D": width,
@@ -117,8 +117,8 @@ def scan_cases(memory_chunk: int) -> Iterator[Case]:
                 "HAS_RESET": True,
                 "READ": config.read if of_mem else "",
             }
-            if not of_mem:
-                constants["blocks"] = 1  # of a chunk; Triton compiles for an argument of 1
+            if not of_mem and block == config.projection_chunk:
+                constants["blocks"] = 1  # Triton compiles for an argument of 1
             folder = {"project": "projections", "write_forward": "writes"}
             module = folder.get(kernel, folder.get(kernel.partition("_")[0], "writes_backward"))
             key = f"{name}_d{width}_h{width * expansion}_c{block}_{_name(dtype)}"

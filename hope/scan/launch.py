@@ -22,9 +22,10 @@ from hope.scan.kernels.writes import write_forward
 from hope.scan.kernels.writes_backward import write_backward
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
-BLOCK, MEM_BLOCK = 64, 32
+BLOCK, MEM_BLOCK, FLOAT32_BLOCK = 64, 32, 16
 """Most tokens of a block of the recurrence, inside a chunk that shares a frozen state: in the
-memories that project and in M_mem, whose read needs registers too."""
+memories that project, in M_mem, whose read needs registers too, and in float32, where a product
+is three."""
 TILE = 32
 """Hidden features that a program holds at a time."""
 FORWARD_ROOM, BACKWARD_ROOM = (2, 2, 0), (7, 4, 2)
@@ -45,11 +46,12 @@ def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def block_lengths(config: ScanConfig) -> tuple[int, int]:
+def block_lengths(config: ScanConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Tokens of a block of the memories that project, and of M_mem: powers of two, at least 16
     where memory_chunk is a multiple of 16."""
     chunk, mem = config.projection_chunk, config.memory_chunk
-    return min(BLOCK, chunk & -chunk), min(MEM_BLOCK, mem & -mem)
+    most = FLOAT32_BLOCK if dtype == torch.float32 else BLOCK
+    return min(most, chunk & -chunk), min(most, MEM_BLOCK, mem & -mem)
 
 
 class Launcher:
@@ -75,7 +77,7 @@ class Launcher:
         self.bias = torch.stack([b_eta, b_alpha])
         self.count = self.rows * self.heads
         chunk = config.projection_chunk
-        self.block, self.mem_block = block_lengths(config)
+        self.block, self.mem_block = block_lengths(config, x.dtype)
         self.period, self.open = chunk // self.block, config.memory_chunk // self.mem_block
         self.chunks = -(-self.tokens // chunk)
         self.reset = x.new_zeros(1, dtype=torch.uint8)

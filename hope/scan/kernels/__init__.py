@@ -1,5 +1,5 @@
 """Triton kernels of the scan; imported only when they are launched, since they need triton.
 
-blocks.py: the closed form of a block of tokens of one memory, and its derivative; memory.py: M_mem
-over many blocks; projections.py: M_k, M_v, M_eta, M_alpha (and M_q), which need each other.
+writes.py, writes_backward.py: a block of tokens of one memory, with M_mem's read, and its
+derivative; projections.py: what is read out of M_k, M_v, M_eta, M_alpha (and M_q).
 """
