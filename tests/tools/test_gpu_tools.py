@@ -20,7 +20,7 @@ from tools import bench_gpu, compile_kernels, gpu_kernels, kernel_costs
 from tools.kernel_costs import Shape
 from train.config import load_config
 
-SPILLS = {"write_forward_d128_h512_c64_bf16": 512, "write_backward_mem_d64_h64_c16_bf16": 128}
+SPILLS = {"write_forward_d128_h256_c64_bf16": 320, "write_backward_mem_d64_h64_c16_bf16": 64}
 """Bytes a thread that a kernel may spill: what it does now, and a bit; the others, nothing."""
 
 
@@ -67,7 +67,7 @@ def test_operations_of_the_kernels_are_those_of_the_scan(width: int) -> None:
     whole = 2 * 2 * 3 * 4 * sum(products.values())
     forward = [cost.flops for name, cost in costs.items() if name.startswith("forward")]
     # M_mem's launch has W2's k k^T of its own.
-    assert sum(forward) == pytest.approx(whole, rel=0.01)
+    assert sum(forward) == pytest.approx(whole, rel=0.02)
     assert all(cost.floor > 0 for cost in costs.values())
 
 
@@ -115,7 +115,7 @@ def test_bad_sizes_of_the_table(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "write_forward_d128_h512_c64_bf16",
+        "write_forward_d128_h256_c64_bf16",
         pytest.param("write_backward_mem_d64_h64_c16_bf16", marks=pytest.mark.slow),
         "gated_norm_backward_d64_bf16",
         "cross_entropy_backward_bf16",
