@@ -114,7 +114,8 @@ def fuzz(folder: Path, count: int, seed: int) -> Counter[str]:
         else:
             outcomes["unchanged" if same else "accepted"] += 1
             assert sealed or np.array_equal(found, expected), name
-        assert sealed or same or damaged(folder), name
+        # A manifest may be spelled with other blanks: its fingerprint is of what it says.
+        assert sealed or same or name == MANIFEST or damaged(folder), name
         for one, content in before.items():
             (folder / one).write_bytes(content)
     assert np.array_equal(read(folder), expected)
