@@ -8,7 +8,6 @@ four classes of DeepSpeed (`_without_code`), whatever else a file asks for.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pickle
 from collections.abc import Iterator
@@ -24,8 +23,7 @@ from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
 from train.checkpoint.places import Place
 from train.checkpoint.reading import TensorReader, read_plain
 from train.config import RunConfig, load_config, validate_config
-from train.optim.build import decays
-from train.optim.levels import level_of
+from train.engines.deepspeed import parameter_groups
 from train.parallel.ranks import Ranks
 from train.zero.library import open_deepspeed, quiet
 from train.zero.partitions import Partitions
@@ -53,11 +51,13 @@ def to_deepspeed(folder: Place, output: Path) -> str:
         )
     library = open_deepspeed()
     model = HopeModel(config.model, seed=None)
-    load_parameters(
-        dict(model.named_parameters()), {n: reader.stored(n) for n in reader.names("model/")}
+    named = dict(model.named_parameters())
+    load_parameters(named, {n: reader.stored(n) for n in reader.names("model/")})
+    groups = parameter_groups(config, named)
+    optimizer = torch.optim.AdamW(
+        [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay} for g in groups],
+        lr=config.optimizer.lr,
     )
-    groups = _groups(model, config)
-    optimizer = torch.optim.AdamW(list(groups.values()), lr=config.optimizer.lr)
     with quiet():
         engine, *_ = library.initialize(
             model=model,
@@ -69,7 +69,6 @@ def to_deepspeed(folder: Place, output: Path) -> str:
             },
             dist_init_required=False,
         )
-        named = dict(model.named_parameters())
         lines = Partitions(engine.optimizer, named, {n: p.shape for n, p in named.items()})
         for names, line in zip(lines.names, lines.tensors, strict=True):
             state = {one: torch.zeros_like(line) for one in STATES}
@@ -129,21 +128,6 @@ def from_deepspeed(folder: Path, output: Path, config_path: Path | None) -> str:
     return f"{saved}: {len(tensors)} tensors"
 
 
-def _groups(model: HopeModel, config: RunConfig) -> dict[tuple[str, bool], dict[str, Any]]:
-    """Parameter groups by level and whether they decay."""
-    found: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        level = level_of(name, config.model)
-        settings = config.optimizer.level(level)
-        decay = settings.weight_decay if decays(name, parameter) else 0.0
-        group = found.setdefault(
-            (level, decay > 0), {"params": [], "names": [], "weight_decay": decay}
-        )
-        group["params"].append(parameter)
-        group["names"].append(name)
-    return found
-
-
 def _state(reader: TensorReader, name: str, state: str, default: Tensor) -> Tensor:
     """A state of a parameter's optimizer; `default` for a level that has never fired."""
     there = f"optimizer/{name}/{state}"
@@ -163,7 +147,7 @@ def _client_state(folder: Path) -> dict[str, Any]:
 def _own_config(plain: dict[str, Any], folder: Path) -> RunConfig:
     if not isinstance(plain.get("config"), dict):
         raise CheckpointError(f"{folder} does not say what model it is of: add --config CONFIG")
-    return validate_config(json.loads(json.dumps(plain["config"])), str(folder))
+    return validate_config(plain["config"], str(folder))
 
 
 @contextmanager

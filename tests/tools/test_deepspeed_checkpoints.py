@@ -17,6 +17,7 @@ from train.__main__ import train
 from train.checkpoint import CheckpointStore
 from train.checkpoint.load import load_run
 from train.config import validate_config
+from train.engines.deepspeed import parameter_groups
 from train.parallel.ranks import Ranks
 from train.zero.library import open_deepspeed, quiet
 
@@ -27,12 +28,12 @@ def convert(rank: int, arguments: list[str]) -> int:
 
 def plain_deepspeed(rank: int, folder: str, raw: dict[str, Any]) -> dict[str, Any]:
     """What a program that knows nothing of ours gets: DeepSpeed's engine, loaded."""
-    from tools.deepspeed_checkpoints import _groups
-
     config = validate_config(raw, "test")
     library = open_deepspeed()
     model = HopeModel(config.model, seed=1)
-    optimizer = torch.optim.AdamW(list(_groups(model, config).values()), lr=0.1)
+    named = dict(model.named_parameters())
+    groups = [[named[n] for n in one.names] for one in parameter_groups(config, named)]
+    optimizer = torch.optim.AdamW([{"params": one} for one in groups], lr=0.1)
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
     with quiet():
         engine, *_ = library.initialize(

@@ -66,7 +66,7 @@ class DeepSpeedEngine(EngineParts):
         self._plan = part.model.shard_plan()
         _make_local(part.model)
         self.parameters = dict(part.model.named_parameters())
-        self._groups = _groups(config, self.parameters)
+        self._groups = parameter_groups(config, self.parameters)
         own = {name: parameter.shape for name, parameter in self.parameters.items()}
         with quiet():
             self._engine, self._pipeline = self._initialize(library, part)
@@ -217,7 +217,7 @@ def _make_local(model: HopeModel) -> None:
             model.get_submodule(path).register_parameter(own, plain)
 
 
-def _groups(config: RunConfig, parameters: dict[str, nn.Parameter]) -> list[Group]:
+def parameter_groups(config: RunConfig, parameters: dict[str, nn.Parameter]) -> list[Group]:
     """A group for every level, of parameters with weight decay and of those without."""
     found: dict[tuple[str, float], list[str]] = {}
     for name, parameter in parameters.items():

@@ -360,9 +360,11 @@ class Cadence:
             if len(saved) == len(by_rank) == ranks.size:
                 own = in_memory(by_rank[ranks.rank])
             else:
-                own = _sum(saved) if ranks.rank == 0 else torch.zeros_like(_sum(saved))
+                own = _sum([in_memory(saved[key]) for key in _in_order(saved)])
+                own = own if ranks.rank == 0 else torch.zeros_like(own)
         else:
-            own = self.reduction.share(placed(_sum(saved), parameter))
+            parts = [placed(saved[key], parameter) for key in _in_order(saved)]
+            own = self.reduction.share(_sum(parts))
         device = "cpu" if level.accumulator_device == "cpu" else parameter.device
         self.state[parameter] = {ACCUMULATOR: own.to(device)}
 
@@ -375,10 +377,13 @@ def _sums_every_step(level: Level) -> bool:
     return level.reduce == "every_step"
 
 
-def _sum(saved: dict[str, Tensor | Stored]) -> Tensor:
-    """The sum of the ranks' accumulators, in the order of their ranks."""
-    first, *others = sorted(saved, key=lambda key: (len(key), key))
-    total = in_memory(saved[first]).clone()
-    for other in others:
-        total.add_(in_memory(saved[other]))
+def _in_order(saved: dict[str, Tensor | Stored]) -> list[str]:
+    """The keys of the ranks' accumulators, in the order of their ranks."""
+    return sorted(saved, key=lambda key: (len(key), key))
+
+
+def _sum(parts: list[Tensor]) -> Tensor:
+    total = parts[0].clone()
+    for other in parts[1:]:
+        total.add_(other)
     return total
