@@ -16,9 +16,12 @@ from torch.distributed.tensor import DTensor
 from data_pipeline import IGNORE, Batch
 from data_pipeline.loader import rows_of_rank
 from tools.processes import run
+from train.checkpoint import CheckpointStore
 from train.clock import TokenClock
 from train.config import RunConfig, validate_config
 from train.engines import open_engine
+from train.engines.parts import Engine
+from train.optim.cadence import Cadence
 from train.optim.levels import periods
 from train.parallel.ranks import Ranks
 
@@ -222,6 +225,19 @@ def trained(
     total, valid = ranks.sum(counts)
     parameters = {name: whole(p).clone() for name, p in engine.saved_parameters().items()}
     return Trace(losses, norms, parameters, total / valid)
+
+
+def take_up(
+    engine: Engine, cadence: Cadence, store: CheckpointStore, folder: Any, elsewhere: set[str]
+) -> None:
+    """Parameters and optimizer state of a checkpoint, as the trainer takes them."""
+    engine.load_parameters(store.stored(folder, "model/"), elsewhere)
+    state = store.stored(folder, "optimizer/")
+    cadence.load_state_dict(
+        {name.removeprefix("optimizer/"): tensor for name, tensor in state.items()},
+        store.plain(folder),
+        elsewhere,
+    )
 
 
 def relative(one: float, other: float) -> float:

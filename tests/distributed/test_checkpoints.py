@@ -21,7 +21,7 @@ from torch.distributed.tensor import (
     zeros,
 )
 
-from tools.parity import STEP, alone, make_config
+from tools.parity import STEP, alone, make_config, take_up
 from tools.processes import run
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.manifest import damage, read_manifest
@@ -287,13 +287,7 @@ def bytes_read(rank: int, folder: str, parallel: dict[str, Any]) -> tuple[int, i
     elsewhere = alone("hope").parameters.keys() - engine.parameters.keys()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TensorReader, "_read", counted)
-        engine.load_parameters(store.stored(newest, "model/"), set(elsewhere))
-        state = store.stored(newest, "optimizer/")
-        cadence.load_state_dict(
-            {name.removeprefix("optimizer/"): one for name, one in state.items()},
-            store.plain(newest),
-            elsewhere,
-        )
+        take_up(engine, cadence, store, newest, set(elsewhere))
     kept, _ = cadence.state_dict()
     held = [*engine.saved_parameters().values(), *kept.values()]
     local = [one.to_local() if isinstance(one, DTensor) else one for one in held]

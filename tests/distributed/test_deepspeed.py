@@ -20,6 +20,7 @@ from tools.parity import (
     make_batch,
     make_config,
     several,
+    take_up,
     whole,
     worst_error,
 )
@@ -88,13 +89,7 @@ def story(rank: int, configs: list[RunConfig], folder: str) -> Trace:
         if leg > 0:
             saved = store.newest()
             elsewhere = alone(MODEL).parameters.keys() - engine.parameters.keys()
-            engine.load_parameters(store.tensors(saved, "model/"), set(elsewhere))
-            state = store.tensors(saved, "optimizer/")
-            cadence.load_state_dict(
-                {name.removeprefix("optimizer/"): tensor for name, tensor in state.items()},
-                store.plain(saved),
-                elsewhere,
-            )
+            take_up(engine, cadence, store, saved, set(elsewhere))
             rows = [store.tensors(saved, f"stream/{row}/") for row in range(first, last)]
             carried = engine.take_up_rows(rows, range(first, last))
         honest = engine.loss  # type: ignore[attr-defined]
