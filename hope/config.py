@@ -14,10 +14,12 @@ from typing import Any, ClassVar, Literal, get_args
 
 from hope.scan import ScanConfig
 
-STRICT: dict[str, Any] = {"extra": "forbid"}
+STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 
 MixerName = Literal["titans", "attention"]
 TitansStart = Literal["independent", "aligned"]
+MAX_LAYERS, MAX_SIZE = 10_000, 2**31 - 1
+"""Larger numbers are slips; they are refused before anything of that size is made."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -112,7 +114,10 @@ class LevelConfig:
     def __post_init__(self) -> None:
         _require(self.name.isidentifier(), f"CMS level name {self.name!r} must be an identifier")
         _require(self.name != "fast", "a CMS level can't be called 'fast': that is the rest")
-        _require(self.hidden_size >= 1, f"CMS level {self.name!r}: hidden_size must be positive")
+        _require(
+            1 <= self.hidden_size <= MAX_SIZE,
+            f"CMS level {self.name!r}: hidden_size must lie between 1 and {MAX_SIZE:,}",
+        )
         _require(
             self.update_every_tokens == "step" or self.update_every_tokens >= 1,
             f"CMS level {self.name!r}: update_every_tokens must be positive or 'step'",
@@ -183,6 +188,8 @@ class HopeConfig:
         for name in ("vocab_size", "dim", "num_layers", "num_heads"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"model.{name} must be positive, got {value}")
+            most = MAX_LAYERS if name == "num_layers" else MAX_SIZE
+            _require(value is None or value <= most, f"model.{name}={value} is more than {most:,}")
         _require(
             self.dim % self.num_heads == 0,
             f"model.dim={self.dim} must be a multiple of model.num_heads={self.num_heads}",

@@ -26,26 +26,38 @@ import torch
 from hope.fused.gated_norm import tile
 from hope.fused.loss import BLOCK, WARPS
 from hope.scan import ScanConfig
-from hope.scan.triton import HEAD_WIDTHS, MAX_STATE, padded
+from hope.scan.triton import EXPANSIONS, HEAD_WIDTHS, padded
 from tools.figures import table, write_figures
 
 SHARED_LIMIT = 232_448  # bytes that a block may have on sm_90
-SCAN_KERNELS = ("memory_forward", "memory_backward", "projections_forward", "projections_backward")
+SCAN_LAUNCHES = (
+    "project_forward", "make_frames", "make_frames_mem", "write_forward", "write_forward_mem",
+    "project_backward", "write_backward", "write_backward_mem",
+)  # fmt: skip
+"""Kernels, and with "_mem" their launch on M_mem, which is another specialisation."""
+MODULES = {
+    "project_forward": "projections", "project_backward": "projections", "make_frames": "frames",
+    "write_forward": "writes", "write_backward": "writes_backward",
+}  # fmt: skip
 NORM_WIDTHS = (64, 96, 128, 256)
 ACTIVATIONS = (
-    "x", "q", "dx", "dq", "source", "d_source", "out", "d_out", "read", "gate", "d_read", "d_gate",
+    "x", "q", "dq", "source", "d_source", "out", "d_out", "read", "gate", "d_read", "d_gate",
     "logits", "d_logits",
 )  # fmt: skip
 """Arguments of kernels in the activations' dtype; other tensors are float32, but for these:"""
 INTEGER_TENSORS = {"reset": "*u8", "labels": "*i64"}
 SCALARS = {"q_stride": "i64", "eta_max": "fp32", "eps": "fp32"} | dict.fromkeys(
     (
-        "tokens", "first_token", "blocks", "slots", "heads", "chunks", "first_chunk", "q_first",
-        "rows", "length", "row_stride", "head_stride", "token_stride", "columns",
+        "tokens", "first_token", "first", "first_block", "blocks", "slots", "room", "heads",
+        "chunks", "memories", "q_first", "frame_blocks", "works", "rows", "length", "row_stride",
+        "head_stride", "token_stride", "columns",
     ),
     "i32",
 )  # fmt: skip
-MULTIPLES = ("row_stride", "head_stride", "token_stride", "columns")
+MULTIPLES = (
+    "row_stride", "head_stride", "token_stride", "columns", "length", "first", "first_token",
+    "room", "q_stride", "q_first",
+)  # fmt: skip
 """Integers that are multiples of 16 at the sizes that matter, which Triton makes use of."""
 
 
@@ -85,35 +97,40 @@ def _name(dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 else "fp32"
 
 
-def scan_cases(blocks: tuple[int, ...], memory_chunk: int) -> Iterator[Case]:
+def scan_cases(memory_chunk: int) -> Iterator[Case]:
     """Everything that the scan's dispatcher takes on a GPU, with that memory_chunk and the default
     options of the scan."""
-    from hope.scan.launch import COMPILE_OPTIONS, kernel_flags
+    from hope.scan import launch, layouts
 
-    config = ScanConfig(memory_chunk, max(64, memory_chunk))
+    config = ScanConfig(memory_chunk, 64)
     widths = sorted({padded(width) for width in HEAD_WIDTHS})
-    for width, expansion in itertools.product(widths, (1, 2, 4)):
-        hidden = width * expansion
-        for dtype, most in ((torch.bfloat16, MAX_STATE), (torch.float32, 64 * 64)):
-            if width * hidden > most:
-                continue
-            for block, kernel in itertools.product(blocks, SCAN_KERNELS):
-                constants = {
-                    **kernel_flags(config, dtype),
-                    "D": width,
-                    "H": hidden,
-                    "C": block,
-                    "OPEN": max(1, config.memory_chunk // block),
-                    "PERIOD": config.projection_chunk // block,
-                    "HAS_RESET": True,
-                    "ADAPTIVE": False,
-                    "READ": True,
-                    "SAVE": False,
-                    "CAUSAL": config.read == "causal",
-                }
-                module = "hope.scan.kernels." + kernel.partition("_")[0]
-                key = f"{kernel}_d{width}_h{hidden}_b{block}_{_name(dtype)}"
-                yield Case(key, module, kernel, constants, dtype, COMPILE_OPTIONS)
+    dtypes = (torch.bfloat16, torch.float32)
+    for width, expansion, dtype in itertools.product(widths, EXPANSIONS, dtypes):
+        for name in SCAN_LAUNCHES:
+            kernel = name.removesuffix("_mem")
+            of_mem = kernel != name
+            block = layouts.block_lengths(config, dtype)[of_mem]
+            warps, tile = launch.options(name, width)
+            constants = {
+                **layouts.kernel_flags(config, dtype),
+                "D": width,
+                "H": width * expansion,
+                "TILE": tile,
+                "C": block,
+                "OPEN": (memory_chunk if of_mem else config.projection_chunk) // block,
+                "CHUNK": config.projection_chunk,
+                "HAS_RESET": True,
+                "READ": config.read if of_mem else "",
+                "SAVE": True,
+                "WIDE": 8 if of_mem else 6,
+            }
+            if not of_mem and block == config.projection_chunk:
+                constants["blocks"] = 1  # Triton compiles for an argument of 1
+            module = MODULES[kernel]
+            key = f"{name}_d{width}_h{width * expansion}_c{block}_{_name(dtype)}"
+            path = f"hope.scan.kernels.{module}"
+            options = {"num_warps": warps, "num_stages": launch.STAGES}
+            yield Case(key, path, kernel, constants, dtype, options)
 
 
 def fused_cases() -> Iterator[Case]:
@@ -211,13 +228,12 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.compile_kernels", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("--only", default="", help="compile cases whose key contains this")
-    parser.add_argument("--blocks", type=int, nargs="+", choices=(16, 32, 64), default=[16])
     parser.add_argument("--memory-chunk", type=int, choices=(16, 32, 64), default=16)
     options = parser.parse_args(arguments)
     if reason := _why_not():
         print(f"compile_kernels: {reason}", file=sys.stderr)
         return 2
-    cases = (*scan_cases(tuple(options.blocks), options.memory_chunk), *fused_cases())
+    cases = (*scan_cases(options.memory_chunk), *fused_cases())
     chosen = [case for case in cases if options.only in case.key]
     if not chosen:
         parser.error(f"no case contains {options.only!r}")

@@ -45,12 +45,20 @@ def parity() -> Figures:
     """Largest error of output and gradients, relative to the largest value of each."""
     figures: Figures = {}
     rows = []
-    for width, chunk in ((64, 16), (64, 32), (64, 64), (128, 16)):
-        shape, config = Shape(2, 4, 1024, width, width), ScanConfig(chunk, 64)
+    sizes = (
+        (64, 64, 16),
+        (64, 64, 32),
+        (64, 64, 64),
+        (64, 256, 16),
+        (128, 128, 16),
+        (128, 512, 16),
+    )
+    for width, hidden, chunk in sizes:
+        shape, config = Shape(2, 4, 1024, width, hidden), ScanConfig(chunk, 64)
         expected = results(shape, replace(config, implementation="chunked"), torch.float64)
-        for dtype in (torch.float32, torch.bfloat16) if width == 64 else (torch.bfloat16,):
+        for dtype in (torch.float32, torch.bfloat16):
             actual = results(shape, replace(config, implementation="triton"), dtype)
-            key = f"d{width}_c{chunk}_{str(dtype).removeprefix('torch.')}"
+            key = f"d{width}_h{hidden}_c{chunk}_{str(dtype).removeprefix('torch.')}"
             rows.append(compare(key, actual, expected, figures))
     for name, call, leaves in fused_calls(Shape(2, 4, 1024, 64, 64)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -126,7 +134,12 @@ def kernels(repetitions: int) -> Figures:
     """Microseconds of every kernel over a sequence, from the profiler, beside its floor."""
     figures: Figures = {}
     rows = []
-    for shape in (Shape(8, 16, 4096, 64, 64), Shape(8, 12, 4096, 128, 128)):
+    shapes = (
+        Shape(8, 16, 4096, 64, 64),
+        Shape(8, 12, 4096, 128, 128),
+        Shape(8, 12, 4096, 128, 512),
+    )
+    for shape in shapes:
         config = ScanConfig(implementation="triton")
         x, q, weights = scan_inputs(shape, torch.bfloat16)
         calls = [(partial(scanned, x, q, weights, config), [x, q, *weights])]
@@ -138,7 +151,7 @@ def kernels(repetitions: int) -> Figures:
             found |= device_times(forward, leaves, repetitions)
         costs = kernel_costs(config, shape) | fused_costs(shape, VOCABULARY)
         for name, cost in costs.items():
-            key = f"{name.replace(': ', '_')}_d{shape.width}"
+            key = f"{name.replace(': ', '_')}_d{shape.width}_h{shape.hidden}"
             figures |= {f"us_{key}": found[name], f"floor_us_{key}": cost.floor}
             rows.append(
                 [

@@ -14,11 +14,13 @@ import sys
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 from hope.flops import backward_products, forward_products
 from hope.scan import ScanConfig
+from hope.scan.layouts import block_lengths
 from tools.figures import table
 
-BLOCK = 16  # hope.scan.launch.BLOCK, whose module needs triton
 PEAK_FLOPS, PEAK_BYTES = (
     990e12,
     3.35e12,
@@ -52,8 +54,8 @@ def _products(table: dict[str, int], *starts: str) -> int:
 
 
 def kernel_costs(config: ScanConfig, shape: Shape, element: int = 2) -> dict[str, Cost]:
-    """Of each launch kind, for five memories: "forward: ..." in the forward pass, "backward: ..."
-    in the backward pass, which runs the forward kernels again to have every block's state.
+    """Of each kernel, for five memories: "forward: ..." in the forward pass, "backward: ..." in
+    the backward pass, which runs the forward kernels again to have every block's state.
 
     element: bytes of an activation.
     """
@@ -61,38 +63,47 @@ def kernel_costs(config: ScanConfig, shape: Shape, element: int = 2) -> dict[str
     chunk = config.projection_chunk
     chunks = shape.rows * shape.heads * shape.tokens / chunk
     tokens = chunks * chunk
-    blocks = replace(config, memory_chunk=BLOCK)
-    mem_forward = _products(forward_products(blocks, d, h, 1, chunk), "write", "read:")
-    mem_backward = _products(backward_products(blocks, d, h, 1, chunk), "write", "read:")
-    forward = _products(forward_products(blocks, d, h, 4, chunk), "write", "read x")
-    backward = _products(backward_products(blocks, d, h, 4, chunk), "write", "read x")
+    whole = replace(config, memory_chunk=chunk)
+    forward, mem_forward = (
+        forward_products(whole, d, h, 4, chunk),
+        forward_products(config, d, h, 1, chunk),
+    )
+    backward, mem_backward = (
+        backward_products(whole, d, h, 4, chunk),
+        backward_products(config, d, h, 1, chunk),
+    )
+    # W2's system and queries with keys are done once for all memories, not in their launches.
+    system = ("write: k k^T", "write: inverses")
+    frames = _products(forward_products(whole, d, h, 1, chunk), *system) // 2
+    frames += _products(mem_forward, *system, "read: q k^T") // 2
+    reads = _products(forward, "read x")
+    writes = _products(forward, "write") + _products(mem_forward, "write", "read:") - frames
+    reads_back = _products(backward, "read x")
+    writes_back = _products(backward, "write") + _products(mem_backward, "write", "read:")
 
-    state, rows_of_x = 8 * d * h, d * element  # float32 W1 and W2; one token's activations
+    state, row = 8 * d * h, d * element  # float32 W1 and W2; one token's activations
     kv = 8 * d + 8  # float32 k, v, eta, log alpha of a token
-    segments = chunks / config.segment_chunks
-    ends = 2 * state * segments  # a memory's state in and out of a segment
-    mem_states = state * tokens / BLOCK
-    states = 4 * state * tokens / BLOCK
+    block, mem_block = block_lengths(config, torch.bfloat16 if element == 2 else torch.float32)
+    states = (4 / block + 1 / mem_block) * tokens  # that are written, one a block and memory
+    framed = 4 * (3 * block + 3 * mem_block + 8)  # of a token, in both frames
+    kept = 4 * (4 * (6 * h + 2 * d + 2 * block) + 8 * h + 2 * d + 2 * mem_block)  # likewise
+    made = Cost(2 * frames * chunks, tokens * (row + 2 * kv + framed))
+    project = Cost(2 * reads * chunks, tokens * (row + kv) + 4 * state * chunks)
+    write = Cost(2 * writes * chunks, tokens * (2 * row + 2 * kv + framed) + 2 * state * states)
     return {
-        "forward: projections_forward": Cost(
-            2 * forward * chunks, tokens * (rows_of_x + kv) + 4 * ends
+        "forward: project_forward": project,
+        "forward: make_frames": made,
+        "forward: write_forward": write,
+        "backward: project_forward": project,
+        "backward: make_frames": made,
+        "backward: write_forward": write._replace(bytes=write.bytes + tokens * kept),
+        "backward: write_backward": Cost(
+            2 * writes_back * chunks,
+            tokens * (3 * row + 7 * kv + framed + kept) + 5 * state * states,
         ),
-        "forward: memory_forward": Cost(
-            2 * mem_forward * chunks, tokens * (2 * rows_of_x + kv) + ends
-        ),
-        "backward: projections_forward": Cost(
-            2 * forward * chunks, tokens * (rows_of_x + kv) + 4 * state * segments + states
-        ),
-        "backward: memory_forward": Cost(
-            2 * mem_forward * chunks, tokens * (rows_of_x + kv) + ends + mem_states
-        ),
-        "backward: memory_backward": Cost(
-            2 * (mem_forward + mem_backward) * chunks,
-            tokens * (3 * rows_of_x + 2 * kv) + 2 * ends + mem_states,
-        ),
-        "backward: projections_backward": Cost(
-            2 * (forward + backward) * chunks,
-            tokens * (2 * rows_of_x + 2 * kv) + 12 * ends + states,
+        "backward: project_backward": Cost(
+            2 * (reads + reads_back) * chunks,
+            tokens * (row + 5 * kv + 16 * d) + 3 * 4 * state * chunks,
         ),
     }
 

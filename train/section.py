@@ -10,6 +10,6 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, unknown keys forbidden."""
+    """Base of every section: frozen, unknown keys forbidden, numbers finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)

@@ -69,7 +69,7 @@ class ScanConfig:
     Raises ValueError when a value is not allowed.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     memory_chunk: int = 16
     projection_chunk: int = 64

@@ -1,10 +1,14 @@
-"""Launching the scan's Triton kernels: layouts, segments, and what is kept for backward.
+"""Launching the scan's Triton kernels: chunks, segments, and what is kept for backward.
 
-A segment is `segment_chunks` projection chunks. Forward runs the projection memories over a
-segment, then M_mem with the keys, values, steps and decays that they gave, and keeps the states
-between segments. Backward goes from the last segment to the first: it runs both again to have
-the state before every block, then M_mem's derivative, then that of the projection memories.
-Nothing is waited for and no shape depends on values, so a CUDA graph can capture all of it.
+The projection memories need each other at every projection chunk: one launch reads k, v, eta and
+alpha out of them, one takes what all memories share (`frames`), one writes them, a program per
+(row, head, memory) with the states in global memory. M_mem needs what they give but gives them
+nothing: it runs over a whole segment of `segment_chunks` projection chunks in one launch, beside
+the next segment's projections on another stream, since one program per (row, head) leaves most of
+a device idle. Forward keeps the states between segments. Backward goes from the last segment to
+the first: it runs both again, keeping what the derivative needs, then M_mem's derivative, beside
+the segment before, then that of the projection memories, chunk by chunk.
+Nothing is waited for on the host and no shape depends on values, so a CUDA graph can capture all.
 """
 
 from __future__ import annotations
@@ -14,222 +18,264 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.scan.contract import MEM, ScanConfig, compute_dtype
-from hope.scan.kernels.memory import memory_backward, memory_forward
-from hope.scan.kernels.projections import projections_backward, projections_forward
-from hope.scan.writes import W1_DELTA, W2_DELTA
+from hope.scan.contract import MEM
+from hope.scan.kernels.frames import make_frames
+from hope.scan.kernels.projections import project_backward, project_forward
+from hope.scan.kernels.writes import write_forward
+from hope.scan.kernels.writes_backward import write_backward
+from hope.scan.layouts import Layouts
+from hope.scan.segments import Beside, Segment, Writer
 
-BLOCK = 16
-"""Tokens of a block of the recurrence, in all memories; memory chunks are multiples of it. The
-kernels take 32 and 64 too, but hold so much then that they spill to memory (docs/gpu.md)."""
-
-
-def kernel_flags(config: ScanConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The compile-time arguments that all kernels share, for activations of that dtype."""
-    precision = {torch.bfloat16: "bf16", torch.float64: "ieee"}.get(dtype, "tf32x3")
-    return {
-        "INITIAL": config.decay_to == "initial",
-        "DELTA1": config.delta_rule in W1_DELTA,
-        "DELTA2": config.delta_rule in W2_DELTA,
-        "TARGET": config.delta_rule == "target",
-        "DOT": precision,
-    }
-
-
-COMPILE_OPTIONS = {"num_warps": 8, "num_stages": 1}
-"""Four warps spill more in all. Loads must not move over the stores of an earlier round of a loop,
-so no loop is pipelined."""
+OPTIONS = {
+    "project_forward": {64: (2, 32), 128: (4, 32)},
+    "make_frames": {64: (2, 0), 128: (4, 0)},
+    "make_frames_mem": {64: (1, 0), 128: (4, 0)},
+    "write_forward": {64: (2, 32), 128: (4, 32)},
+    "write_forward_mem": {64: (4, 32), 128: (4, 32)},
+    "project_backward": {64: (4, 64), 128: (4, 32)},
+    "write_backward": {64: (4, 32), 128: (4, 32)},
+    "write_backward_mem": {64: (4, 32), 128: (4, 32)},
+}
+"""Warps of a program, and hidden features that it holds at a time (TILE, 0 where there are none),
+for every kind of launch ("_mem": for M_mem) and heads up to so wide. Measured: docs/gpu.md."""
+STAGES = 1
+"""Loads must not move over the stores of an earlier round of a loop, so no loop is pipelined."""
 
 
-class Launcher:
-    """The tensors of one call in the kernels' layouts, and the launches over them.
+def options(kind: str, width: int) -> tuple[int, int]:
+    """Warps and TILE of a kind of launch, for heads of that width."""
+    return OPTIONS[kind][64 if width <= 64 else 128]
 
-    Memories are in the order k, v, eta, alpha (, q), mem; g = row * heads + head.
-    """
 
-    def __init__(
-        self, config: ScanConfig, x: Tensor, q: Tensor, weights: list[Tensor], reset: Tensor | None
+class Launcher(Layouts):
+    """The launches over the tensors of one call."""
+
+    def launch(
+        self, kernel: Any, grid: tuple[int, ...], segment: int, mem: bool, **arguments: Any
     ) -> None:
-        self.config = config
-        self.rows, self.heads, self.tokens, self.width = x.shape
-        self.hidden = weights[0].shape[3]
-        self.dtype = compute_dtype(x)
-        self.x, self.q = x.contiguous(), q.contiguous()
-        w1, w2, w_eta, b_eta, w_alpha, b_alpha = (w.to(self.dtype) for w in weights)
-        self.base = _pack(w1, w2)
-        self.readout = torch.stack([w_eta, w_alpha])
-        self.bias = torch.stack([b_eta, b_alpha])
-        self.memories = w1.shape[0]
-        self.adaptive = self.memories > MEM + 1
-        self.projections = self.memories - 1
-        self.count = self.rows * self.heads
-        chunk = config.projection_chunk
-        self.block = BLOCK
-        self.chunks = -(-self.tokens // chunk)
-        self.reset = x.new_zeros(1, dtype=torch.uint8)
-        if reset is not None:
-            self.reset = reset[:, ::chunk].to(torch.uint8).contiguous()
-        self.has_reset = reset is not None
-        self.segments = -(-self.chunks // config.segment_chunks)
-        self.flags = kernel_flags(config, x.dtype)
-
-    def new(self, *shape: int) -> Tensor:
-        """Uninitialised memory of the compute dtype."""
-        return self.x.new_empty(shape, dtype=self.dtype)
-
-    def mem_last(self, z: Tensor) -> Tensor:
-        """Memories [memories, ...] from the contract's order to the kernels', or back: M_q and
-        M_mem change places. (A list as an index would be copied to the device, and waited for.)"""
-        return torch.cat([z[:MEM], z[MEM + 1 :], z[MEM : MEM + 1]]) if self.adaptive else z
-
-    def state_shape(self) -> tuple[int, ...]:
-        """Of the states of all memories: [memories, G, 2, D, H]."""
-        return (self.memories, self.count, 2, self.width, self.hidden)
-
-    def length(self, segment: int) -> int:
-        """Tokens of a segment, the last one's padded to whole blocks."""
+        """Run a kernel on a segment's buffers; mem: for M_mem."""
+        warps, tile = options(kernel.__name__ + ("_mem" if mem else ""), self.width)
         whole = self.config.segment_chunks * self.config.projection_chunk
-        rest = self.tokens - segment * whole
-        return min(whole, -(-rest // self.block) * self.block)
-
-    def start(self, state: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Delta before the first token."""
-        shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        base = self.mem_last(self.base).unsqueeze(1)
-        initial = self.config.decay_to == "initial"
-        if state is not None:
-            packed = self.mem_last(_pack(*state))
-            packed = packed - base if initial else packed
-        elif initial:
-            packed = base.new_zeros(1).expand(shape)
-        else:
-            packed = base.expand(shape).clone()  # kernels write into it
-        return packed.reshape(self.state_shape()).contiguous()
-
-    def pack_gradient(self, d_final1: Tensor | None, d_final2: Tensor | None) -> Tensor:
-        """The gradient of the final state, zero where there is none, in memory of its own."""
-        if d_final1 is None and d_final2 is None:
-            return self.new(*self.state_shape()).zero_()
-        memories, shape = self.memories, (self.rows, self.heads, self.width, self.hidden)
-        if d_final1 is None:
-            d_final1 = self.new(memories, *shape).zero_()
-        if d_final2 is None:
-            d_final2 = self.new(memories, *shape).zero_().mT
-        return self.mem_last(_pack(d_final1, d_final2)).reshape(self.state_shape())
-
-    def unpack(self, packed: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[memories, G, 2, D, H], plus base where given, as w1 [M, B, N, d, h] and w2."""
-        shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        packed = self.mem_last(packed.view(shape))
-        if base is not None:
-            packed = packed + base.unsqueeze(1)
-        return packed[:, :, :, 0].contiguous(), packed[:, :, :, 1].mT.contiguous()
-
-    def buffers(self) -> dict[str, Tensor]:
-        """k, v, eta, log_alpha and query of a segment."""
-        length = self.length(0)
-        wide, narrow = (self.count, length, self.width), (self.count, length)
-        shapes = {"k": wide, "v": wide, "eta": narrow, "log_alpha": narrow}
-        if self.adaptive:
-            shapes["query"] = wide
-        return {name: self.new(*shape) for name, shape in shapes.items()}
-
-    def launch(self, kernel: Any, segment: int, **arguments: Any) -> None:
-        """Run a kernel over a segment."""
-        first_chunk = segment * self.config.segment_chunks
-        kernel[(self.count,)](
-            reset=self.reset,
+        if tile:
+            arguments |= {"heads": self.heads, "H": self.hidden, "TILE": min(tile, self.hidden)}
+        kernel[(self.count, *grid)](
             tokens=self.tokens,
-            first_token=first_chunk * self.config.projection_chunk,
-            blocks=self.length(segment) // self.block,
-            heads=self.heads,
-            chunks=self.chunks,
-            first_chunk=first_chunk,
+            length=self.length(0),
+            first_token=segment * whole,
             D=self.width,
-            H=self.hidden,
-            C=self.block,
-            PERIOD=self.config.projection_chunk // self.block,
-            HAS_RESET=self.has_reset,
-            **self.flags,
+            DOT=self.flags["DOT"],
             **arguments,
-            **COMPILE_OPTIONS,
+            num_warps=warps,
+            num_stages=STAGES,
         )
+
+    def write(
+        self,
+        kernel: Any,
+        writer: Writer,
+        segment: int,
+        buffers: dict[str, Tensor],
+        **arguments: Any,
+    ) -> None:
+        """Launch a kernel that writes a writer's memories, or its derivative."""
+        memories = writer.state.shape[0]
+        flags = {name: self.flags[name] for name in ("INITIAL", "DELTA1", "DELTA2", "TARGET")}
+        self.launch(
+            kernel,
+            (memories,),
+            segment,
+            mem=bool(writer.read),
+            **{name: buffers[name] for name in ("k", "v", "eta")},
+            frames=writer.frames,
+            frame_blocks=writer.frames.shape[1],
+            base=self.base[writer.which],
+            state=writer.state,
+            slots=writer.state.shape[2],
+            work=writer.work,
+            works=writer.work.shape[1],
+            room=writer.work.shape[2],
+            reset=self.reset,
+            chunks=self.chunks,
+            C=writer.block,
+            OPEN=writer.open,
+            CHUNK=self.config.projection_chunk,
+            READ=writer.read,
+            WIDE=writer.wide,
+            HAS_RESET=self.has_reset,
+            **flags,
+            **arguments,
+        )
+
+    def chunks_of(self, segment: int, block: int) -> list[dict[str, int]]:
+        """The projection chunks of a segment: first token in the buffers, first block, blocks."""
+        length, chunk = self.length(segment), self.config.projection_chunk
+        return [
+            {
+                "first": first,
+                "first_block": first // block,
+                "blocks": min(chunk, length - first) // block,
+            }
+            for first in range(0, length, chunk)
+        ]
+
+    def frame(self, writer: Writer, segment: int, at: Segment, place: dict[str, int]) -> None:
+        """Fill a writer's frames of some blocks."""
+        self.launch(
+            make_frames,
+            (place["blocks"],),
+            segment,
+            mem=bool(writer.read),
+            **self.queries(segment, at.buffers),
+            **{name: at.buffers[name] for name in ("k", "eta", "log_alpha")},
+            frames=writer.frames,
+            frame_blocks=writer.frames.shape[1],
+            first=place["first"],
+            first_block=place["first_block"],
+            C=writer.block,
+            READ=writer.read,
+            DELTA2=self.flags["DELTA2"],
+            TARGET=self.flags["TARGET"],
+        )
+
+    def project(self, segment: int, at: Segment, keep: bool) -> None:
+        """The projection memories over a segment: fills the buffers and moves their state on."""
+        writer = at.projections
+        given = {name: at.buffers[name] for name in ("k", "v", "eta", "log_alpha")}
+        for place in self.chunks_of(segment, self.block):
+            here = {name: place[name] for name in ("first", "first_block")}
+            self.launch(
+                project_forward,
+                (self.projections, place["blocks"]),
+                segment,
+                mem=False,
+                x=self.x,
+                source=self.q,
+                query=at.buffers.get("query", at.buffers["k"]),
+                **given,
+                base=self.base,
+                readout=self.readout,
+                bias=self.bias,
+                state=writer.state,
+                slots=writer.state.shape[2],
+                **here,
+                eta_max=float(self.config.eta_max),
+                C=self.block,
+                INITIAL=self.flags["INITIAL"],
+            )
+            self.frame(writer, segment, at, place)
+            self.write(
+                write_forward,
+                writer,
+                segment,
+                at.buffers,
+                q=self.q,
+                out=self.q,
+                q_stride=0,
+                q_first=0,
+                SAVE=keep,
+                **place,
+            )
 
     def queries(self, segment: int, buffers: dict[str, Tensor]) -> dict[str, Any]:
         """Where M_mem's queries of a segment lie: in the call's q, or in the segment's buffer."""
         if self.adaptive:
-            length = self.length(segment) * self.width
-            return {"q": buffers["query"], "q_stride": length, "q_first": 0}
+            return {
+                "q": buffers["query"], "q_stride": self.length(0) * self.width, "q_first": 0
+            }  # fmt: skip
         first = segment * self.config.segment_chunks * self.config.projection_chunk
         return {"q": self.q, "q_stride": self.tokens * self.width, "q_first": first}
 
-    def project(self, segment: int, buffers: dict[str, Tensor], scratch: Tensor) -> None:
-        """The projection memories over a segment, from slot 0 of scratch."""
-        self.launch(
-            projections_forward,
-            segment,
-            base=self.base,
-            x=self.x,
-            source=self.q,
-            query=buffers.get("query", buffers["k"]),
-            **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
-            readout=self.readout,
-            bias=self.bias,
-            scratch=scratch,
-            slots=scratch.shape[2],
-            eta_max=float(self.config.eta_max),
-            ADAPTIVE=self.adaptive,
-        )
+    def whole(self, segment: int) -> dict[str, int]:
+        """A segment's blocks of M_mem."""
+        return {"first": 0, "first_block": 0, "blocks": self.length(segment) // self.mem_block}
 
-    def memorise(
-        self,
-        segment: int,
-        buffers: dict[str, Tensor],
-        state: Tensor,
-        out: Tensor | None,
-        scratch: Tensor | None,
-    ) -> None:
-        """M_mem over a segment from `state`, which moves on; writes `out` and `scratch` if
-        given."""
-        self.launch(
-            memory_forward,
+    def memorise(self, segment: int, at: Segment, out: Tensor | None) -> None:
+        """M_mem over a segment: writes `out`, or without it keeps what backward needs."""
+        self.frame(at.mem, segment, at, self.whole(segment))
+        self.write(
+            write_forward,
+            at.mem,
             segment,
-            OPEN=self.config.memory_chunk // self.block,
-            **self.queries(segment, buffers),
-            **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
-            base=self.base[MEM],
-            out=state if out is None else out,
-            state=state,
-            scratch=state if scratch is None else scratch,
-            slots=0 if scratch is None else scratch.shape[1],
-            READ=out is not None,
-            SAVE=scratch is not None,
-            CAUSAL=self.config.read == "causal",
+            at.buffers,
+            **self.queries(segment, at.buffers),
+            out=self.q if out is None else out,
+            SAVE=out is None,
+            **self.whole(segment),
         )
-
-    def slots(self, blocks: int) -> Tensor:
-        """Scratch for the projection memories' states: [memories, G, blocks + 1, 2, D, H]."""
-        return self.new(self.projections, self.count, blocks + 1, 2, self.width, self.hidden)
 
     def forward(self, state: tuple[Tensor, Tensor] | None, out: Tensor, saved: Tensor) -> Tensor:
         """Fill `out` and `saved`, Delta before every segment but the first (as far as it goes);
-        returns Delta after the last."""
-        now = self.start(state)
-        scratch = self.slots(self.config.projection_chunk // self.block)
-        buffers = self.buffers()
-        mem = now[self.projections]
-        scratch[:, :, 0] = now[: self.projections]
+        returns Delta after the last, [memories, G, 2, D, H]."""
+        now, beside = self.start(state), Beside(self.x.device)
+        first = Segment(self, keep=False)
+        pair = (first, Segment(self, keep=False, after=first))
+        first.projections.state[:, :, 0] = now[: self.projections]
+        first.mem.state[:, :, 0] = now[self.projections :]
         for segment in range(self.segments):
-            if 0 < segment <= saved.shape[0]:
-                saved[segment - 1, : self.projections] = scratch[:, :, 0]
-                saved[segment - 1, self.projections] = mem
-            self.project(segment, buffers, scratch)
-            self.memorise(segment, buffers, mem, out, None)
-            last = self.length(segment) // self.block % scratch.shape[2]
-            if last:
-                scratch[:, :, 0] = scratch[:, :, last]
-        now[: self.projections] = scratch[:, :, 0]
+            at, tokens = pair[segment % 2], self.length(segment)
+            beside.wait(at.done)
+            self.project(segment, at, keep=False)
+            last = segment == self.segments - 1
+            target = now if last else saved[segment] if segment < saved.shape[0] else None
+            if target is not None:
+                target[: self.projections] = at.projections.after(tokens)
+            with beside.run():
+                self.memorise(segment, at, out)
+                if target is not None:
+                    target[self.projections :] = at.mem.after(tokens)
+            at.done = beside.mark()
+        beside.wait(beside.mark())
         return now
+
+    def again(
+        self,
+        segment: int,
+        before: Tensor,
+        at: Segment,
+        beside: Beside,
+        gradients: dict[str, Tensor],
+    ) -> None:
+        """A segment's forward pass again, from Delta `before` it, and M_mem's derivative."""
+        at.projections.state[:, :, 0] = before[: self.projections]
+        at.mem.state[:, :, 0] = before[self.projections :]
+        self.project(segment, at, keep=True)
+        with beside.run():
+            self.memorise(segment, at, None)
+            self.write_back(
+                segment,
+                at,
+                at.mem,
+                self.whole(segment),
+                gradients,
+                **self.queries(segment, at.buffers),
+            )
+        at.done = beside.mark()
+
+    def write_back(
+        self,
+        segment: int,
+        at: Segment,
+        writer: Writer,
+        place: dict[str, int],
+        gradients: dict[str, Tensor],
+        **queries: Any,
+    ) -> None:
+        """The derivative of a writer's launch."""
+        given = {name: gradients[name][writer.which] for name in ("d_base", "d_state", "d_frozen")}
+        d_query = gradients["dq"] if at.d_query is None else at.d_query
+        self.write(
+            write_backward,
+            writer,
+            segment,
+            at.buffers,
+            **queries,
+            **given,
+            **{name: z[writer.which] for name, z in at.sent.items()},
+            d_out=gradients["d_out"],
+            dq=d_query,
+            scratch=gradients["scratch_mem" if writer.read else "scratch"],
+            **place,
+        )
 
     def backward(
         self,
@@ -242,69 +288,66 @@ class Launcher:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Fill dx and dq; d_state becomes the gradient of W before the first token. Returns those
         of M_0 at fixed states [memories, G, 2, D, H], of readout [2, G, D] and of bias [2, G]."""
-        config = self.config
-        whole = self.length(0)
-        scratch = self.slots(whole // self.block)
-        mem_scratch = self.new(self.count, whole // self.block, 2, self.width, self.hidden)
-        buffers = self.buffers()
-        grads = {f"d_{name}": torch.empty_like(z) for name, z in buffers.items()}
-        d_key, d_value = grads["d_k"], grads["d_v"]
-        d_base, d_frozen = torch.zeros_like(d_state), torch.zeros_like(d_state[:-1])
-        d_readout = self.new(2, self.count, self.width).zero_()
-        d_bias = self.new(2, self.count).zero_()
-        both = {
-            **{name: buffers[name] for name in ("k", "v", "eta", "log_alpha")},
-            "dk": d_key,
-            "dv": d_value,
-            "d_log_eta": grads["d_eta"],
-            "d_log_alpha": grads["d_log_alpha"],
+        beside = Beside(self.x.device)
+        pair = [Segment(self, keep=True) for _ in range(min(2, self.segments))]
+        each_dx = self.new(self.projections, self.count, self.length(0), self.width)
+        gradients = {
+            "d_state": d_state,
+            "d_base": torch.zeros_like(d_state),
+            "d_frozen": torch.zeros_like(d_state),
+            "d_readout": self.new(2, self.count, self.width).zero_(),
+            "d_bias": self.new(2, self.count).zero_(),
+            "dq": dq,
+            "d_out": d_out,
+            "scratch": self.new(self.projections, self.count, self.block, self.hidden),
+            "scratch_mem": self.new(1, self.count, self.mem_block, self.hidden),
         }
-        for segment in reversed(range(self.segments)):
-            before = saved[segment - 1] if segment else self.start(state)
-            scratch[:, :, 0] = before[: self.projections]
-            self.project(segment, buffers, scratch)
-            mem = before[self.projections].clone()
-            self.memorise(segment, buffers, mem, None, mem_scratch)
+        for segment in reversed(range(-1, self.segments)):
+            # The next segment's forward pass comes first, so that M_mem's derivative runs beside.
+            if segment >= 0:
+                before = saved[segment - 1] if segment else self.start(state)
+                self.again(segment, before, pair[segment % 2], beside, gradients)
+            if segment + 1 < self.segments:
+                at = pair[(segment + 1) % 2]
+                beside.wait(at.done)
+                self.project_back(segment + 1, at, each_dx, gradients)
+                self.gather(segment + 1, each_dx[:MEM].sum(0), dx)
+                if self.adaptive:
+                    self.gather(segment + 1, each_dx[MEM], dq)
+        self.first_gradient(d_state, gradients["d_base"])
+        return gradients["d_base"], gradients["d_readout"], gradients["d_bias"]
+
+    def project_back(
+        self, segment: int, at: Segment, each_dx: Tensor, gradients: dict[str, Tensor]
+    ) -> None:
+        """The derivative of `project`; fills each_dx, what each memory sends to x or to q."""
+        writer = at.projections
+        for place in reversed(self.chunks_of(segment, self.block)):
+            self.write_back(segment, at, writer, place, gradients, q=self.q, q_stride=0, q_first=0)
             self.launch(
-                memory_backward,
+                project_backward,
+                (self.projections,),
                 segment,
-                OPEN=config.memory_chunk // self.block,
-                **self.queries(segment, buffers),
-                **both,
-                d_out=d_out,
-                dq=grads["d_query"] if self.adaptive else dq,
-                base=self.base[MEM],
-                d_base=d_base[self.projections],
-                d_state=d_state[self.projections],
-                scratch=mem_scratch,
-                slots=mem_scratch.shape[1],
-                CAUSAL=config.read == "causal",
-            )
-            self.launch(
-                projections_backward,
-                segment,
-                **both,
-                base=self.base,
+                mem=False,
                 x=self.x,
-                dx=dx,
                 source=self.q,
-                d_source=dq,
-                d_query=grads["d_query"] if self.adaptive else d_key,
-                d_base=d_base,
-                d_state=d_state,
-                d_frozen=d_frozen,
+                dx=each_dx,
+                d_query=at.sent["dk"] if at.d_query is None else at.d_query,
+                **at.sent,
+                base=self.base,
                 readout=self.readout,
-                d_readout=d_readout,
                 bias=self.bias,
-                d_bias=d_bias,
-                scratch=scratch,
-                slots=scratch.shape[2],
-                eta_max=float(config.eta_max),
-                ADAPTIVE=self.adaptive,
+                **{name: gradients[name] for name in ("d_state", "d_readout", "d_bias")},
+                state=writer.state,
+                slots=writer.state.shape[2],
+                memories=self.memories,
+                **place,
+                C=self.block,
+                INITIAL=self.flags["INITIAL"],
             )
-        return d_base, d_readout, d_bias
 
-
-def _pack(w1: Tensor, w2: Tensor) -> Tensor:
-    """[..., d, h] and [..., h, d] as [..., 2, d, h]."""
-    return torch.stack([w1, w2.mT], -3).contiguous()
+    def gather(self, segment: int, z: Tensor, target: Tensor) -> None:
+        """Write a segment's z [G, F, D] into target [rows, heads, T, D]."""
+        first = segment * self.length(0)
+        here = target[:, :, first : first + self.length(0)]
+        here.copy_(z.view(self.rows, self.heads, -1, self.width)[:, :, : here.shape[2]])

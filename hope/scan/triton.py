@@ -1,12 +1,13 @@
 """The scan in Triton kernels: operators for autograd and compilers; the kernels are launched by
 `hope.scan.launch`.
 
-Why these kernels: M_mem never feeds back into the memories that project, so the sequence is run
-in two passes over every segment. The projection memories need each other at every chunk; one
-program per row and head takes them in turns, which needs no exchange between programs. M_mem's
-many short chunks run in one program per row and head too, its state on chip from chunk to chunk.
-Both are launched once per segment of `checkpoint_chunks` projection chunks, not once per chunk.
-Parallel over rows and heads alone: below about 130 of them (an H100's processors) some idle.
+Why these kernels: the states of the memories fit neither a processor's registers nor its shared
+memory, but those that are being worked on stay in the L2 cache. So a program is a memory of a row
+and head for one projection chunk, or M_mem for a segment of `checkpoint_chunks` of them, and takes
+the hidden width in tiles. A chunk's long chain of products and element-wise operators is three
+launches forward: reading k, v, eta and alpha out of their memories, what these share (decays, keys
+with keys), and writing them. One state is kept for each segment, and one for each block while
+backward works on a segment.
 
 Neither this module nor `import hope` imports triton; the first call does.
 """
@@ -26,9 +27,8 @@ from hope.triton import why_no_kernels
 
 HEAD_WIDTHS = (64, 96, 128)
 """Heads of 96 are run as heads of 128 whose last features are zero, which changes nothing else."""
-MAX_STATE = 128 * 128
-"""Most elements of a fast-weight matrix, d * h, that the kernels are compiled for. In float32, with
-three TF32 products for each, it is 64 * 64: compiling larger ones takes minutes."""
+EXPANSIONS = (1, 2, 4)
+"""Hidden widths of the memories that are compiled, in widths of the head."""
 
 
 def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
@@ -44,10 +44,8 @@ def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
             return "float64 is for the CPU"
         if width not in HEAD_WIDTHS:
             return f"heads are {width} wide, not 64, 96 or 128"
-        size = padded(width) * padded(hidden)
-        most = MAX_STATE if x.dtype == torch.bfloat16 else 64 * 64
-        if hidden not in (width, 2 * width, 4 * width) or size > most:
-            return f"memories of {width} x {hidden} in {x.dtype} are not among the sizes compiled"
+        if hidden not in [n * width for n in EXPANSIONS]:
+            return f"memories of {width} x {hidden} are not among the sizes compiled"
     return ""
 
 
@@ -102,8 +100,7 @@ def _scan_triton(
     state = None if state1 is None or state2 is None else (state1, state2)
     with torch.cuda.device_of(x):
         delta = launcher.forward(state, out, saved)
-    base = launcher.base if decay_to == "initial" else None
-    return out, *launcher.unpack(delta, base), saved
+    return out, *launcher.unpack(delta, decay_to == "initial"), saved
 
 
 def _empty_outputs(
@@ -173,8 +170,8 @@ def _scan_triton_backward(
     if state is None:
         d_base += d_state
     else:
-        states = list(launcher.unpack(d_state, None))
-    d_w1, d_w2 = (z.sum(1) for z in launcher.unpack(d_base, None))
+        states = list(launcher.unpack(d_state))
+    d_w1, d_w2 = (z.sum(1) for z in launcher.unpack(d_base))
     (d_w_eta, d_w_alpha), (d_b_eta, d_b_alpha) = (
         [part.view(launcher.rows, launcher.heads, *part.shape[1:]).sum(0) for part in z]
         for z in (d_readout, d_bias)

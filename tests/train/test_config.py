@@ -13,6 +13,11 @@ from train.__main__ import main
 from train.config import ConfigError, dump_config, load_config, validate_config
 
 MISTAKES = [
+    (["model.num_layers=99999999999999999999"], "is more than 10,000"),
+    (["optimizer.betas=[.nan, 0.95]"], "optimizer.betas"),
+    (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas"),
+    (["optimizer.lr=.inf"], "optimizer.lr"),
+    (["model.titans.initial_eta=.nan"], "initial_eta"),
     (["optimizer.lrr=1"], "unknown key 'optimizer.lrr' (did you mean 'lr'?)"),
     (["model.titans.scan.memory_chunkk=1"], "unknown key 'model.titans.scan.memory_chunkk'"),
     (["optimizer.lr=fast"], "optimizer.lr: input should be a valid number, got 'fast'"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import resource
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,16 @@ from train.config import ConfigError, RunConfig, dump_config, load_config
 from train.engines import layout_of
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def little_memory() -> Iterator[None]:
+    """A configuration that takes all of the machine's memory fails its test instead."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**32, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def check(path: Path) -> RunConfig | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from train.section import Section
 OptimizerName = Literal["adamw", "muon", "m3", "sgd"]
 Reduce = Literal["every_step", "at_update"]
 AccumulatorDevice = Literal["same", "cpu"]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ScheduleConfig(Section):
@@ -60,7 +61,7 @@ class M3Config(Section):
     """
 
     variant: Literal["paper", "ema"] = "ema"
-    betas: tuple[float, float, float] = (0.95, 0.95, 0.9)
+    betas: tuple[Share, Share, Share] = (0.95, 0.95, 0.9)
     alpha: float = Field(0.5, ge=0)
     eps: float = Field(1e-3, gt=0)
     ns_steps: int = Field(5, ge=1, le=20)
@@ -123,7 +124,7 @@ class OptimizerConfig(Section):
 
     name: OptimizerName = "adamw"
     lr: float = Field(1e-3, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     clip_norm: float = Field(1.0, gt=0)

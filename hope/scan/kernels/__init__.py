@@ -1,5 +1,6 @@
 """Triton kernels of the scan; imported only when they are launched, since they need triton.
 
-blocks.py: the closed form of a block of tokens of one memory, and its derivative; memory.py: M_mem
-over many blocks; projections.py: M_k, M_v, M_eta, M_alpha (and M_q), which need each other.
+projections.py: what is read out of M_k, M_v, M_eta, M_alpha (and M_q); frames.py: what all memories
+share in a block of tokens; writes.py, writes_backward.py: the block written into one memory, with
+M_mem's read, and its derivative.
 """

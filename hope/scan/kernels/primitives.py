@@ -18,10 +18,25 @@ _GELU_3 = tl.constexpr(0.07135481627260025)  # that times 0.044715
 
 
 @triton.jit
+def operand(x, DOT: tl.constexpr):
+    """x as `dot` takes it; for what goes into several products.
+
+    In bfloat16 it is rounded here, where it was computed. The compiler would move that behind the
+    exchange that makes operands of matrix products, and compute x there again in every warp; it
+    moves nothing across assembly that may have effects.
+    """
+    if (DOT == "bf16") & (x.dtype != tl.bfloat16):
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x.to(tl.bfloat16)], tl.bfloat16, is_pure=False, pack=2
+        )
+    return x
+
+
+@triton.jit
 def dot(a, b, DOT: tl.constexpr):
-    """a [i, j] @ b [j, l]."""
+    """a [i, j] @ b [j, l], in the dtype of the buffers."""
     if DOT == "bf16":
-        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        product = tl.dot(operand(a, DOT), operand(b, DOT))
     else:
         product = tl.dot(a, b, input_precision=DOT)
     return product
@@ -29,14 +44,12 @@ def dot(a, b, DOT: tl.constexpr):
 
 @triton.jit
 def exact_dot(a, b, DOT: tl.constexpr):
-    """The same for triangular systems. With bfloat16 inputs they are solved in float32, except for
-    blocks of 64, which multiply in TF32: three products for one would not fit in registers."""
+    """The same for triangular systems. With bfloat16 inputs they are solved in TF32: its operands
+    have three bits more than those of all other products, for a third of float32's instructions."""
     if DOT != "bf16":
         product = tl.dot(a, b, input_precision=DOT)
-    elif len(a.shape) == 2 and a.shape[0] > 32:
-        product = tl.dot(a, b, input_precision="tf32")
     else:
-        product = tl.dot(a, b, input_precision="tf32x3")
+        product = tl.dot(a, b, input_precision="tf32")
     return product
 
 
@@ -86,27 +99,28 @@ def lost(log_share):
 
 
 @triton.jit
-def decays(log_alpha, C: tl.constexpr):
-    """Of log_alpha [C]: decay from the block's start to before t [C], from t to its end [C], over
-    the block (scalar); what the first and the third lose; ratio [C, C], A_{t-1} / A_s for s < t."""
+def log_before(log_alpha, C: tl.constexpr):
+    """Log of the decay from the block's start to before each token [C]. A masked sum, not a
+    difference: exactly independent of the token's own decay."""
+    i = tl.arange(0, C)
+    return tl.sum(tl.where(i[None, :] < i[:, None], log_alpha[None, :], 0.0), 1)
+
+
+@triton.jit
+def decay_after(log_alpha, C: tl.constexpr):
+    """Decay from each token to the block's end [C]."""
+    i = tl.arange(0, C)
+    return tl.exp(tl.sum(tl.where(i[None, :] > i[:, None], log_alpha[None, :], 0.0), 1))
+
+
+@triton.jit
+def decay_ratio(log_alpha, C: tl.constexpr):
+    """A_{t-1} / A_s for s < t, else zero [C, C]."""
     i = tl.arange(0, C)
     before = i[None, :] < i[:, None]
-    row = log_alpha[None, :]
-    # A masked sum, not a difference: exactly independent of the token's own decay.
-    log_prev = tl.sum(tl.where(before, row, 0.0), 1)
-    log_end = tl.sum(tl.where(i[None, :] <= i[:, None], row, 0.0), 1)
-    log_after = tl.sum(tl.where(i[None, :] > i[:, None], row, 0.0), 1)
-    log_total = tl.sum(log_alpha, 0)
-    between = log_prev[:, None] - log_end[None, :]
-    ratio = tl.where(before, tl.exp(tl.where(before, between, 0.0)), 0.0)
-    return (
-        tl.exp(log_prev),
-        tl.exp(log_after),
-        tl.exp(log_total),
-        lost(log_prev),
-        lost(log_total),
-        ratio,
-    )
+    log_end = tl.sum(tl.where(i[None, :] <= i[:, None], log_alpha[None, :], 0.0), 1)
+    between = log_before(log_alpha, C)[:, None] - log_end[None, :]
+    return tl.where(before, tl.exp(tl.where(before, between, 0.0)), 0.0)
 
 
 @triton.jit
@@ -161,26 +175,19 @@ def unit_lower_inverse(strict, C: tl.constexpr, DOT: tl.constexpr):
 
 
 @triton.jit
-def tile(D: tl.constexpr, H: tl.constexpr):
-    """Offsets of a matrix [D, H] that lies row after row."""
-    return tl.arange(0, D)[:, None] * H + tl.arange(0, H)[None, :]
+def tile_at(first, ROWS: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr):
+    """Offsets of the columns from `first` on, TILE of them, of a matrix [ROWS, H]."""
+    row, column = tl.arange(0, ROWS), tl.arange(0, TILE)
+    return row[:, None] * H + column[None, :] + first
 
 
 @triton.jit
-def load_state(pointer, D: tl.constexpr, H: tl.constexpr):
-    """W1 [D, H] and W2 transposed [D, H], which lie behind each other."""
-    return tl.load(pointer + tile(D, H)), tl.load(pointer + D * H + tile(D, H))
+def load_rows(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A matrix [ROWS, COLUMNS] that lies row after row."""
+    return tl.load(pointer + tile_at(0, ROWS, COLUMNS, COLUMNS))
 
 
 @triton.jit
-def store_state(pointer, w1, w2, D: tl.constexpr, H: tl.constexpr):
-    """The inverse of `load_state`."""
-    tl.store(pointer + tile(D, H), w1)
-    tl.store(pointer + D * H + tile(D, H), w2)
-
-
-@triton.jit
-def add_state(pointer, w1, w2, D: tl.constexpr, H: tl.constexpr):
-    """Add to what `load_state` would give."""
-    old1, old2 = load_state(pointer, D, H)
-    store_state(pointer, old1 + w1, old2 + w2, D, H)
+def store_rows(pointer, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The inverse of `load_rows`."""
+    tl.store(pointer + tile_at(0, ROWS, COLUMNS, COLUMNS), x)

@@ -98,7 +98,7 @@ def everything(problem: Problem, config: ScanConfig) -> dict[str, Tensor]:
     results = {"out": out, "final.w1": state.w1, "final.w2": state.w2}
     generator = torch.Generator().manual_seed(1234)
     loss = sum(
-        (z * torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.dtype)).sum()
+        (z * torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z)).sum()
         for z in results.values()
     )
     assert isinstance(loss, Tensor)

@@ -119,12 +119,22 @@ def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
     check_parity(problem, config)
 
 
+@pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
-@pytest.mark.parametrize("block", [32, 64])
-def test_longer_blocks(block: int, read: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hope.scan.launch.BLOCK", block)
-    config = ScanConfig(64, 64, read=read)  # type: ignore[arg-type]
-    check_parity(make_problem(1, 1, 70, WIDTH), config)
+def test_several_tiles_and_blocks_of_a_chunk(
+    rule: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tiles of the hidden width; two blocks that share a frozen state in M_mem, four in the
+    other memories; rows that start again at the first token and later, with carried states."""
+    from hope.scan import launch, layouts
+
+    monkeypatch.setattr(layouts, "BLOCK", 16)
+    chosen = launch.options
+    monkeypatch.setattr(launch, "options", lambda *kind: (4, min(16, chosen(*kind)[1])))
+    eta_max = 0.5 if rule in ("normalised", "target") else 0.1
+    config = ScanConfig(32, 64, eta_max, rule, read=read, checkpoint_chunks=1)  # type: ignore
+    resets = ((0, 0), (1, 64))
+    check_parity(make_problem(2, 1, 85, 16, 2, memories=6, resets=resets), config)
 
 
 @pytest.mark.parametrize("rule", ["normalised", "target"])
@@ -262,9 +272,13 @@ def test_what_the_dispatcher_takes_on_a_gpu() -> None:
         for chunk in (8, 16, 24, 64)
         if not why_not(OnGpu(d, dtype), d * expansion, ScanConfig(chunk, 192))  # type: ignore[arg-type]
     }
-    sizes = ((64, 1), (64, 2), (64, 4), (96, 1), (128, 1))
-    expected = {("torch.bfloat16", *size, chunk) for size in sizes for chunk in (16, 64)}
-    assert taken == expected | {("torch.float32", 64, 1, chunk) for chunk in (16, 64)}
+    assert taken == {
+        (dtype, d, expansion, chunk)
+        for dtype in ("torch.bfloat16", "torch.float32")
+        for d in (64, 96, 128)
+        for expansion in (1, 2, 4)
+        for chunk in (16, 64)
+    }
 
 
 def test_falling_back_is_said_once() -> None:

@@ -1,0 +1,76 @@
+"""Tiles of a memory's state and of its gradient S, loaded from global memory and stored there.
+
+at: where a tile lies, from `tile_at`; INITIAL: states are Delta = W - M_0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_frozen(delta, base, at, INITIAL: tl.constexpr):
+    """A tile of W from pointers to Delta and to M_0."""
+    w = tl.load(delta + at)
+    if INITIAL:
+        w += tl.load(base + at)
+    return w
+
+
+@triton.jit
+def load_both(delta, frozen, base, at, OPEN: tl.constexpr, INITIAL: tl.constexpr):
+    """Tiles of Delta, of M_0 (Delta again where it isn't needed) and of the frozen W."""
+    d = tl.load(delta + at)
+    w, b = d, d
+    if OPEN > 1:
+        w = tl.load(frozen + at)
+    if INITIAL:
+        b = tl.load(base + at)
+        w += b
+    return d, b, w
+
+
+@triton.jit
+def add_to(pointer, x):
+    """Add x to what lies at those addresses."""
+    tl.store(pointer, tl.load(pointer) + x)
+
+
+@triton.jit
+def load_gradient(d_state, at, again, HAS_RESET: tl.constexpr):
+    """A tile of S as the gradient of W after the block, and as it was sent back."""
+    sent = tl.load(d_state + at)
+    s = sent
+    if HAS_RESET:
+        s = tl.where(again, 0.0, s)
+    return s, sent
+
+
+@triton.jit
+def store_gradient(
+    d_state, d_base, at, s, sent, gone, total_lost, again,
+    HAS_RESET: tl.constexpr, INITIAL: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of S before the block, and add what M_0 gets."""
+    tl.store(d_state + at, s)
+    if INITIAL:
+        lost = sent * total_lost
+        if HAS_RESET:
+            lost = tl.where(again, sent, lost)
+        add_to(d_base + at, gone + lost)
+    elif HAS_RESET:
+        add_to(d_base + at, tl.where(again, sent, 0.0))
+
+
+@triton.jit
+def move_frozen(d_state, d_frozen, grad, opens, OPEN: tl.constexpr):
+    """Add a tile's gradient of the frozen W to S where its chunk `opens`, else keep it."""
+    if OPEN == 1:
+        add_to(d_state, grad)
+    else:
+        grad += tl.load(d_frozen)
+        if opens:
+            add_to(d_state, grad)
+            grad *= 0.0
+        tl.store(d_frozen, grad)
