@@ -5,7 +5,8 @@ on the same device; microseconds of each kernel beside its floor (tools.kernel_c
 the 340M, 760M and 1.3B sizes with their loss. Layers and models take one step's forward and
 backward of 32K tokens, in rows of 2K to 32K, in bfloat16: Hope, eager and as a CUDA graph,
 Hope-Attention, a compiled Transformer++, and flash-linear-attention's Gated DeltaNet where it is
-installed. Prints tables and writes docs/gpu/NAME.json with the chip, date and versions.
+installed. Prints tables and writes docs/gpu/NAME.json with the chip, date and versions, after every
+size what there is so far.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib
+import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -59,20 +61,28 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench_gpu: this machine has no CUDA device that torch can use", file=sys.stderr)
         return 2
     figures: Figures = {}
-    if "parity" in options.parts:
-        figures |= parity()
-    if "kernels" in options.parts:
-        figures |= kernels(options.repetitions)
-    if "layer" in options.parts:
-        figures |= layers(options.lengths, options.repetitions)
-    if "models" in options.parts:
-        figures |= models(options.sizes, options.lengths, options.repetitions)
     path = Path("docs/gpu") / f"{options.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"name": options.name, **versions(), "figures": figures}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    about = {"name": options.name, **versions()}
+    for found in parts(options):
+        figures |= found
+        path.write_text(json.dumps({**about, "figures": figures}, indent=1) + "\n")
     print(f"figures: {path}")
     return 0
+
+
+def parts(options: argparse.Namespace) -> Iterator[Figures]:
+    """The figures of the parts that were asked for, size by size."""
+    if "parity" in options.parts:
+        yield parity()
+    if "kernels" in options.parts:
+        yield kernels(options.repetitions)
+    if "layer" in options.parts:
+        for length in options.lengths:
+            yield layers(length, options.repetitions)
+    if "models" in options.parts:
+        for size, length in itertools.product(options.sizes, options.lengths):
+            yield models(size, length, options.repetitions)
 
 
 def versions() -> dict[str, str]:
@@ -167,66 +177,60 @@ def variants(config: HopeConfig, mlp: int) -> dict[str, HopeConfig]:
     return {"hope": config, "hope_attention": attention, "transformer": plain}
 
 
-def layers(lengths: tuple[int, ...], repetitions: int) -> Figures:
-    """One layer of the 340M size."""
+def layers(length: int, repetitions: int) -> Figures:
+    """One layer of the 340M size, in rows of that length."""
     config = load_config("configs/340m.yaml").model
     figures: Figures = {}
     rows = []
-    for length in lengths:
-        for name, one in variants(config, MLP_OF_TWIN["340m"]).items():
+    for name, one in variants(config, MLP_OF_TWIN["340m"]).items():
 
-            def make(one: HopeConfig = one) -> nn.Module:
-                layer = HopeLayer(one, one.mixers[0])
-                initialise(layer, seed=0)
-                layer.to("cuda", torch.bfloat16)
-                return torch.compile(layer) if one.mixer == "attention" else layer  # type: ignore
+        def make(one: HopeConfig = one) -> nn.Module:
+            layer = HopeLayer(one, one.mixers[0])
+            initialise(layer, seed=0)
+            layer.to("cuda", torch.bfloat16)
+            return torch.compile(layer) if one.mixer == "attention" else layer  # type: ignore
 
-            flops = sum(HopeLayer(one, one.mixers[0]).flops_per_token(length, executed=False))
-            x = torch.randn(STEP_TOKENS // length, length, one.dim, device="cuda")
-            x = x.bfloat16().requires_grad_()
-            more, lines = measure(
-                f"layer_{name}_t{length}", make, x, flops, repetitions, one.mixer == "titans"
-            )
-            figures |= more
-            rows += lines
+        flops = sum(HopeLayer(one, one.mixers[0]).flops_per_token(length, executed=False))
+        x = torch.randn(STEP_TOKENS // length, length, one.dim, device="cuda")
+        x = x.bfloat16().requires_grad_()
+        more, lines = measure(
+            f"layer_{name}_t{length}", make, x, flops, repetitions, one.mixer == "titans"
+        )
+        figures |= more
+        rows += lines
     print(table(["layer, 32K tokens a step", "tokens/s", "MFU", "GiB"], rows), flush=True)
     return figures
 
 
-def models(sizes: list[str], lengths: tuple[int, ...], repetitions: int) -> Figures:
-    """Whole models, and Gated DeltaNet of their width and depth where it is installed."""
+def models(size: str, length: int, repetitions: int) -> Figures:
+    """Whole models of a size in rows of that length, and Gated DeltaNet of their width and depth
+    where it is installed."""
+    config = load_config(f"configs/{size}.yaml").model
     figures: Figures = {}
     rows = []
-    for size in sizes:
-        config = load_config(f"configs/{size}.yaml").model
-        for length in lengths:
-            tokens = torch.randint(config.vocab_size or 1, (STEP_TOKENS // length, length))
-            tokens = tokens.cuda()
-            for name, one in variants(config, MLP_OF_TWIN[size]).items():
+    tokens = torch.randint(config.vocab_size or 1, (STEP_TOKENS // length, length)).cuda()
+    for name, one in variants(config, MLP_OF_TWIN[size]).items():
 
-                def make(one: HopeConfig = one) -> nn.Module:
-                    model = HopeModel(one).to("cuda", torch.bfloat16)
-                    return torch.compile(model) if one.mixer == "attention" else model  # type: ignore
+        def make(one: HopeConfig = one) -> nn.Module:
+            model = HopeModel(one).to("cuda", torch.bfloat16)
+            return torch.compile(model) if one.mixer == "attention" else model  # type: ignore
 
-                with torch.device("meta"):
-                    flops = sum(HopeModel(one, seed=None).flops_per_token(length, executed=False))
-                graph = one.mixer == "titans"
-                more, lines = measure(
-                    f"{size}_{name}_t{length}", make, tokens, flops, repetitions, graph
-                )
-                figures |= more
-                rows += lines
-            try:
-                make_peer = gated_deltanet(config)
-            except ImportError as error:
-                rows.append([f"{size}_gated_deltanet_t{length}", str(error), "", ""])
-                continue
-            flops = 6.0 * sum(p.numel() for p in make_peer().parameters())
-            more, lines = measure(
-                f"{size}_gated_deltanet_t{length}", make_peer, tokens, flops, repetitions, False
-            )
-            figures |= more
-            rows += lines
+        with torch.device("meta"):
+            flops = sum(HopeModel(one, seed=None).flops_per_token(length, executed=False))
+        more, lines = measure(
+            f"{size}_{name}_t{length}", make, tokens, flops, repetitions, one.mixer == "titans"
+        )
+        figures |= more
+        rows += lines
+    try:
+        make_peer = gated_deltanet(config)
+        flops = 6.0 * sum(p.numel() for p in make_peer().parameters())
+        key = f"{size}_gated_deltanet_t{length}"
+        more, lines = measure(key, make_peer, tokens, flops, repetitions, False)
+        figures |= more
+        rows += lines
+    except ImportError as error:
+        rows.append([f"{size}_gated_deltanet_t{length}", str(error), "", ""])
     print(table(["model, 32K tokens a step", "tokens/s", "MFU", "GiB"], rows), flush=True)
     return figures
 

@@ -106,9 +106,9 @@ class Launcher(Layouts):
             **arguments,
         )
 
-    def chunks_of(self, segment: int, block: int) -> list[dict[str, int]]:
+    def chunks_of(self, segment: int) -> list[dict[str, int]]:
         """The projection chunks of a segment: first token in the buffers, first block, blocks."""
-        length, chunk = self.length(segment), self.config.projection_chunk
+        length, chunk, block = self.length(segment), self.config.projection_chunk, self.block
         return [
             {
                 "first": first,
@@ -141,7 +141,7 @@ class Launcher(Layouts):
         """The projection memories over a segment: fills the buffers and moves their state on."""
         writer = at.projections
         given = {name: at.buffers[name] for name in ("k", "v", "eta", "log_alpha")}
-        for place in self.chunks_of(segment, self.block):
+        for place in self.chunks_of(segment):
             here = {name: place[name] for name in ("first", "first_block")}
             self.launch(
                 project_forward,
@@ -322,7 +322,7 @@ class Launcher(Layouts):
     ) -> None:
         """The derivative of `project`; fills each_dx, what each memory sends to x or to q."""
         writer = at.projections
-        for place in reversed(self.chunks_of(segment, self.block)):
+        for place in reversed(self.chunks_of(segment)):
             self.write_back(segment, at, writer, place, gradients, q=self.q, q_stride=0, q_first=0)
             self.launch(
                 project_backward,
