@@ -55,13 +55,12 @@ class Launcher(Layouts):
     ) -> None:
         """Run a kernel on a segment's buffers; mem: for M_mem."""
         warps, tile = options(kernel.__name__ + ("_mem" if mem else ""), self.width)
-        whole = self.config.segment_chunks * self.config.projection_chunk
         if tile:
             arguments |= {"heads": self.heads, "H": self.hidden, "TILE": min(tile, self.hidden)}
         kernel[(self.count, *grid)](
             tokens=self.tokens,
             length=self.length(0),
-            first_token=segment * whole,
+            first_token=self.first_token(segment),
             D=self.width,
             DOT=self.flags["DOT"],
             **arguments,
@@ -182,7 +181,7 @@ class Launcher(Layouts):
             return {
                 "q": buffers["query"], "q_stride": self.length(0) * self.width, "q_first": 0
             }  # fmt: skip
-        first = segment * self.config.segment_chunks * self.config.projection_chunk
+        first = self.first_token(segment)
         return {"q": self.q, "q_stride": self.tokens * self.width, "q_first": first}
 
     def whole(self, segment: int) -> dict[str, int]:
@@ -348,6 +347,6 @@ class Launcher(Layouts):
 
     def gather(self, segment: int, z: Tensor, target: Tensor) -> None:
         """Write a segment's z [G, F, D] into target [rows, heads, T, D]."""
-        first = segment * self.length(0)
+        first = self.first_token(segment)
         here = target[:, :, first : first + self.length(0)]
         here.copy_(z.view(self.rows, self.heads, -1, self.width)[:, :, : here.shape[2]])

@@ -85,8 +85,12 @@ class Layouts:
     def length(self, segment: int) -> int:
         """Tokens of a segment, the last one's padded to whole blocks."""
         whole = self.config.segment_chunks * self.config.projection_chunk
-        rest = self.tokens - segment * whole
+        rest = self.tokens - self.first_token(segment)
         return min(whole, -(-rest // self.block) * self.block)
+
+    def first_token(self, segment: int) -> int:
+        """Where a segment begins in the sequence."""
+        return segment * self.config.segment_chunks * self.config.projection_chunk
 
     def start(self, state: tuple[Tensor, Tensor] | None) -> Tensor:
         """Delta before the first token: [memories, G, 2, D, H], in memory of its own."""
