@@ -30,13 +30,21 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
+class NothingCounts:
+    """A batch without any token that counts in the loss, such as one of damaged frames only."""
+
+    def __str__(self) -> str:
+        return "no token of its batch counts in the loss"
+
+
+@dataclass(frozen=True)
 class SkippedStep:
     """A step that was read, and not trained on."""
 
     tokens: int  # trained on before it
     step_tokens: int
     position: int  # in the stream, of its batch's first row
-    problem: NonFinite | Spike | LeftOut
+    problem: NonFinite | Spike | LeftOut | NothingCounts
 
 
 @dataclass

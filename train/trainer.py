@@ -27,7 +27,7 @@ from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
 from train.parallel.placement import Stored
-from train.records import Corpora, NonFiniteError, SkippedStep, StepRecord
+from train.records import Corpora, NonFiniteError, NothingCounts, SkippedStep, StepRecord
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
 from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
@@ -95,7 +95,9 @@ class Trainer:
         pulse.enter("reduce")
         told = [loss_sum, counted, 0.0 if finite else math.nan]
         (loss_sum, valid, _), problem = self.cadence.agree(told)
-        if unfit := problem or (self.spikes.check(loss_sum / valid) if valid else None):
+        if not problem and not valid:
+            return self._skip(position, NothingCounts())
+        if unfit := problem or self.spikes.check(loss_sum / valid):
             return self._skip(position, unfit)
         pulse.enter("optimizer")
         self.carried = carried
@@ -113,7 +115,9 @@ class Trainer:
             tokens_per_second=self.config.training.batch_tokens / seconds,
         )
 
-    def _skip(self, position: int, problem: NonFinite | Spike | LeftOut) -> SkippedStep:
+    def _skip(
+        self, position: int, problem: NonFinite | Spike | LeftOut | NothingCounts
+    ) -> SkippedStep:
         """End a step without any effect but the count of it."""
         tokens = self.config.training.batch_tokens
         self.cadence.drop()
@@ -182,10 +186,13 @@ class Trainer:
         if in_a_row <= self.config.training.max_skipped_in_a_row:
             return
         self.clock.skipped_in_a_row = 0  # a resume may try as often again
+        remedy = "Lower optimizer.lr or model.titans.scan.eta_max"
+        if isinstance(record.problem, NothingCounts):
+            remedy = "Look for damaged shards in data.train"
         self.give_up(
             f"{in_a_row} steps in a row were skipped after {self.clock.tokens:,} tokens: "
-            f"{record.problem}. Lower optimizer.lr or model.titans.scan.eta_max, or raise "
-            "training.max_skipped_in_a_row; a checkpoint was saved, and no weight was moved"
+            f"{record.problem}. {remedy}, or raise training.max_skipped_in_a_row; a checkpoint "
+            "was saved, and no weight was moved"
         )
 
     def give_up(self, why: str) -> NoReturn:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline import Loader
+from data_pipeline import IGNORE, Loader
 from tests.train.test_trainer import STREAM, final_tensors, store_of
 from tools.processes import run
 from train.__main__ import main, open_corpora, train, with_vocabulary
@@ -154,6 +154,41 @@ def test_too_many_in_a_row_stop_with_a_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         without = make_config(run_dir=str(tmp_path / "without"))
         leave_out(patch, {1, 2, 4, 5, 6})
+        train(without, resume=False)
+    first, second = final_tensors(config), final_tensors(without)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def blank(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
+    """Batches of which no token counts, as damaged frames leave them."""
+    last_read = count_batches(patch)
+    counting = Loader.__next__
+
+    def emptied(self: Loader) -> Any:
+        batch = counting(self)
+        if last_read() in batches:
+            batch.labels.fill_(IGNORE)
+        return batch
+
+    patch.setattr(Loader, "__next__", emptied)
+
+
+def test_a_batch_without_a_token_that_counts_is_skipped(
+    make_config, raw_config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = make_config(**{"training.max_skipped_in_a_row": 2})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    with pytest.MonkeyPatch.context() as patch:
+        blank(patch, {2, 4, 5, 6})
+        assert main([str(path)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "3 steps in a row were skipped after 768 tokens: no token of its batch" in error
+    assert "damaged shards" in error
+    assert main([str(path), "--resume"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        without = make_config(run_dir=str(tmp_path / "without"))
+        leave_out(patch, {2, 4, 5, 6})
         train(without, resume=False)
     first, second = final_tensors(config), final_tensors(without)
     assert all(torch.equal(first[name], second[name]) for name in first)

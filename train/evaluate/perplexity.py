@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,8 @@ from data_pipeline import IGNORE, Batch
 from hope.fused import cross_entropy
 from train.parallel.ranks import Ranks
 
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -26,8 +29,8 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss per token."""
-        return math.exp(self.loss)
+        """exp of the mean loss per token; the largest float where that is beyond it."""
+        return math.exp(min(self.loss, _LARGEST_EXPONENT))
 
     @property
     def bits_per_byte(self) -> float:
