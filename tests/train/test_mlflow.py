@@ -97,6 +97,24 @@ def test_a_server_that_is_down_stops_nothing_and_gets_everything_later(
     assert not any(SECRET.encode() in content for content in everything if content != mine)
 
 
+def test_a_domain_of_any_name_reaches_mlflow_and_so_does_what_follows(
+    make_config, corpora: dict[str, Path], tmp_path: Path
+) -> None:
+    held_out, store = str(corpora["validation"]), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    source = {"path": held_out, "validation": held_out, "name": "c++ (new)", "tokens": 512}
+    stream = {"mode": "continual", "data.order": "stream", "training.state_carry": "stream"}
+    config = make_config(
+        **{**QUICK, **stream, "data.train": [source], "training.total_tokens": 0},
+        mlflow={"every_steps": 1, "tracking_uri": store, "flush_s": 30.0},
+    )
+    assert train(config, resume=False) == 0
+    from mlflow.tracking import MlflowClient
+
+    found = MlflowClient(store).get_run((config.run_dir / "mlflow_run_id").read_text())
+    assert "validation/c__ _new_/loss" in found.data.metrics
+    assert found.info.status == "FINISHED"
+
+
 def test_a_server_that_never_answers_takes_no_time(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

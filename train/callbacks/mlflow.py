@@ -8,6 +8,7 @@ missed is sent later in the run, or when the run is resumed.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from train.trainer import Trainer
 
 REDACTED_CONFIG = "config.yaml"
+_NOT_IN_NAMES = re.compile(r"[^\w\-. /]")
+"""What MLflow refuses in the name of a metric, and with it all that is sent after it."""
 AFTER_A_SIGNAL_S = 5.0  # launchers kill 30 s after SIGTERM
 
 
@@ -120,6 +123,7 @@ class MLflow(Callback):
             )
 
     def _log(self, values: dict[str, float], tokens: int) -> None:
+        values = {_NOT_IN_NAMES.sub("_", name): value for name, value in values.items()}
         self.backlog.add({"metrics": values, "step": tokens, "time": int(time.time() * 1000)})
 
 
