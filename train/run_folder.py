@@ -16,6 +16,7 @@ from train.checkpoint.places import as_place
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 from train.parallel.ranks import Ranks
+from train.redaction import redact
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -93,7 +94,7 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
                 if resume:
                     if accepted := check_same_run(config):
                         settings = ", ".join(accepted)
-                        print(f"resuming with other settings: {settings}", file=sys.stderr)
+                        print(redact(f"resuming with other settings: {settings}"), file=sys.stderr)
                 else:
                     check_fresh(folder, config.checkpoint.url)
                 write_whole(folder / JOB, _job())

@@ -78,3 +78,18 @@ def test_a_checkpoint_holds_no_secret_and_its_run_does(raw_config, tmp_path: Pat
         assert load_run(path)[0].mlflow.tracking_uri == uri
     checkpoint.rename(tmp_path / "alone")
     assert load_run(tmp_path / "alone")[0].mlflow.tracking_uri == "http://***@127.0.0.1:9"
+
+
+def test_settings_that_a_resume_changes_hold_no_secret(
+    make_config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"http://me:{SECRET}@127.0.0.1:9"
+    config = make_config(
+        **{"training.total_tokens": 256, "mlflow.tracking_uri": uri, "mlflow.enabled": False}
+    )
+    assert train(config, resume=False) == 0
+    changed = make_config(**{"mlflow.tracking_uri": f"sqlite://u:{SECRET}@db/x"})
+    assert train(changed, resume=True) == 0
+    told = capsys.readouterr().err
+    assert "resuming with other settings: mlflow.tracking_uri" in told
+    assert SECRET not in told
