@@ -85,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     if not options.dry_run and (options.world_size, options.rank) != (1, 0):
         parser.error("--world-size and --rank belong to --dry-run; torchrun sets those of a run")
+    if options.dry_run and options.resume_from is not None:
+        parser.error("--dry-run trains nothing, and --resume-from belongs to a run")
     redact_logging()
     try:
         config = load_config(options.config, options.overrides)
@@ -248,6 +250,10 @@ def with_total_tokens(config: RunConfig, corpora: Corpora) -> RunConfig:
             f"training.total_tokens={total} is more than the {there} tokens that the domains have "
             "in whole steps; leave it out to train on all of them"
         )
+    try:
+        config.check_schedules(total or there)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     training = config.training.model_copy(update={"total_tokens": total or there})
     return config.model_copy(update={"training": training})
 

@@ -195,15 +195,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"optimizer.levels names {sorted(unknown)}, but the levels are {sorted(known)}"
             )
-        for name in sorted(known):
-            schedule = self.optimizer.level(name).schedule
-            needed = schedule.warmup_tokens + (schedule.decay_tokens or 0)
-            total = self.training.total_tokens
-            if schedule.name == "wsd" and 0 < total < needed:
-                raise ValueError(
-                    f"the schedule of level {name!r} warms up and decays for {needed} tokens, more "
-                    f"than training.total_tokens={total}"
-                )
+        if self.training.total_tokens > 0:
+            self.check_schedules(self.training.total_tokens)
         beside = {str(fault.phase) for fault in self.faults} & set(FIRST_RANK_PHASES)
         if beside and self.checkpoint.asynchronous:
             raise ValueError(
@@ -217,6 +210,17 @@ class RunConfig(Section):
                 f"{sorted(known - {'fast'})}"
             )
         return self
+
+    def check_schedules(self, total: int) -> None:
+        """Raise ValueError for a schedule that does not fit into `total` tokens of training."""
+        for name in ("fast", *(level.name for level in self.model.cms.levels)):
+            schedule = self.optimizer.level(name).schedule
+            needed = schedule.warmup_tokens + (schedule.decay_tokens or 0)
+            if schedule.name == "wsd" and total < needed:
+                raise ValueError(
+                    f"the schedule of level {name!r} warms up and decays for {needed} tokens, more "
+                    f"than training.total_tokens={total}"
+                )
 
     def _check_mode(self) -> None:
         """Raise ValueError for what belongs to the other mode."""
@@ -244,10 +248,15 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML whose floats are YAML 1.2's (so that 3e-4 is a number), duplicates refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"key {key!r} appears twice (line {node.start_mark.line + 1})")
+        seen = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, which keys here override
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"key {key!r} appears twice (line {line})")
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
 
@@ -279,7 +288,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
 def validate_config(raw: dict[str, Any], source: str) -> RunConfig:
     """Validate plain data into a RunConfig; raises ConfigError naming every offending key."""
     try:
-        return RunConfig.model_validate_json(json.dumps(raw, default=str), strict=True)
+        text = json.dumps(raw, default=str)
+    except (TypeError, ValueError) as error:  # a key that is a date, an alias to what it is in
+        raise ConfigError(f"{source}: not plain data: {_one_line(error)}") from None
+    try:
+        return RunConfig.model_validate_json(text, strict=True)
     except pydantic.ValidationError as error:
         # A value that may be of several types is a problem for each: one of them is enough.
         problems = {_where(problem): _describe(problem) for problem in reversed(error.errors())}
@@ -337,7 +350,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _index(node: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(node):
+    if not part.isdecimal() or int(part) >= len(node):
         raise ConfigError(f"override {override!r}: {part!r} is no entry of a list of {len(node)}")
     return int(part)
 

@@ -57,6 +57,10 @@ MISTAKES = [
     ),
     (["data.order=stream", "data.packing=best-fit"], "data.order=stream needs aligned or concat"),
     (["optimizer.lr=[1"], "not valid YAML"),
+    (["model.cms.levels.\u00b2.name=x"], "'\u00b2' is no entry of a list of 3"),
+    (["optimizer.lr=&a [*a]"], "not plain data: Circular reference"),
+    (["optimizer={2026-01-01: 2}"], "not plain data: keys must be str"),
+    (["optimizer={lr: 1, lr: 2}"], "override 'optimizer={lr: 1, lr: 2}': not valid YAML: key 'lr'"),
     (["training.walltime_s=0"], "training.walltime_s: input should be greater than 0, got 0"),
     (["training.walltime_s=soon"], "training.walltime_s: input should be a valid number"),
     (["spikes.action=undo"], "spikes.action: input should be 'none', 'skip' or 'rollback'"),
@@ -86,6 +90,23 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
     assert message in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_key_that_appears_twice_is_named_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("seed: 1\nmodel: {}\n\nseed: 2\n")
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*key 'seed' appears twice \(line 4\)"):
+        load_config(path)
+
+
+def test_a_merge_key_takes_what_is_not_given(raw_config: dict[str, Any], tmp_path: Path) -> None:
+    raw_config["optimizer"]["levels"] = {}
+    path = tmp_path / "config.yaml"
+    text = yaml.safe_dump(raw_config)
+    levels = "    a: &a {lr_scale: 2.0, weight_decay: 0.5}\n    b: {<<: *a, lr_scale: 3.0}\n"
+    path.write_text(text.replace("levels: {}\n", f"levels:\n{levels}"))
+    found = load_config(path).optimizer.levels["b"]
+    assert (found.lr_scale, found.weight_decay) == (3.0, 0.5)
 
 
 def test_a_missing_file_and_a_missing_corpus_exit_2(

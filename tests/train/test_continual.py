@@ -190,6 +190,13 @@ def test_what_only_the_data_shows(
             {"data.train": [{"path": str(corpora["train"]), "tokens": 10**9}]},
             "fewer than its budget of 1000000000",
         ),
+        (
+            {
+                "data.train": [{"path": str(corpora["train"]), "tokens": 4 * BATCH}],
+                "optimizer.schedule": {"name": "wsd", "decay_tokens": 5 * BATCH},
+            },
+            "decays for 1280 tokens, more than training.total_tokens=1024",
+        ),
     ]
     for changes, message in cases:
         continual(**changes)

@@ -37,6 +37,13 @@ BIG = [
 ]
 
 
+def test_resume_from_is_not_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["c.yaml", "--dry-run", "--resume-from", "tokens-1"])
+    assert stopped.value.code == 2
+    assert "--resume-from belongs to a run" in capsys.readouterr().err
+
+
 def test_a_rank_of_1024_is_built_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
