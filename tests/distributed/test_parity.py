@@ -138,6 +138,8 @@ IMPOSSIBLE = [
     ({"cp": 4}, 4, "multiple of projection_chunk=64"),
     ({"cp": 2, "activation_checkpointing": "full"}, 2, "send everything twice"),
     ({}, 16, "8 rows of data.seq_len tokens, fewer than the 16"),
+    ({"dp_shard": 0}, 2, "dp_replicate and dp_shard are at least 1, or -1"),
+    ({"dp_replicate": 0}, 2, "dp_replicate and dp_shard are at least 1, or -1"),
     ({"dp_shard": -1}, 2, "only one of dp_replicate and dp_shard"),
     ({"micro_batches": 9}, 1, "micro_batches=9 of only 8 rows"),
     ({"tensor_backend": "megatron"}, 1, "needs tp above 1"),
@@ -153,6 +155,12 @@ def test_impossible_layouts_are_refused_with_what_would_do(
         resolve(ParallelConfig(**raw), world, JOB)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.timeout(20)
+def test_far_too_many_ranks_are_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"; possible: \(\d+ ranks as"):
+        resolve(ParallelConfig(), 1_000_000, JOB)
 
 
 def test_every_reason_is_given_and_what_is_proposed_is_possible() -> None:

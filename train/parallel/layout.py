@@ -217,7 +217,7 @@ def _problems_of_pieces(parallel: ParallelConfig, layout: Layout, job: Job) -> l
 def _fill_in(asked: Layout, world: int) -> Layout | None:
     """`asked` with -1 replaced by what is left; None where the ranks don't come out even."""
     open_axes = [name for name in ("dp_replicate", "dp_shard") if getattr(asked, name) == -1]
-    if len(open_axes) > 1 or min(asked.dp_replicate, asked.dp_shard) == 0:
+    if len(open_axes) > 1 or 0 in (asked.dp_replicate, asked.dp_shard):
         return None
     if open_axes:
         rest = world // abs(asked.world)
@@ -230,23 +230,44 @@ def nearest(parallel: ParallelConfig, asked: Layout, world: int, job: Job) -> li
 
     Of `world` ranks with any number of micro-batches; of fewer ranks where there is none.
     """
-    for size in range(world, 0, -1):
-        if found := sorted(_possible(parallel, asked, size, job)):
+    choices = _choices(asked.stages_per_rank, job)
+    most = job.rows * prod(max(sizes) for axis, sizes in choices.items() if axis != "dp_shard")
+    for size in range(min(world, most), 0, -1):
+        if found := sorted(_possible(parallel, asked, size, job, choices)):
             return [text for *_, text in found[:_SUGGESTED]]
     return []
 
 
+def _choices(stages_per_rank: int, job: Job) -> dict[str, list[int]]:
+    """What each axis may be whatever the others are: the search goes no further than these."""
+    model = job.model
+    piece = model.titans.scan.projection_chunk
+    if "titans" not in model.mixers or not model.titans.writes:
+        piece = 1
+    pieces = [n for n in range(1, job.seq_len // piece + 1) if job.seq_len % n == 0]
+    if "attention" in model.mixers:
+        pieces = [n for n in pieces if n <= model.num_heads]
+    return {
+        "pp": list(range(1, max(1, model.num_layers // stages_per_rank) + 1)),
+        "dp_shard": list(range(1, job.rows + 1)),
+        "cp": pieces or [1],
+        "tp": list(tensor_parallel_sizes(model)),
+    }
+
+
 def _possible(
-    parallel: ParallelConfig, asked: Layout, world: int, job: Job
+    parallel: ParallelConfig, asked: Layout, world: int, job: Job, choices: dict[str, list[int]]
 ) -> Iterator[tuple[int, int, str]]:
     """(number of changes, how far they go, the layout in words)."""
     axes = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-    divisors = [n for n in range(1, world + 1) if world % n == 0]
+    divisors = [[n for n in sizes if world % n == 0] for sizes in choices.values()]
     parts = {n for n in (1, 2, 4, 8, 16, 32, job.rows) if n <= job.rows} | {parallel.micro_batches}
-    for pp, shard, cp, tp in product(divisors, repeat=4):
+    for pp, shard, cp, tp in product(*divisors):
         if world % (pp * shard * cp * tp):
             continue
         replicas = world // (pp * shard * cp * tp)
+        if replicas * shard > job.rows:
+            continue
         one = replace(asked, pp=pp, dp_shard=shard, cp=cp, tp=tp, dp_replicate=replicas)
         far = [abs(getattr(one, axis) - getattr(asked, axis)) for axis in axes]
         for micro_batches in parts:
