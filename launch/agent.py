@@ -27,6 +27,7 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousTimeoutError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args
 from torch.distributed.run import parse_args as parse_torchrun
@@ -164,6 +165,18 @@ def _attendance(store: Store, config: LaunchConfig) -> str:
     return told
 
 
+def impossible(args: argparse.Namespace) -> str | None:
+    """What torchrun would end on with a traceback, in one line; None where it would not."""
+    try:
+        config, _, _ = config_from_args(args)
+        parse_rendezvous_endpoint(config.rdzv_endpoint, default_port=29400)
+    except (ValueError, AssertionError) as error:
+        return f"torchrun's options: {' '.join(str(error).split())}"
+    if config.nproc_per_node < 1:
+        return f"--nproc-per-node={config.nproc_per_node} must be 1 or more"
+    return None
+
+
 def for_preflight(args: argparse.Namespace, more: list[str]) -> argparse.Namespace:
     """The same launch, with the checks in the place of the training and no restarts."""
     checks: Any = copy.copy(args)
@@ -190,6 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.rdzv_id = str(uuid.uuid4())
     if args.rdzv_backend != "c10d" or not args.module:
         own.error("--rdzv-backend must be c10d (or use --standalone), and -m is needed")
+    if wrong := impossible(args):
+        own.error(wrong)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # With the shared store (seen in torch 2.13) the survivors of a lost node never tell its
     # replacement where rank 0 is, and both wait until they time out.

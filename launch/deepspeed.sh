@@ -15,6 +15,10 @@ if [ $# -lt 2 ]; then
 fi
 where=$1
 shift
+if [[ $where =~ ^0+$ ]]; then # to DeepSpeed's launcher 0 means all that there are
+  echo "error: NPROC=$where must be how many ranks there are on this machine, 1 or more" >&2
+  exit 2
+fi
 if [[ ! $where =~ ^[0-9]+$ ]]; then
   if [ ! -r "$where" ]; then
     echo "error: no hostfile $where; give one, or a number of ranks for this machine" >&2

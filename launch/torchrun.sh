@@ -18,6 +18,19 @@ fi
 cd "$(dirname "$0")/.."
 nproc=$1
 shift
+must_be() { # NAME VALUE PATTERN WORDS
+  if [[ ! $2 =~ ^$3$ ]]; then
+    echo "error: $1=$2 must be $4" >&2
+    exit 2
+  fi
+}
+count='[1-9][0-9]*'
+must_be NPROC "$nproc" "($count|auto|cpu|gpu|xpu)" 'how many ranks there are on each node, 1 or more'
+must_be NNODES "${NNODES:-1}" "$count(:$count)?" 'a number of nodes, or MIN:MAX'
+must_be NODE_RANK "${NODE_RANK:-0}" '[0-9]+' 'the number of this node, from 0'
+must_be MASTER_PORT "${MASTER_PORT:-29400}" '[0-9]{1,5}' 'a port'
+must_be MAX_RESTARTS "${MAX_RESTARTS:-0}" '[0-9]+' 'a number of restarts, 0 or more'
+must_be RDZV_TIMEOUT "${RDZV_TIMEOUT:-600}" "$count" 'whole seconds'
 if [ "${MAX_RESTARTS:-0}" != 0 ] && [[ " $* " != *" --resume-or-start "* ]]; then
   echo "error: MAX_RESTARTS=$MAX_RESTARTS needs --resume-or-start: a restart goes on from a checkpoint" >&2
   exit 2

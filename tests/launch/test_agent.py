@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from launch.agent import main
 from train.callbacks.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -131,3 +132,21 @@ def test_checks_come_first_then_the_training(raw_config: dict[str, Any], tmp_pat
     assert trained.stdout.startswith("pre-flight, 1 node, 2 ranks: python")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert sum(row["kind"] == "step" for row in rows) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--standalone", "--nproc-per-node", "0"], "--nproc-per-node=0 must be 1 or more"),
+        (["--standalone", "--nproc-per-node", "two"], "Unsupported nproc_per_node value: two"),
+        (["--rdzv-backend", "c10d", "--nnodes", "4:2"], "min_nodes"),
+        (["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:99999"], "port number"),
+    ],
+)
+def test_impossible_options_are_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*options, "-m", "train", "c.yaml"])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
