@@ -42,14 +42,14 @@ MODULES = {
 NORM_WIDTHS = (64, 96, 128, 256)
 ACTIVATIONS = (
     "x", "q", "dq", "source", "d_source", "out", "d_out", "read", "gate", "d_read", "d_gate",
-    "logits", "d_logits",
+    "logits", "d_logits", "base", "frozen", "deltas",
 )  # fmt: skip
 """Arguments of kernels in the activations' dtype; other tensors are float32, but for these:"""
 INTEGER_TENSORS = {"reset": "*u8", "labels": "*i64"}
 SCALARS = {"q_stride": "i64", "eta_max": "fp32", "eps": "fp32"} | dict.fromkeys(
     (
-        "tokens", "first_token", "first", "first_block", "blocks", "slots", "room", "heads",
-        "chunks", "memories", "q_first", "frame_blocks", "works", "rows", "length", "row_stride",
+        "tokens", "first_token", "first", "first_block", "blocks", "opened", "room", "heads",
+        "chunks", "q_first", "frame_blocks", "works", "rows", "length", "row_stride",
         "head_stride", "token_stride", "columns",
     ),
     "i32",
@@ -123,6 +123,7 @@ def scan_cases(memory_chunk: int) -> Iterator[Case]:
                 "READ": config.read if of_mem else "",
                 "SAVE": True,
                 "WIDE": 8 if of_mem else 6,
+                "MEMORIES": 5,
             }
             if not of_mem and block == config.projection_chunk:
                 constants["blocks"] = 1  # Triton compiles for an argument of 1

@@ -4,7 +4,7 @@ The floor of a kernel on an H100 is the longer of its matrix products at 990 TFL
 bytes at 3.35 TB/s. Nothing is run: `tools.bench_gpu` measures. Products are those of the closed
 form (`hope.flops`), what backward computes again included; the masked products of the triangular
 inverses are not, nor is element-wise work, all that norm, gate and loss have. Bytes are tensors in
-and out once, and states where they go through memory.
+and out of a launch once, states too; what it loads again, or keeps for itself, is not counted.
 """
 
 from __future__ import annotations
@@ -82,28 +82,35 @@ def kernel_costs(config: ScanConfig, shape: Shape, element: int = 2) -> dict[str
     writes_back = _products(backward, "write") + _products(mem_backward, "write", "read:")
 
     state, row = 8 * d * h, d * element  # float32 W1 and W2; one token's activations
+    rounded = 2 * d * h * element  # W1 and W2 as products take them
     kv = 8 * d + 8  # float32 k, v, eta, log alpha of a token
     block, mem_block = block_lengths(config, torch.bfloat16 if element == 2 else torch.float32)
-    states = (4 / block + 1 / mem_block) * tokens  # that are written, one a block and memory
+    moved = 4 * chunks + chunks / config.segment_chunks  # states that a launch moves on
+    deltas = (4 / block + 1 / mem_block) * tokens  # and those before every block and
+    opened = 4 * chunks + tokens / config.memory_chunk  # W at every memory chunk's start: kept
     framed = 4 * (3 * block + 3 * mem_block + 8)  # of a token, in both frames
-    kept = 4 * (4 * (6 * h + 2 * d + 2 * block) + 8 * h + 2 * d + 2 * mem_block)  # likewise
+    kept = 4 * (4 * (6 * h + 2 * d + 2 * block) + 8 * h + 2 * d + 2 * mem_block)  # of a token
+    kept = tokens * kept + rounded * (deltas + opened)
     made = Cost(2 * frames * chunks, tokens * (row + 2 * kv + framed))
-    project = Cost(2 * reads * chunks, tokens * (row + kv) + 4 * state * chunks)
-    write = Cost(2 * writes * chunks, tokens * (2 * row + 2 * kv + framed) + 2 * state * states)
+    project = Cost(2 * reads * chunks, tokens * (row + kv) + 4 * rounded * chunks)
+    write = Cost(
+        2 * writes * chunks,
+        tokens * (2 * row + 2 * kv + framed) + 2 * (state + rounded) * moved,
+    )
     return {
         "forward: project_forward": project,
         "forward: make_frames": made,
         "forward: write_forward": write,
         "backward: project_forward": project,
         "backward: make_frames": made,
-        "backward: write_forward": write._replace(bytes=write.bytes + tokens * kept),
+        "backward: write_forward": write._replace(bytes=write.bytes + kept),
         "backward: write_backward": Cost(
             2 * writes_back * chunks,
-            tokens * (3 * row + 7 * kv + framed + kept) + 5 * state * states,
+            tokens * (3 * row + 7 * kv + framed) + kept + 4 * state * moved,
         ),
         "backward: project_backward": Cost(
             2 * (reads + reads_back) * chunks,
-            tokens * (row + 5 * kv + 16 * d) + 3 * 4 * state * chunks,
+            tokens * (row + 5 * kv + 16 * d) + 4 * (2 * state + rounded) * chunks,
         ),
     }
 

@@ -31,15 +31,16 @@ OPTIONS = {
     "make_frames": {64: (2, 0), 128: (4, 0)},
     "make_frames_mem": {64: (1, 0), 128: (4, 0)},
     "write_forward": {64: (2, 32), 128: (4, 32)},
-    "write_forward_mem": {64: (4, 32), 128: (4, 32)},
+    "write_forward_mem": {64: (4, 32), 128: (8, 32)},
     "project_backward": {64: (4, 64), 128: (4, 32)},
-    "write_backward": {64: (4, 32), 128: (4, 32)},
-    "write_backward_mem": {64: (4, 32), 128: (4, 32)},
+    "write_backward": {64: (4, 32), 128: (8, 32)},
+    "write_backward_mem": {64: (4, 32), 128: (8, 32)},
 }
 """Warps of a program, and hidden features that it holds at a time (TILE, 0 where there are none),
 for every kind of launch ("_mem": for M_mem) and heads up to so wide. Measured: docs/gpu.md."""
 STAGES = 1
-"""Loads must not move over the stores of an earlier round of a loop, so no loop is pipelined."""
+"""Loads must not move over the stores of an earlier round of a loop, so none is pipelined but those
+over tiles (`hope.scan.kernels.primitives.AHEAD`)."""
 
 
 def options(kind: str, width: int) -> tuple[int, int]:
@@ -88,8 +89,9 @@ class Launcher(Layouts):
             frames=writer.frames,
             frame_blocks=writer.frames.shape[1],
             base=self.base[writer.which],
-            state=writer.state,
-            slots=writer.state.shape[2],
+            frozen=writer.frozen,
+            opened=writer.frozen.shape[2],
+            deltas=writer.deltas,
             work=writer.work,
             works=writer.work.shape[1],
             room=writer.work.shape[2],
@@ -151,15 +153,14 @@ class Launcher(Layouts):
                 source=self.q,
                 query=at.buffers.get("query", at.buffers["k"]),
                 **given,
-                base=self.base,
                 readout=self.readout,
                 bias=self.bias,
-                state=writer.state,
-                slots=writer.state.shape[2],
+                frozen=writer.frozen,
+                opened=writer.frozen.shape[2],
                 **here,
                 eta_max=float(self.config.eta_max),
                 C=self.block,
-                INITIAL=self.flags["INITIAL"],
+                OPEN=writer.open,
             )
             self.frame(writer, segment, at, place)
             self.write(
@@ -171,6 +172,8 @@ class Launcher(Layouts):
                 out=self.q,
                 q_stride=0,
                 q_first=0,
+                fresh=self.fresh,
+                state=writer.state,
                 SAVE=keep,
                 **place,
             )
@@ -197,6 +200,8 @@ class Launcher(Layouts):
             segment,
             at.buffers,
             **self.queries(segment, at.buffers),
+            fresh=self.fresh[at.mem.which],
+            state=at.mem.state,
             out=self.q if out is None else out,
             SAVE=out is None,
             **self.whole(segment),
@@ -208,20 +213,20 @@ class Launcher(Layouts):
         now, beside = self.start(state), Beside(self.x.device)
         first = Segment(self, keep=False)
         pair = (first, Segment(self, keep=False, after=first))
-        first.projections.state[:, :, 0] = now[: self.projections]
-        first.mem.state[:, :, 0] = now[self.projections :]
+        for writer in (first.projections, first.mem):
+            writer.begin(self, now)
         for segment in range(self.segments):
-            at, tokens = pair[segment % 2], self.length(segment)
+            at = pair[segment % 2]
             beside.wait(at.done)
             self.project(segment, at, keep=False)
             last = segment == self.segments - 1
             target = now if last else saved[segment] if segment < saved.shape[0] else None
             if target is not None:
-                target[: self.projections] = at.projections.after(tokens)
+                target[: self.projections] = at.projections.state
             with beside.run():
                 self.memorise(segment, at, out)
                 if target is not None:
-                    target[self.projections :] = at.mem.after(tokens)
+                    target[self.projections :] = at.mem.state
             at.done = beside.mark()
         beside.wait(beside.mark())
         return now
@@ -235,8 +240,8 @@ class Launcher(Layouts):
         gradients: dict[str, Tensor],
     ) -> None:
         """A segment's forward pass again, from Delta `before` it, and M_mem's derivative."""
-        at.projections.state[:, :, 0] = before[: self.projections]
-        at.mem.state[:, :, 0] = before[self.projections :]
+        for writer in (at.projections, at.mem):
+            writer.begin(self, before)
         self.project(segment, at, keep=True)
         with beside.run():
             self.memorise(segment, at, None)
@@ -260,7 +265,7 @@ class Launcher(Layouts):
         **queries: Any,
     ) -> None:
         """The derivative of a writer's launch."""
-        given = {name: gradients[name][writer.which] for name in ("d_base", "d_state", "d_frozen")}
+        given = {name: gradients[name][writer.which] for name in ("d_base", "d_state")}
         d_query = gradients["dq"] if at.d_query is None else at.d_query
         self.write(
             write_backward,
@@ -293,13 +298,14 @@ class Launcher(Layouts):
         gradients = {
             "d_state": d_state,
             "d_base": torch.zeros_like(d_state),
-            "d_frozen": torch.zeros_like(d_state),
             "d_readout": self.new(2, self.count, self.width).zero_(),
             "d_bias": self.new(2, self.count).zero_(),
             "dq": dq,
             "d_out": d_out,
-            "scratch": self.new(self.projections, self.count, self.block, self.hidden),
-            "scratch_mem": self.new(1, self.count, self.mem_block, self.hidden),
+            "scratch": self.new(
+                self.projections, self.count, self.config.projection_chunk, self.hidden
+            ),
+            "scratch_mem": self.new(1, self.count, self.config.memory_chunk, self.hidden),
         }
         for segment in reversed(range(-1, self.segments)):
             # The next segment's forward pass comes first, so that M_mem's derivative runs beside.
@@ -333,16 +339,15 @@ class Launcher(Layouts):
                 dx=each_dx,
                 d_query=at.sent["dk"] if at.d_query is None else at.d_query,
                 **at.sent,
-                base=self.base,
                 readout=self.readout,
                 bias=self.bias,
                 **{name: gradients[name] for name in ("d_state", "d_readout", "d_bias")},
-                state=writer.state,
-                slots=writer.state.shape[2],
-                memories=self.memories,
+                frozen=writer.frozen,
+                opened=writer.frozen.shape[2],
+                MEMORIES=self.memories,
                 **place,
                 C=self.block,
-                INITIAL=self.flags["INITIAL"],
+                OPEN=writer.open,
             )
 
     def gather(self, segment: int, z: Tensor, target: Tensor) -> None:

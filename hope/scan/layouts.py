@@ -54,7 +54,7 @@ class Layouts:
         self.memories = w1.shape[0]
         self.adaptive = self.memories > MEM + 1
         self.projections = self.memories - 1
-        self.base = self.mem_last(_pack(w1, w2))
+        self.fresh = self.mem_last(_pack(w1, w2))
         self.readout = torch.stack([w_eta, w_alpha])
         self.bias = torch.stack([b_eta, b_alpha])
         self.count = self.rows * self.heads
@@ -68,6 +68,7 @@ class Layouts:
         self.has_reset = reset is not None
         self.segments = -(-self.chunks // config.segment_chunks)
         self.flags = kernel_flags(config, x.dtype)
+        self.base = self.fresh.to(torch.bfloat16 if self.flags["DOT"] == "bf16" else self.dtype)
 
     def new(self, *shape: int) -> Tensor:
         """Uninitialised memory of the compute dtype."""
@@ -78,9 +79,10 @@ class Layouts:
         M_mem change places. (A list as an index would be copied to the device, and waited for.)"""
         return torch.cat([z[:MEM], z[MEM + 1 :], z[MEM : MEM + 1]]) if self.adaptive else z
 
-    def states(self, memories: int, *slots: int) -> Tensor:
-        """Memory for states [memories, G, slots, 2, D, H]."""
-        return self.new(memories, self.count, *slots, 2, self.width, self.hidden)
+    def states(self, memories: int, *slots: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory for states [memories, G, slots, 2, D, H], of the compute dtype by default."""
+        shape = (memories, self.count, *slots, 2, self.width, self.hidden)
+        return self.x.new_empty(shape, dtype=dtype or self.dtype)
 
     def length(self, segment: int) -> int:
         """Tokens of a segment, the last one's padded to whole blocks."""
@@ -95,7 +97,7 @@ class Layouts:
     def start(self, state: tuple[Tensor, Tensor] | None) -> Tensor:
         """Delta before the first token: [memories, G, 2, D, H], in memory of its own."""
         shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        base = self.base.unsqueeze(1)
+        base = self.fresh.unsqueeze(1)
         initial = self.config.decay_to == "initial"
         fresh = base.new_zeros(1) if initial else base
         packed = fresh.expand(shape)
@@ -105,6 +107,13 @@ class Layouts:
             if self.has_reset:
                 packed = torch.where(self.first_reset(), fresh, packed)
         return packed.reshape(self.memories, self.count, *shape[3:]).clone()
+
+    def add_base(self, delta: Tensor) -> Tensor:
+        """W from Delta [memories, G, 2, D, H]."""
+        if self.config.decay_to != "initial":
+            return delta
+        parts = delta.view(self.memories, self.rows, self.heads, *delta.shape[2:])
+        return (parts + self.fresh.unsqueeze(1)).view(delta.shape)
 
     def first_reset(self) -> Tensor:
         """Which rows start again at the first token: bool [1, rows, 1, 1, 1, 1]."""
@@ -130,11 +139,10 @@ class Layouts:
         packed = self.mem_last(_pack(d_final1, d_final2))
         return packed.reshape(memories, self.count, 2, self.width, self.hidden)
 
-    def unpack(self, packed: Tensor, with_base: bool = False) -> tuple[Tensor, Tensor]:
-        """[memories, G, 2, D, H], plus M_0 if asked for, as w1 [M, B, N, d, h] and w2."""
+    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        """[memories, G, 2, D, H] as w1 [M, B, N, d, h] and w2."""
         shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        packed = packed.view(shape)
-        packed = self.mem_last(packed + self.base.unsqueeze(1) if with_base else packed)
+        packed = self.mem_last(packed.view(shape))
         return packed[:, :, :, 0].contiguous(), packed[:, :, :, 1].mT.contiguous()
 
 

@@ -43,8 +43,8 @@ class Beside:
 @dataclass
 class Writer:
     """What launches on some memories have of a segment: memories `which`, blocks of `block`
-    tokens, `open` of which share a frozen state; `state` [memories, G, slots, 2, D, H] before each
-    block, `frames` and `work` as in `hope.scan.kernels`."""
+    tokens, `open` of which share a frozen state; `state` [memories, G, 2, D, H], `frozen`,
+    `deltas`, `frames` and `work` as in `hope.scan.kernels`."""
 
     which: slice
     block: int
@@ -52,12 +52,15 @@ class Writer:
     read: str
     wide: int
     state: Tensor
+    frozen: Tensor
+    deltas: Tensor
     frames: Tensor
     work: Tensor
 
-    def after(self, tokens: int) -> Tensor:
-        """Delta [memories, G, 2, D, H] after so many tokens of the segment."""
-        return self.state[:, :, tokens // self.block % self.state.shape[2]]
+    def begin(self, layouts: Layouts, delta: Tensor) -> None:
+        """Start a segment from Delta [all memories, G, 2, D, H]."""
+        self.state.copy_(delta[self.which])
+        self.frozen[:, :, 0] = layouts.add_base(delta)[self.which]
 
 
 class Segment:
@@ -99,15 +102,17 @@ def _writer(
     blocks = layouts.length(0) // block
     wide = work_matrices(read == "causal", keep)
     room = work_size(wide, block, layouts.width, layouts.hidden, keep)
-    # Forward: as many slots as blocks share a frozen state; the last of them writes over it.
-    slots = blocks + 1 if keep else open_
+    # Forward: a chunk's W takes the place of the one before.
+    opened = -(-blocks // open_) + 1 if keep else 1
     return Writer(
         which,
         block,
         open_,
         read,
         wide,
-        layouts.states(memories, slots),
+        layouts.states(memories),
+        layouts.states(memories, opened, dtype=layouts.base.dtype),
+        layouts.states(memories, blocks if keep else 0, dtype=layouts.base.dtype),
         layouts.new(layouts.count, blocks, frame_size(block)),
         layouts.new(memories * layouts.count, blocks if keep else 1, room),
     )

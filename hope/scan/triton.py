@@ -100,7 +100,7 @@ def _scan_triton(
     state = None if state1 is None or state2 is None else (state1, state2)
     with torch.cuda.device_of(x):
         delta = launcher.forward(state, out, saved)
-    return out, *launcher.unpack(delta, decay_to == "initial"), saved
+    return out, *launcher.unpack(launcher.add_base(delta)), saved
 
 
 def _empty_outputs(

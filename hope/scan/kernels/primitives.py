@@ -13,6 +13,9 @@ import triton.language as tl
 
 NORM_EPS = tl.constexpr(1e-6)
 STEP_FLOOR = tl.constexpr(0.01)
+AHEAD = tl.constexpr(2)
+"""Stages of a loop over tiles: what the next tile needs is on its way to shared memory while one is
+worked on. What such a loop stores, it must not load in a later round."""
 _GELU_1 = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _GELU_3 = tl.constexpr(0.07135481627260025)  # that times 0.044715
 

@@ -10,25 +10,11 @@ import triton.language as tl
 
 
 @triton.jit
-def load_frozen(delta, base, at, INITIAL: tl.constexpr):
-    """A tile of W from pointers to Delta and to M_0."""
-    w = tl.load(delta + at)
+def store_whole(frozen, fresh, at, delta, INITIAL: tl.constexpr):
+    """Store a tile of W from that of Delta, as products take it; fresh: M_0."""
     if INITIAL:
-        w += tl.load(base + at)
-    return w
-
-
-@triton.jit
-def load_both(delta, frozen, base, at, OPEN: tl.constexpr, INITIAL: tl.constexpr):
-    """Tiles of Delta, of M_0 (Delta again where it isn't needed) and of the frozen W."""
-    d = tl.load(delta + at)
-    w, b = d, d
-    if OPEN > 1:
-        w = tl.load(frozen + at)
-    if INITIAL:
-        b = tl.load(base + at)
-        w += b
-    return d, b, w
+        delta += tl.load(fresh + at)
+    tl.store(frozen + at, delta)
 
 
 @triton.jit
@@ -61,16 +47,3 @@ def store_gradient(
         add_to(d_base + at, gone + lost)
     elif HAS_RESET:
         add_to(d_base + at, tl.where(again, sent, 0.0))
-
-
-@triton.jit
-def move_frozen(d_state, d_frozen, grad, opens, OPEN: tl.constexpr):
-    """Add a tile's gradient of the frozen W to S where its chunk `opens`, else keep it."""
-    if OPEN == 1:
-        add_to(d_state, grad)
-    else:
-        grad += tl.load(d_frozen)
-        if opens:
-            add_to(d_state, grad)
-            grad *= 0.0
-        tl.store(d_frozen, grad)

@@ -10,14 +10,17 @@ tile's own, U2, the read and Delta after the block.
 
 Shapes, with g = row * heads + head of G, m of the launch's memories, F = `length` tokens of the
 buffers: k, v [G, F, D]; eta [G, F]; frames [G, frame_blocks, frame_size], see
-`hope.scan.kernels.frames`; base [memories, heads, 2, D, H] (W1, then W2 transposed); state
-[memories, G, slots, 2, D, H]: Delta before block j in slot j % slots; work [memories, G, works,
-room]: what passes hand on, and what backward needs. reset: [rows, chunks] bytes. Functions take
-pointers, to the block's own k [C, D], eta [C] and so on.
+`hope.scan.kernels.frames`; fresh [memories, heads, 2, D, H]: M_0 (W1, then W2 transposed), base:
+the same as products take it, in bfloat16 if they do; state [memories, G, 2, D, H]: Delta, moved
+on in place; frozen [memories, G, opened, 2, D, H], like base: W at the start of memory chunk c in
+slot c % opened; deltas [memories, G, blocks, 2, D, H], like base: Delta before every block; work
+[memories, G, works, room]: what passes hand on, and what backward needs. reset: [rows, chunks]
+bytes. Functions take pointers, to the block's own k [C, D], eta [C] and so on.
 
 A block's part of `work` has WIDE matrices [C, H]: act and slope of k, and, kept for backward, U2,
 curvature of k, act and slope of v, and with a causal read act and slope of q; then, for backward,
-r and U1 [C, D], the inverse of W1's system and across1 [C, C], `short`, `extent` and `inverse` [C].
+r and U1 [C, D], the inverse of W1's system and across1 [C, C], `short`, `extent`, `inverse` and
+room for another [C].
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import triton.language as tl
 
 from hope.scan.kernels.frames import load_decays, load_queries
 from hope.scan.kernels.primitives import (
+    AHEAD,
     NORM_EPS,
     STEP_FLOOR,
     dot,
@@ -39,12 +43,12 @@ from hope.scan.kernels.primitives import (
     tile_at,
     unit_lower_inverse,
 )
-from hope.scan.kernels.states import load_both, load_frozen
+from hope.scan.kernels.states import store_whole
 
 
 def work_size(wide: int, block: int, width: int, hidden: int, keep: bool) -> int:
     """Elements of a block's part of `work`."""
-    narrow = 2 * block * width + 2 * block * block + 3 * block
+    narrow = 2 * block * width + 2 * block * block + 4 * block
     return wide * block * hidden + (narrow if keep else 0)
 
 
@@ -56,26 +60,23 @@ def work_matrices(causal: bool, keep: bool) -> int:
 @triton.jit
 def frozen_sums(
     k, v, prev, frozen, delta, base, work,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, OPEN: tl.constexpr,
-    SAVE: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr,
-    DOT: tl.constexpr,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, SAVE: tl.constexpr,
+    INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """What keys and values give at the frozen state; stores act, slope (SAVE: and curvature) of k
     and, with SAVE, act and slope of v.
 
-    r [C, D]; short [C], one over the target's length (TARGET only); with DELTA1 length [C] of the
-    activations, lift [C, D] = act W1_{t-1}^T without the block's own writes, gram [C, C].
+    (act - act_v) W1^T [C, D], with TARGET act_v W1^T; with DELTA1 |act|^2 [C], lift [C, D] =
+    act W1_{t-1}^T without the block's own writes, and gram [C, C].
     """
-    key, value = load_rows(k, C, D), load_rows(v, C, D)
-    r = tl.full((C, D), 0.0, key.dtype)
-    lift = tl.full((C, D), 0.0, key.dtype)
-    gram = tl.full((C, C), 0.0, key.dtype)
-    square = tl.full((C,), 0.0, key.dtype)
-    keys, values = operand(key, DOT), operand(value, DOT)
-    for first in range(0, H, TILE):
+    r = tl.full((C, D), 0.0, prev.dtype)
+    lift = tl.full((C, D), 0.0, prev.dtype)
+    gram = tl.full((C, C), 0.0, prev.dtype)
+    square = tl.full((C,), 0.0, prev.dtype)
+    keys, values = operand(load_rows(k, C, D), DOT), operand(load_rows(v, C, D), DOT)
+    for first in tl.range(0, H, TILE, num_stages=AHEAD):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
-        f2 = load_frozen(frozen + D * H, base + D * H, at, INITIAL)
-        f2 = operand(f2, DOT)
+        f1, f2 = tl.load(frozen + at), tl.load(frozen + D * H + at)
         act, slope, curvature = gelu(dot(keys, f2, DOT))
         tl.store(work + here, act)
         tl.store(work + C * H + here, slope)
@@ -84,7 +85,6 @@ def frozen_sums(
             tl.store(work + 3 * C * H + here, curvature)
             tl.store(work + 4 * C * H + here, act_v)
             tl.store(work + 5 * C * H + here, slope_v)
-        d1, b1, f1 = load_both(delta, frozen, base, at, OPEN, INITIAL)
         if TARGET:
             r += dot(act_v, tl.trans(f1), DOT)
         else:
@@ -93,38 +93,38 @@ def frozen_sums(
             square += tl.sum(act * act, 1)
             acts = operand(act, DOT)
             gram += dot(acts, tl.trans(acts), DOT)
-            lift += dot(act * prev[:, None], tl.trans(d1), DOT)
+            lift += dot(act * prev[:, None], tl.trans(tl.load(delta + at)), DOT)
             if INITIAL:
-                lift += dot(acts, tl.trans(b1), DOT)
-    short = square
+                lift += dot(acts, tl.trans(tl.load(base + at)), DOT)
+    return r, square, lift, gram
+
+
+@triton.jit
+def solve1(
+    k, v, eta, frame, frozen, delta, base, work, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, SAVE: tl.constexpr,
+    INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """r and U1 [C, D], and what makes W1's keys of activations [C]."""
+    i = tl.arange(0, C)
+    prev = tl.load(frame + 3 * C * C + i)
+    r, square, lift, gram = frozen_sums(
+        k, v, prev, frozen, delta, base, work, C, D, H, TILE, SAVE, INITIAL, DELTA1, TARGET, DOT
+    )
+    # Loaded here, and keys and values again, so that the loop above has their registers.
+    key, value = load_rows(k, C, D), load_rows(v, C, D)
+    step, ratio = tl.load(eta + i), load_rows(frame, C, C)
+    short, length = square, tl.sqrt(square)
     if TARGET:
         goal = value + r
         short = inverse_length(goal)
         r = key - goal * short[:, None]
     else:
         r += key - value
-    return r, short, tl.sqrt(square), lift, gram
-
-
-@triton.jit
-def solve1(
-    k, v, eta, frame, frozen, delta, base, work, kept,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, OPEN: tl.constexpr,
-    SAVE: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr, TARGET: tl.constexpr,
-    DOT: tl.constexpr,
-):  # fmt: skip
-    """r and U1 [C, D], and what makes W1's keys of activations [C]."""
-    i = tl.arange(0, C)
-    prev = tl.load(frame + 3 * C * C + i)
-    r, short, length, lift, gram = frozen_sums(
-        k, v, prev, frozen, delta, base, work,
-        C, D, H, TILE, OPEN, SAVE, INITIAL, DELTA1, TARGET, DOT,
-    )  # fmt: skip
-    step = tl.load(eta + i)
     if DELTA1:
         inverse = 1.0 / tl.maximum(length, NORM_EPS)
         pace = length / (length * length + STEP_FLOOR)
-        strict = gram * load_rows(frame, C, C) * (step * inverse)[:, None] * inverse[None, :]
+        strict = gram * ratio * (step * inverse)[:, None] * inverse[None, :]
         system = unit_lower_inverse(strict, C, DOT)
         if SAVE:
             store_rows(kept + 2 * C * D, system, C, C)
@@ -145,30 +145,32 @@ def solve1(
 
 @triton.jit
 def read_start(
-    q, frozen, base,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, INITIAL: tl.constexpr,
-    DOT: tl.constexpr,
+    q, frozen,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The frozen memory applied to q [C, D]: M(q) [C, D]."""
     out = q
     queries = operand(q, DOT)
-    for first in range(0, H, TILE):
+    for first in tl.range(0, H, TILE, num_stages=AHEAD):
         at = tile_at(first, D, H, TILE)
-        act, _, _ = gelu(dot(queries, load_frozen(frozen + D * H, base + D * H, at, INITIAL), DOT))
-        out += dot(act, tl.trans(load_frozen(frozen, base, at, INITIAL)), DOT)
+        f1, f2 = tl.load(frozen + at), tl.load(frozen + D * H + at)
+        act, _, _ = gelu(dot(queries, f2, DOT))
+        out += dot(act, tl.trans(f1), DOT)
     return out
 
 
 @triton.jit
 def solve2_and_advance(
-    k, eta, frame, r, u1, inverse, query, again, frozen, delta, after, base, work, kept,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, OPEN: tl.constexpr,
-    READ: tl.constexpr, SAVE: tl.constexpr, HAS_RESET: tl.constexpr, INITIAL: tl.constexpr,
-    DELTA2: tl.constexpr, TARGET: tl.constexpr, DOT: tl.constexpr,
+    k, eta, frame, r, u1, inverse, query, closes, again, frozen, after, state, delta, base, fresh,
+    work, kept,
+    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, READ: tl.constexpr,
+    SAVE: tl.constexpr, HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA2: tl.constexpr,
+    TARGET: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Store Delta after the block, or, where the row starts `again` after it, that of M_0. With a
-    causal READ returns the memory of each token's predecessor applied to query [C, D] (Eq. 83);
-    SAVE stores what that needs instead."""
+    """Move Delta over the block, or, where the row starts `again` after it, to that of M_0, and
+    store W `after` it where its chunk `closes`. With a causal READ returns the memory of each
+    token's predecessor applied to query [C, D] (Eq. 83); SAVE stores what that needs instead, and
+    `delta`, Delta before the block."""
     prev, end, prev_lost, total, total_lost = load_decays(frame, C)
     step = tl.load(eta + tl.arange(0, C))
     key = load_rows(k, C, D)
@@ -183,17 +185,20 @@ def solve2_and_advance(
             across2 = operand(load_rows(frame + 2 * C * C, C, C), DOT)
     out = tl.full((C, D), 0.0, key.dtype)
     across1 = tl.full((C, C), 0.0, key.dtype)
-    for first in range(0, H, TILE):
+    for first in tl.range(0, H, TILE, num_stages=AHEAD):
         at, here = tile_at(first, D, H, TILE), tile_at(first, C, H, TILE)
+        at2 = at + D * H
         act = tl.load(work + here)
-        d1, b1, f1 = load_both(delta, frozen, base, at, OPEN, INITIAL)
-        d2 = tl.load(delta + D * H + at)
+        d1, d2 = tl.load(state + at), tl.load(state + at2)
         n1, n2 = d1 * total, d2 * total
-        d2 = operand(d2, DOT)
+        d1, d2 = operand(d1, DOT), operand(d2, DOT)
+        if SAVE:
+            tl.store(delta + at, d1)
+            tl.store(delta + at2, d2)
         if INITIAL:
-            b2 = operand(tl.load(base + D * H + at), DOT)
+            b2 = tl.load(base + at2)
         if not TARGET:
-            u2 = tl.load(work + C * H + here) * dot(residual, f1, DOT)
+            u2 = tl.load(work + C * H + here) * dot(residual, tl.load(frozen + at), DOT)
             if DELTA2:
                 u2 += dot(keys, d2, DOT) * prev[:, None]
                 if INITIAL:
@@ -219,16 +224,19 @@ def solve2_and_advance(
             else:
                 out += dot(act_q * prev[:, None], tl.trans(d1), DOT)
                 if INITIAL:
-                    out += dot(act_q, tl.trans(b1), DOT)
+                    out += dot(act_q, tl.trans(tl.load(base + at)), DOT)
         n1 -= dot(tl.trans(written), act * reach[:, None], DOT)
         if HAS_RESET:
             if INITIAL:
                 n1, n2 = tl.where(again, 0.0, n1), tl.where(again, 0.0, n2)
             else:
-                n1 = tl.where(again, tl.load(base + at), n1)
-                n2 = tl.where(again, tl.load(base + D * H + at), n2)
-        tl.store(after + at, n1)
-        tl.store(after + D * H + at, n2)
+                n1 = tl.where(again, tl.load(fresh + at), n1)
+                n2 = tl.where(again, tl.load(fresh + at2), n2)
+        tl.store(state + at, n1)
+        tl.store(state + at2, n2)
+        if closes:
+            store_whole(after, fresh, at, n1, INITIAL)
+            store_whole(after, fresh, at2, n2, INITIAL)
     if READ:
         across1 *= load_rows(frame, C, C)
         if SAVE:
@@ -248,9 +256,9 @@ def starts_again(reset, row, end, chunks, CHUNK: tl.constexpr):
 
 @triton.jit
 def write_forward(
-    q, out, k, v, eta, frames, base, state, work, reset,
+    q, out, k, v, eta, frames, base, fresh, state, frozen, deltas, work, reset,
     q_stride, q_first, tokens, length, first_token, first, first_block, blocks, frame_blocks,
-    slots, works, room, heads, chunks,
+    opened, works, room, heads, chunks,
     D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, C: tl.constexpr, OPEN: tl.constexpr,
     CHUNK: tl.constexpr, READ: tl.constexpr, SAVE: tl.constexpr, WIDE: tl.constexpr,
     HAS_RESET: tl.constexpr, INITIAL: tl.constexpr, DELTA1: tl.constexpr, DELTA2: tl.constexpr,
@@ -259,30 +267,34 @@ def write_forward(
     """Write blocks first_block, ..., whose tokens are from `first` on in the buffers, which begin
     at first_token of the sequence.
 
-    READ: "causal" or "chunk_start", or "" for none; SAVE: keep what backward needs in `work`, else
-    write the read to `out` [G, T, D]; OPEN: blocks that share a frozen state; CHUNK: tokens of a
-    projection chunk; q: at g * q_stride + (q_first + token of the buffers) * D.
+    READ: "causal" or "chunk_start", or "" for none; SAVE: keep what backward needs in `work` and
+    `deltas`, else write the read to `out` [G, T, D]; OPEN: blocks that share a frozen state;
+    CHUNK: tokens of a projection chunk; q: at g * q_stride + (q_first + token of the buffers) * D.
     """
     g = tl.program_id(0).to(tl.int64)
     count = tl.num_programs(0).to(tl.int64)
     m = tl.program_id(1).to(tl.int64)
-    base += (m * heads + g % heads) * (2 * D * H)
-    state += (m * count + g) * slots * (2 * D * H)
+    size = 2 * D * H
+    base += (m * heads + g % heads) * size
+    fresh += (m * heads + g % heads) * size
+    state += (m * count + g) * size
+    frozen += (m * count + g) * opened * size
+    deltas += (m * count + g) * works * size
     work += (m * count + g) * works * room
     frames += (g * frame_blocks + first_block) * (3 * C * C + 4 * C)
     for i in range(blocks):
         j = first_block + i
-        frozen = state + ((j - j % OPEN) % slots) * (2 * D * H)
-        delta = state + (j % slots) * (2 * D * H)
-        after = state + ((j + 1) % slots) * (2 * D * H)
+        start = frozen + (j // OPEN % opened) * size
+        after = frozen + ((j // OPEN + 1) % opened) * size
+        delta = deltas + (j % works) * size
         local = first + i * C
         here = g * length + local
         frame = frames + i * (3 * C * C + 4 * C)
         block = work + (j % works) * room
         kept = block + WIDE * C * H
         r, u1, inverse = solve1(
-            k + here * D, v + here * D, eta + here, frame, frozen, delta, base, block, kept,
-            C, D, H, TILE, OPEN, SAVE, INITIAL, DELTA1, TARGET, DOT,
+            k + here * D, v + here * D, eta + here, frame, start, state, base, block, kept,
+            C, D, H, TILE, SAVE, INITIAL, DELTA1, TARGET, DOT,
         )  # fmt: skip
         valid = (first_token + local + tl.arange(0, C)) < tokens
         query = r
@@ -290,16 +302,16 @@ def write_forward(
             query = load_queries(q + g * q_stride + (q_first + local) * D, valid, k, C, D)
         at = out + (g * tokens + first_token + local) * D + tile_at(0, C, D, D)
         if (READ == "chunk_start") and (not SAVE):
-            answer = read_start(query, frozen, base, C, D, H, TILE, INITIAL, DOT)
+            answer = read_start(query, start, C, D, H, TILE, DOT)
             tl.store(at, answer, mask=valid[:, None])
         again = False
         if HAS_RESET:
             again = starts_again(reset, g // heads, first_token + local + C, chunks, CHUNK)
         tl.debug_barrier()
         answer = solve2_and_advance(
-            k + here * D, eta + here, frame, r, u1, inverse, query, again, frozen, delta, after,
-            base, block, kept,
-            C, D, H, TILE, OPEN, READ == "causal", SAVE, HAS_RESET, INITIAL, DELTA2, TARGET, DOT,
+            k + here * D, eta + here, frame, r, u1, inverse, query, j % OPEN == OPEN - 1, again,
+            start, after, state, delta, base, fresh, block, kept,
+            C, D, H, TILE, READ == "causal", SAVE, HAS_RESET, INITIAL, DELTA2, TARGET, DOT,
         )  # fmt: skip
         if (READ == "causal") and (not SAVE):
             tl.store(at, answer, mask=valid[:, None])
