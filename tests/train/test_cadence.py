@@ -242,3 +242,21 @@ def test_a_gradient_that_is_not_finite_changes_nothing(where: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(torch.equal(cadence.state[p]["accumulated_grad"], h) for p, h in held.items())
     assert next(level for level in cadence.levels if level.name == "l1").tokens == TOKENS
+
+
+@pytest.mark.parametrize("size", [1e20, 1e30, 1e37])
+def test_gradients_whose_squares_overflow_are_clipped_like_any_other(size: float) -> None:
+    """They are finite, so nothing is skipped: the step is the one of gradients size times less."""
+    after = []
+    for scale in (1.0, size):
+        model = HopeModel(config_with("step", 3 * TOKENS))
+        cadence = build_cadence(model, model.config, OptimizerConfig(name="sgd", clip_norm=0.5))
+        backward(model, 0)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(scale)
+        report = cadence.step({"fast", "l0"}, TOKENS, constant)
+        assert report.grad_norm > 0.5 * scale
+        after.append(weights(model))
+    for name, value in after[0].items():
+        torch.testing.assert_close(after[1][name], value, rtol=1e-5, atol=1e-7)

@@ -26,14 +26,24 @@ def gradient_norms(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Ten
     grads = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
     if not grads:
         return {}
-    return dict(zip(grads, torch._foreach_norm(list(grads.values())), strict=True))
+    return dict(zip(grads, norm_of_each(list(grads.values())), strict=True))
+
+
+def norm_of_each(tensors: list[Tensor]) -> list[Tensor]:
+    """Euclidean norms of one or more tensors, scalars; in float64 where float32 squares overflow,
+    which those of finite gradients above 1e19 do."""
+    norms = list(torch._foreach_norm(tensors))
+    finite = torch.stack(norms).isfinite().all()
+    if bool(finite.full_tensor() if isinstance(finite, DTensor) else finite):
+        return norms
+    return [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in tensors]
 
 
 def total_norm(norms: list[Tensor]) -> float:
     """The norm of everything from the norms of its parts, the same on all ranks."""
     if not norms:
         return 0.0
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    total = norm_of_each([torch.stack(norms)])[0]
     return float(total.full_tensor() if isinstance(total, DTensor) else total)
 
 
@@ -58,7 +68,7 @@ class Norms:
         local = [g.to_local() if isinstance(g, DTensor) else g for g in grads.values()]
         if not local:
             return {}
-        return dict(zip(grads, torch._foreach_norm(local), strict=True))
+        return dict(zip(grads, norm_of_each(local), strict=True))
 
     def total(self, norms: dict[nn.Parameter, Tensor]) -> float:
         """The norm of everything, the same on all ranks; a collective call of all of them."""

@@ -27,7 +27,7 @@ from train.optim.cadence import ACCUMULATOR, Cadence, NonFinite, StepReport
 from train.optim.config import OptimizerConfig
 from train.optim.level import Level
 from train.optim.levels import periods
-from train.optim.norms import Norms
+from train.optim.norms import Norms, norm_of_each
 from train.parallel.mesh import Mesh
 from train.parallel.placement import Stored, in_memory
 from train.parallel.ranks import Ranks
@@ -134,7 +134,7 @@ class PartitionNorms(Norms):
             grad = parameter.grad
             if grad is not None:
                 parts = [grad[run] for run in self._runs[parameter]] or [grad[:0]]
-                found[parameter] = torch.stack(torch._foreach_norm(parts)).norm()
+                found[parameter] = norm_of_each([torch.stack(norm_of_each(parts))])[0]
         return found
 
     def total(self, norms: dict[nn.Parameter, Tensor]) -> float:
