@@ -334,3 +334,25 @@ def test_only_the_newest_checkpoints_are_kept_and_they_load(make_config) -> None
     assert loaded.model.vocab_size == model.embedding.weight.shape[0]
     saved = final_tensors(config)
     assert all(torch.equal(p, saved[f"model/{name}"]) for name, p in model.named_parameters())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a CPU can't run")
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model.titans.scan.implementation": "triton"}, "model.titans.scan.implementation=triton"),
+        (
+            {"model.mixer": "attention", "model.attention.backend": "flash"},
+            "model.attention.backend=flash",
+        ),
+    ],
+)
+def test_kernels_that_can_not_run_here_are_bad_input(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(make_config(**change).model_dump(mode="json")))
+    assert main([str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert words in error

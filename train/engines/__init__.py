@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from train.config import RunConfig
+from hope.flash import load_flash
+from hope.scan.triton import why_not
+from hope.triton import why_no_kernels
+from train.config import ConfigError, RunConfig
 from train.engines.native import NativeEngine
 from train.engines.parts import Engine
 from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
+from train.parallel.parallelize import PRECISIONS
 from train.parallel.ranks import Ranks
 from train.zero.config import check
 
@@ -24,14 +29,38 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     return layout
 
 
+def check_kernels(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError where the model insists on kernels that can't run on that device."""
+    model, titans = config.model, config.model.titans
+    dtype = PRECISIONS[config.parallel.precision] or torch.float32
+    x = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
+    if "titans" in model.mixers and titans.scan.implementation == "triton":
+        hidden = titans.memory_expansion * model.head_dim
+        reason = why_not(x, hidden, titans.scan) if titans.writes else why_no_kernels(x)
+        if reason:
+            raise ConfigError(
+                f"model.titans.scan.implementation=triton can't be used: {reason}; take auto or "
+                "chunked"
+            )
+    if "attention" in model.mixers:
+        try:
+            flash = load_flash(model.attention.backend)
+            if flash is not None:
+                flash.takes(x)
+        except ValueError as error:
+            raise ConfigError(f"model.{error}") from None
+
+
 def open_engine(
     config: RunConfig, ranks: Ranks, initial: dict[str, Tensor] | None = None
 ) -> Engine:
     """The engine that `config` names, over all ranks of the job; a collective call of them.
 
-    initial: whole parameters by name to start from; None draws them from config.seed.
+    initial: whole parameters by name to start from; None draws them from config.seed. Raises
+    ConfigError for a layout that these ranks can't have, and kernels that their devices can't run.
     """
     mesh = make_mesh(layout_of(config, ranks.size), ranks)
+    check_kernels(config, mesh.device)
     if config.engine == "deepspeed":
         from train.engines.deepspeed import DeepSpeedEngine
 
