@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,23 +24,32 @@ def generate(
     """Continue `prompt`, int64 [T], T >= 1; returns the new tokens, int64 [at most num_tokens].
 
     temperature 0 takes the most likely token; top_k keeps that many candidates; generation ends
-    before `stop_token`. Raises ValueError for an empty prompt, a negative temperature or top_k < 1.
+    before `stop_token`. Raises ValueError for an empty prompt, num_tokens below 0, a temperature
+    that is negative or not finite, top_k < 1, and for a model whose logits are not finite.
     """
     if prompt.ndim != 1 or prompt.numel() == 0:
         raise ValueError(f"prompt must be [T] with T >= 1, got {tuple(prompt.shape)}")
-    if temperature < 0 or (top_k is not None and top_k < 1):
-        raise ValueError("temperature must be 0 or more and top_k at least 1")
+    if num_tokens < 0:
+        raise ValueError(f"the number of tokens must be 0 or more, got {num_tokens}")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature must be finite and 0 or more, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
     logits, state = model(prompt[None], model.initial_state(1, decoding=True))
     chosen: list[int] = []
     while len(chosen) < num_tokens:
         scores = logits[0, -1].float()
+        if not scores.isfinite().all():
+            raise ValueError("the model's logits are not finite: its weights or its state are not")
         if top_k is not None and top_k < scores.numel():
             floor = scores.topk(top_k).values[-1]
             scores = scores.masked_fill(scores < floor, float("-inf"))
         if temperature == 0:
             token = int(scores.argmax())
         else:
-            shares = torch.softmax(scores / temperature, dim=-1)
+            # Of differences to the largest, which stays 0 however cold it is.
+            cold = max(temperature, torch.finfo(scores.dtype).tiny)
+            shares = torch.softmax((scores - scores.max()) / cold, dim=-1)
             token = int(torch.multinomial(shares, 1, generator=generator))
         if token == stop_token:
             break

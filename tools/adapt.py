@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline import Corpus, DataError
+from data_pipeline import DataError
 from tools.figures import table
 from train.checkpoint import CheckpointError
-from train.checkpoint.load import load_run
+from train.checkpoint.load import load_run_and_tokenizer
 from train.config import ConfigError
+from train.evaluate.perplexity import perplexity
 from train.online import OnlineAdapter
 
 
@@ -36,13 +37,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)
     try:
-        config, model = load_run(options.run)
-        tokenizer = Corpus.open(**config.data.where(config.data.validation)).tokenizer
+        if options.max_tokens is not None and options.max_tokens < 2:
+            raise ValueError(f"--max-tokens {options.max_tokens}: 2 are the fewest to predict from")
+        if not (math.isfinite(options.lr) and options.lr >= 0):
+            raise ValueError(f"--lr {options.lr}: a rate is finite and 0 or more")
+        every = _levels(options.level)
+        config, model, tokenizer = load_run_and_tokenizer(options.run)
         text = options.input.read_text(encoding="utf-8")
         tokens = [tokenizer.bos_id, *tokenizer.encode(text)][: options.max_tokens]
         if len(tokens) < 2:
             raise ValueError(f"{options.input} holds no text to predict")
-        every = dict(_level(one) for one in options.level)
         stream = torch.tensor([tokens])
         rows = []
         for label, rate in (("trained weights", 0.0), (f"adapted, lr {options.lr:g}", options.lr)):
@@ -57,11 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _level(text: str) -> tuple[str, int]:
-    name, equals, every = text.partition("=")
-    if not equals or not every.isdigit():
-        raise ValueError(f"--level {text!r} is not of the form NAME=EVERY, e.g. slow=2048")
-    return name, int(every)
+def _levels(given: list[str]) -> dict[str, int]:
+    """From NAME=EVERY, each name once, to tokens between steps by name."""
+    every: dict[str, int] = {}
+    for text in given:
+        name, equals, number = text.partition("=")
+        if not equals or not (number.isascii() and number.isdecimal()):
+            raise ValueError(f"--level {text!r} is not of the form NAME=EVERY, e.g. slow=2048")
+        if name in every:
+            raise ValueError(f"--level names {name!r} twice")
+        every[name] = int(number)
+    return every
 
 
 def _read(adapter: OnlineAdapter, stream: Tensor, label: str) -> Tensor:
@@ -73,7 +83,7 @@ def _read(adapter: OnlineAdapter, stream: Tensor, label: str) -> Tensor:
 
 
 def _perplexity(losses: Tensor) -> str:
-    return f"{math.exp(losses.double().mean()):.3f}"
+    return f"{perplexity(float(losses.double().mean())):.3f}"
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import Corpus, DataError
+from data_pipeline import DataError
 from hope.sampling import generate
 from train.checkpoint import CheckpointError
-from train.checkpoint.load import load_run
+from train.checkpoint.load import load_run_and_tokenizer
 from train.config import ConfigError
 
 
@@ -27,8 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)
     try:
-        config, model = load_run(options.run)
-        tokenizer = Corpus.open(**config.data.where(config.data.validation)).tokenizer
+        if not _is_text(options.prompt):
+            raise ValueError("--prompt is not UTF-8 text")
+        _, model, tokenizer = load_run_and_tokenizer(options.run)
         prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
         tokens = generate(
             model.eval(),
@@ -44,6 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(options.prompt + tokenizer.decode(tokens.tolist()))
     return 0
+
+
+def _is_text(argument: str) -> bool:
+    """Whether bytes of the command line were text; what was not arrives as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 if __name__ == "__main__":

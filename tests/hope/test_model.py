@@ -229,6 +229,38 @@ def test_generation_is_the_argmax_of_the_whole_pass() -> None:
     assert torch.equal(chosen, expected)
 
 
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+def test_a_temperature_near_zero_takes_the_most_likely_token(top_k: int | None) -> None:
+    model, prompt = HopeModel(BASE), tokens_of(1, 11)[0]
+    coldest = generate(model, prompt, 5, temperature=0)
+    for temperature in (1e-30, 1e-40, 1e-300):
+        cold = generate(model, prompt, 5, temperature=temperature, top_k=top_k)
+        assert torch.equal(cold, coldest), temperature
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "words"),
+    [
+        (2, {"temperature": math.nan}, "temperature must be finite"),
+        (2, {"temperature": math.inf, "top_k": 3}, "temperature must be finite"),
+        (2, {"temperature": -1.0}, "temperature must be finite and 0 or more"),
+        (2, {"top_k": 0}, "top_k must be at least 1"),
+        (-2, {}, "number of tokens must be 0 or more"),
+    ],
+)
+def test_generation_refuses_what_it_can_not_do(count: int, options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        generate(HopeModel(BASE), tokens_of(1, 3)[0], count, **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_from_logits_that_are_not_finite_is_refused(temperature: float) -> None:
+    model = HopeModel(BASE)
+    model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(ValueError, match="logits are not finite"):
+        generate(model, tokens_of(1, 3)[0], 2, temperature=temperature)
+
+
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         HopeModel(HopeConfig())

@@ -117,7 +117,13 @@ def test_generate_is_repeatable_and_checks_its_input(
     assert texts[0].startswith("def ")
     assert generate([str(tmp_path)]) == 2
     assert generate([run, "--temperature", "-1"]) == 2
+    assert generate([run, "--temperature", "nan"]) == 2
+    assert generate([run, "--max-tokens", "-1"]) == 2
+    assert generate([run, "--prompt", b"\xff".decode(errors="surrogateescape")]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert len(errors) == 2
+    assert len(errors) == 5
     assert "holds no run" in errors[0]
     assert "temperature" in errors[1]
+    assert "temperature" in errors[2]
+    assert "number of tokens" in errors[3]
+    assert "not UTF-8" in errors[4]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from data_pipeline import Corpus
+from data_pipeline import Corpus, train_tokenizer
+from data_pipeline.tokenizing import tokenize
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.scan import ScanConfig
 from tools.adapt import main as adapt
+from tools.generate import main as generate
 from train.__main__ import train
 from train.checkpoint.load import load_run
 from train.online import OnlineAdapter
@@ -268,3 +271,34 @@ def test_it_lowers_the_perplexity_of_a_long_held_out_document(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    for more, message in (
+        (["--lr", "nan"], "--lr nan"),
+        (["--lr", "-1"], "--lr -1.0"),
+        (["--max-tokens", "-3"], "--max-tokens -3"),
+        (["--level", "b=64"], "names 'b' twice"),
+        (["--level", "c=\u00b2"], "is not of the form NAME=EVERY"),
+    ):
+        assert adapt([*common, "--level", "b=128", *more]) == 2, more
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_a_run_is_not_used_with_another_tokenizer(
+    make_config, corpora: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of equal size: nothing but its hash shows that the model's ids mean other text."""
+    validation = tmp_path / "validation"
+    shutil.copytree(corpora["validation"], validation)
+    config = make_config(**{"data.validation": str(validation), "training.total_tokens": 4 * 256})
+    train(config, resume=False)
+    text = corpora["validation"].parent / "text" / "validation" / "0.txt"
+    shutil.rmtree(validation)
+    tokenize([str(text)], train_tokenizer([text.read_text()], 400), validation)
+    capsys.readouterr()
+    arguments = [str(config.run_dir), "--max-tokens", "8"]
+    assert generate(arguments) == 2
+    assert adapt([*arguments, "--input", str(text), "--level", "b=4"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert all("trained with another tokenizer" in error for error in errors)

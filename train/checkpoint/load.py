@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from data_pipeline import Corpus, Tokenizer
 from hope import HopeConfig, HopeModel
 from hope.stacking import stack_levels
 from train.checkpoint.manifest import MARKER, damage
@@ -26,9 +27,29 @@ def load_run(path: Path) -> tuple[RunConfig, HopeModel]:
     CheckpointError when there is no run or no usable checkpoint.
     """
     config, tensors, _ = _open_run(path)
+    return config, _model(config, tensors)
+
+
+def load_run_and_tokenizer(path: Path) -> tuple[RunConfig, HopeModel, Tokenizer]:
+    """What `load_run` gives, and the tokenizer of the run's data, which the model's ids are of.
+
+    Raises also DataError where the run's validation data can't be opened, and CheckpointError where
+    it has been made again with another tokenizer.
+    """
+    config, tensors, plain = _open_run(path)
+    corpus = Corpus.open(**config.data.where(config.data.validation))
+    if plain.get("tokenizer", corpus.tokenizer_sha256) != corpus.tokenizer_sha256:
+        raise CheckpointError(
+            f"{path} was trained with another tokenizer than that of {config.data.validation}: "
+            "tokenize that data with the run's own again"
+        )
+    return config, _model(config, tensors), corpus.tokenizer
+
+
+def _model(config: RunConfig, tensors: dict[str, Tensor]) -> HopeModel:
     model = HopeModel(config.model, seed=None)
     load_parameters(dict(model.named_parameters()), tensors)
-    return config, model
+    return model
 
 
 def initial_parameters(
