@@ -198,6 +198,7 @@ class HopeConfig:
             "attention" not in self.mixers or self.head_dim % 2 == 0,
             f"rotary attention needs an even head width, got {self.head_dim}",
         )
+        _require(self.norm_eps > 0, f"model.norm_eps must be positive, got {self.norm_eps}")
         _require(self.pattern is None or len(self.pattern) >= 1, "model.pattern must not be empty")
 
     @property

@@ -261,6 +261,12 @@ def test_generation_from_logits_that_are_not_finite_is_refused(temperature: floa
         generate(model, tokens_of(1, 3)[0], 2, temperature=temperature)
 
 
+def test_the_norms_epsilon_is_positive() -> None:
+    for eps in (0.0, -1.0):
+        with pytest.raises(ValueError, match="norm_eps must be positive"):
+            HopeConfig(norm_eps=eps)
+
+
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         HopeModel(HopeConfig())
