@@ -19,6 +19,11 @@ from train.parallel.ranks import Ranks
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; the largest float where that is beyond it."""
+    return math.exp(min(loss, _LARGEST_EXPONENT))
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Loss over `tokens` predicted tokens that stand for `bytes` bytes of text."""
@@ -29,8 +34,8 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean loss per token; the largest float where that is beyond it."""
-        return math.exp(min(self.loss, _LARGEST_EXPONENT))
+        """exp of the mean loss per token; see `perplexity`."""
+        return perplexity(self.loss)
 
     @property
     def bits_per_byte(self) -> float:
