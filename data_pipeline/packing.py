@@ -73,6 +73,9 @@ class Aligned:
         found: list[Piece] = []
         shard = int(np.searchsorted(self._bases, begin, side="right")) - 1
         while shard < len(self._bases) - 1 and self._bases[shard] < end:
+            if self._bases[shard] == self._bases[shard + 1]:  # a shard without documents
+                shard += 1
+                continue
             tokens, virtual = self._layout(shard)
             first = max(int(np.searchsorted(virtual, begin, side="right")) - 1, 0)
             last = int(np.searchsorted(virtual, end, side="left"))

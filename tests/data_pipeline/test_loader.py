@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import IGNORE, Corpus, DataError, Loader, evaluation_batches
 from data_pipeline.batch import make_batch
+from data_pipeline.tokenizing import tokenize
 
 ALIGN = 16
 PACKINGS = ("concat", "aligned")
@@ -102,6 +103,23 @@ def test_documents_start_on_multiples_of_align(corpus):
     )
     assert starts.sum() == corpus.num_documents
     assert (starts.nonzero()[:, 1] % 32 == 0).all()
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_shards_without_documents_are_passed_over(tokenizer, tmp_path, packing):
+    texts = ["one", "long " * 3000, "two", "three " * 50]
+    records = [json.dumps({"text": text}) for text in texts]
+    blank = " " * 2500 + "\n"  # in pieces of 1000 bytes: several in which no document begins
+    (tmp_path / "texts.jsonl").write_text(blank + "\n".join(records) + "\n" + blank)
+    tokenize([str(tmp_path / "texts.jsonl")], tokenizer, tmp_path / "out", shard_bytes=1000)
+    corpus = Corpus.open(tmp_path / "out")
+    counts = [shard["documents"] for shard in corpus.manifest["shards"]]
+    assert counts[0] == counts[-1] == min(counts[3:-3]) == 0
+    assert sum(counts) == 4
+    documents = [tokenizer.encode_document(text).tolist() for text in texts]
+    expected = expected_rows(documents, packing, corpus.pad_id, 64)
+    batches = evaluation_batches(corpus, seq_len=64, batch_size=4, packing=packing, align=ALIGN)
+    assert [row for batch in batches for row in rows_of(batch)][: len(expected)] == expected
 
 
 def test_alignments_the_manifest_does_not_list(corpus, documents):
