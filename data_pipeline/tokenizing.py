@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -89,11 +89,22 @@ def _input_checksum(job: Job, recipe: Recipe) -> str:
         digest.update(f"\0{source.name}\0{source.start}\0".encode())
         with open_bytes(source.path) as file:
             file.seek(source.start)
-            left = source.size
+            left, block = source.size, b""
             while left > 0 and (block := file.read(min(left, _READ_BYTES))):
                 digest.update(block)
                 left -= len(block)
+            if source.stop is not None and not block.endswith(b"\n"):
+                _add_rest_of_line(digest, file)
     return digest.hexdigest()
+
+
+def _add_rest_of_line(digest: xxhash.xxh3_128, file: BinaryIO) -> None:
+    """A document belongs to the piece in which its line begins, and is read to the line's end."""
+    while block := file.read(_READ_BYTES):
+        line, newline, _ = block.partition(b"\n")
+        digest.update(line)
+        if newline:
+            return
 
 
 def _documents(

@@ -1,3 +1,4 @@
+import json
 import os
 import random
 import signal
@@ -130,6 +131,18 @@ def test_text_that_changed_between_a_kill_and_the_rerun(texts, tokenizer, tmp_pa
     fresh = tmp_path / "fresh"
     tokenize([str(folder)], tokenizer, fresh, 1, SHARD_BYTES)
     assert contents(fresh) == contents(out)
+
+
+def test_a_line_that_changed_behind_the_end_of_its_piece(tokenizer, tmp_path):
+    source, out = tmp_path / "a.jsonl", tmp_path / "c"
+    first, changed = ("a" * 1200 + tail for tail in ("old", "new"))
+    source.write_text(json.dumps({"text": first}) + "\nnot JSON")
+    with pytest.raises(DataError, match="line 2: not JSON"):
+        tokenize([str(source)], tokenizer, out, 1, 1000)
+    source.write_text(json.dumps({"text": changed}) + "\n")
+    tokenize([str(source)], tokenizer, out, 1, 1000)
+    documents, _, _ = read_corpus(out)
+    assert [tokenizer.decode(document) for document in documents] == [changed]
 
 
 def test_a_folder_of_other_files_is_left_alone(text_folder, tokenizer, tmp_path):
