@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,6 +57,31 @@ class Reject:
     reason: str
 
 
+def _complain(error: OSError) -> None:
+    raise error
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """All files below a folder. Links to folders are followed too, each folder once and by its own
+    name where it has one here. OSError where a folder cannot be listed."""
+    waiting, seen = [folder], set()
+    for start in waiting:
+        for at, folders, files in os.walk(start, onerror=_complain):
+            status = os.stat(at)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()
+            waiting += [Path(at, name) for name in folders if os.path.islink(Path(at, name))]
+            yield from (Path(at, name) for name in files)
+
+
+def _utf8(name: str) -> str:
+    """The name of a file as text that can be stored: a byte that is not UTF-8 as \\xff."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def _find(given: str) -> list[Source]:
     if is_url(given):
         system = file_system(given)
@@ -75,12 +101,16 @@ def _find(given: str) -> list[Source]:
         ]
     path = Path(given)
     if path.is_dir():
-        files = [p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file()]
-        named = [(file, file.relative_to(path).as_posix()) for file in files]
+        files = [file for file in _below(path) if file.name.endswith(SUFFIXES)]
+        named = [
+            (file, file.relative_to(path).as_posix())
+            for file in files
+            if file.is_file() or not file.exists()  # a dead link: stat() below says so
+        ]
     else:
         matches = [given] if path.is_file() else glob.glob(given, recursive=True)
         named = [(Path(match), Path(match).name) for match in matches if Path(match).is_file()]
-    return [Source(str(file), name, file.stat().st_size) for file, name in named]
+    return [Source(str(file), _utf8(name), file.stat().st_size) for file, name in named]
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
@@ -138,10 +168,12 @@ def _document(record: Any, text_field: str, id_field: str | None, place: str) ->
     name = place if id_field is None else record.get(id_field)
     if not isinstance(name, str | int):
         return f"no field {id_field!r} with a text or a number"
-    try:
-        return Document(str(name), text, len(text.encode()))
-    except UnicodeEncodeError:
-        return f"field {text_field!r} holds half of a surrogate pair"
+    for field, value in ((text_field, text), (id_field, str(name))):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return f"field {field!r} holds half of a surrogate pair"
+    return Document(str(name), text, len(text.encode()))
 
 
 def _parse(data: bytes, text_field: str, id_field: str | None, place: str) -> Document | str | None:
@@ -185,6 +217,18 @@ def _jsonl(source: Source, text_field: str, id_field: str | None) -> Iterator[Do
                 yield record
 
 
+def _rows(batch: Any) -> Iterator[dict[str, Any] | None]:
+    """The rows of a RecordBatch; None for one with a string that is not UTF-8."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:  # raised before the first row
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError:
+                yield None
+
+
 def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
     try:
         from pyarrow import ArrowException, parquet
@@ -193,7 +237,7 @@ def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[
     columns = [text_field, *([id_field] if id_field else [])]
     with open_bytes(source.path) as file:
         try:
-            table = parquet.ParquetFile(file)
+            table = parquet.ParquetFile(file, page_checksum_verification=True)
             missing = [name for name in columns if name not in table.schema_arrow.names]
             if missing:
                 raise DataError(
@@ -202,11 +246,17 @@ def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[
                 )
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for record in batch.to_pylist():
-                    found = _document(record, text_field, id_field, f"{source.name}@{row}")
+                for record in _rows(batch):
+                    found = (
+                        "not UTF-8"
+                        if record is None
+                        else _document(record, text_field, id_field, f"{source.name}@{row}")
+                    )
                     row += 1
                     yield Reject(source.name, row, found) if isinstance(found, str) else found
-        except ArrowException as error:
+            if row != table.metadata.num_rows:
+                raise ArrowException(f"{row} rows, not {table.metadata.num_rows}")
+        except (ArrowException, OSError) as error:
             raise DataError(f"{source.path}: not a whole .parquet file ({error})") from None
 
 

@@ -1,6 +1,9 @@
 import gzip
 import json
+import os
+from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
 import zstandard
@@ -78,6 +81,29 @@ def test_parquet(tmp_path):
     )
 
 
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    offsets, data = np.array([0, 2, 4, 6], "<i4"), b"ok\xff\xfeOK"
+    buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 3, buffers)
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    first, reject, last = read_source(one(tmp_path / "a.parquet"))
+    assert (first.text, first.name, last.text, last.name) == (
+        "ok", "a.parquet@0", "OK", "a.parquet@2",
+    )  # fmt: skip
+    assert reject == Reject("a.parquet", 2, "not UTF-8")
+
+
+def test_damaged_parquet_is_told_by_its_name(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"hello {n} " * 20 for n in range(300)]})
+    parquet.write_table(table, path, use_dictionary=False, write_page_checksum=True)
+    data = bytearray(path.read_bytes())
+    for place in (len(data) // 4, len(data) // 2):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(DataError, match=r"a\.parquet: not a whole \.parquet file"):
+            texts_of(path)
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
@@ -113,6 +139,49 @@ def test_fields_are_chosen(write):
     assert len(set(names)) == 5
     (reject, *_) = read_source(one(path), "text", "nothing")
     assert reject.reason == "no field 'nothing' with a text or a number"
+
+
+def test_a_document_named_by_half_of_a_surrogate_pair(write):
+    path = write("a.jsonl", b'{"text": "a", "id": "\\ud800"}\n{"text": "b", "id": "x"}\n')
+    reject, document = read_source(one(path), "text", "id")
+    assert reject.reason == "field 'id' holds half of a surrogate pair"
+    assert document.name == "x"
+
+
+def test_a_file_name_that_is_not_utf8(tokenizer, tmp_path):
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt")).write_text("text")
+    tokenize([str(tmp_path / "in")], tokenizer, tmp_path / "out")
+    assert read_corpus(tmp_path / "out")[1] == ["caf\\xe9.txt"]
+
+
+def test_links_in_a_folder(tmp_path):
+    for name in ("in/deep/b.txt", "elsewhere/c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / "in/a_link").symlink_to("deep")
+    (tmp_path / "in/deep/loop").symlink_to("..")
+    (tmp_path / "in/out").symlink_to("../elsewhere")
+    found = [source.name for source in find_sources([str(tmp_path / "in")])]
+    assert found == ["deep/b.txt", "out/c.txt"]
+    (tmp_path / "in/dead.txt").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"dead\.txt"):
+        find_sources([str(tmp_path / "in")])
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
+    (tmp_path / "in/closed").mkdir(parents=True)
+    (tmp_path / "in/a.txt").write_text("text")
+    scan = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(PermissionError, match="closed"):
+        find_sources([str(tmp_path / "in")])
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
