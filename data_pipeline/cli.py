@@ -1,13 +1,14 @@
 """python -m data_pipeline: the command line.
 
 Exit codes: 0 done, 1 damage was found by `verify`, 2 bad input (one line on stderr), 130 and 143
-interrupted, after which the same command goes on where it was.
+interrupted, after which the same command goes on where it was, 141 nobody reads the output.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,14 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def _utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
 
 
 def _corpus(args: argparse.Namespace) -> int:
@@ -225,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--text-field", default="text", metavar="NAME", help=text_help)
     look = command(actions, "inspect", _tokenizer_inspect, "show a tokenizer")
     look.add_argument("model", metavar="FILE")
-    look.add_argument("--text", help="show how this text is cut into tokens")
+    look.add_argument("--text", type=_utf8, help="show how this text is cut into tokens")
 
     tokens = command(commands, "tokenize", _tokenize, "turn text into token shards")
     tokens.add_argument("--input", nargs="+", required=True, help="files, folders or patterns")
@@ -315,17 +324,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     try:
-        return args.handler(args)
+        status: int = args.handler(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `inspect DIR | head`; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
     except DataError as error:
         message = " ".join(str(error).split("\n"))
     except OSError as error:
-        where = error.filename or (Path(args.out) if hasattr(args, "out") else "input")
+        given = (getattr(args, name, None) for name in ("out", "model_out", "folder"))
+        where = error.filename or next(filter(None, given), "input")
         message = f"{where}: {error.strerror or error}; check the path, the rights and the space"
     except _Interrupted as error:
         name = signal.Signals(error.number).name
         print(f"data_pipeline: stopped by {name}; run the same command to go on", file=sys.stderr)
         return 128 + error.number
-    except BrokenPipeError:
-        return 1
     print(f"data_pipeline: {message}", file=sys.stderr)
     return 2

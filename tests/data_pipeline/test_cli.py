@@ -140,6 +140,38 @@ def test_a_full_disk_is_one_line(text_folder, model, tmp_path):
     assert not list((tmp_path / "c").glob("*.tok"))
 
 
+def test_a_full_disk_is_named_when_a_tokenizer_is_trained(text_folder, tmp_path):
+    out = tmp_path / "t.model"
+    limited = (
+        f"ulimit -f 0; exec {sys.executable} -m data_pipeline tokenizer train --vocab-size 400"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{limited} --input {text_folder} --model-out {out}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
+    assert done.stderr.startswith(f"data_pipeline: {out}: File too large")
+
+
+def test_nobody_reads_the_output(corpus_folder):
+    command = f"{sys.executable} -m data_pipeline inspect {corpus_folder} --samples 9 | true"
+    done = subprocess.run(
+        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_text_that_is_not_utf8_is_wrong_usage(capsys, model):
+    code, _, err = call(capsys, "tokenizer", "inspect", model, "--text", "a\udcff")
+    assert code == 2
+    assert "'a\\udcff' is not UTF-8" in err
+
+
 def test_neither_torch_nor_sentencepiece_is_imported_for_nothing():
     code = (
         "import sys, data_pipeline, data_pipeline.cli\n"
