@@ -31,9 +31,10 @@ def _parts(part: Any) -> Iterator[dict[str, Any]]:
 class HuggingFaceTokenizer(Tokenizer):
     """A byte-level or byte-fallback tokenizer.json behind the interface of Tokenizer.
 
-    Of bos, eos and pad the usual names are looked for; what is not there gets an id behind the
-    vocabulary, so `vocab_size` may be a little larger than the file says. Special tokens that stand
-    in the text are encoded as text.
+    Of bos, eos and pad the usual names are looked for among the special tokens; what is not there
+    gets an id behind the vocabulary, so `vocab_size` may be a little larger than the file says.
+    Special tokens that stand in the text are encoded as text; tokens that were added without being
+    special are not, so none of those is bos, eos or pad.
     """
 
     kind = "huggingface"
@@ -59,9 +60,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         vocabulary = self._hf.get_vocab(with_added_tokens=True)
-        self._added = {
-            token: added.content for token, added in self._hf.get_added_tokens_decoder().items()
-        }
+        added = self._hf.get_added_tokens_decoder()
+        self._added = {token: one.content for token, one in added.items()}
+        self._specials = {token for token, one in added.items() if one.special}
         self._in_file = self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = self._special(vocabulary, _BOS)
         self.eos_id = self._special(vocabulary, _EOS)
@@ -70,7 +71,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _special(self, vocabulary: dict[str, int], names: tuple[str, ...]) -> int:
         for name in names:
-            if vocabulary.get(name) in self._added:
+            if vocabulary.get(name) in self._specials:
                 return vocabulary[name]
         self.vocab_size += 1
         return self.vocab_size - 1

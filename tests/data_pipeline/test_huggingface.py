@@ -60,6 +60,18 @@ def test_a_corpus_carries_it(path, text_folder, texts, tmp_path, workers):
     }
 
 
+def test_an_added_token_that_is_not_special_does_not_end_documents(texts, tmp_path):
+    made = byte_level(texts, ())
+    made.add_tokens(["</s>", "<|endoftext|>"])
+    tokenizer = Tokenizer.from_bytes(made.to_str().encode())
+    (tmp_path / "a.txt").write_text("one </s> two <|endoftext|>")
+    tokenize([str(tmp_path / "a.txt")], tokenizer, tmp_path / "c")
+    corpus, damages = verify(tmp_path / "c")
+    assert damages == []
+    assert tokenizer.decode(corpus.read(0, corpus.num_tokens)) == "one </s> two <|endoftext|>"
+    assert corpus.text_bytes == tokenizer.token_bytes[corpus.read(0, corpus.num_tokens)].sum()
+
+
 def test_byte_fallback_like_llama():
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
     vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
