@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
@@ -38,6 +39,29 @@ def _call(job: Any) -> Any:
     return _work(job)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM wait, and processes started here never get SIGINT.
+
+    Ctrl-C goes to the whole terminal, and a process that is still importing would end with a
+    traceback; so would one that its parent was interrupted in starting.
+    """
+    came: list[int] = []
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda came_now, _: came.append(came_now))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def each(
     work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, what: str
 ) -> Iterator[tuple[int, Result]]:
@@ -58,7 +82,8 @@ def each(
         (work, os.getpid()),
     )
     try:
-        futures = {pool.submit(_call, job): number for number, job in enumerate(jobs)}
+        with _uninterrupted():
+            futures = {pool.submit(_call, job): number for number, job in enumerate(jobs)}
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
     except BrokenProcessPool:

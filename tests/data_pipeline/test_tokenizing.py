@@ -82,6 +82,31 @@ def test_killed_and_run_again(text_folder, corpus_folder, model, tmp_path, worke
     assert not list(out.glob(".*"))
 
 
+def started(pid):
+    """A worker of the process `pid`, as soon as there is one."""
+    while True:
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+        time.sleep(0.001)
+
+
+def test_ctrl_c_while_the_workers_start(text_folder, model, tmp_path):
+    process = subprocess.Popen(
+        command(text_folder, model, tmp_path / "c", 2),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    status = Path(f"/proc/{started(process.pid)}/status").read_text()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate()[1].count("\n") == 1
+    assert process.returncode == 128 + signal.SIGINT
+    masks = [line.split()[1] for line in status.splitlines() if line[:6] in ("SigBlk", "SigIgn")]
+    assert any(int(mask, 16) >> (signal.SIGINT - 1) & 1 for mask in masks)
+
+
 def test_a_second_run_writes_nothing(text_folder, copied, tokenizer):
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in copied.iterdir()}
     _, written = tokenize([str(text_folder)], tokenizer, copied, 1, SHARD_BYTES)
