@@ -19,6 +19,7 @@ from typing import Any
 from data_pipeline.errors import DataError
 
 Handler = Callable[[argparse.Namespace], int]
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Interrupted(BaseException):
@@ -319,9 +320,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
 
     def interrupt(number: int, _: FrameType | None) -> None:
+        for other in _STOPS:  # a launcher and a terminal may both pass one on: tidy up just once
+            signal.signal(other, lambda *_: None)
         raise _Interrupted(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOPS:
         signal.signal(number, interrupt)
     try:
         status: int = args.handler(args)

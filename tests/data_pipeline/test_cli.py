@@ -1,4 +1,5 @@
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,28 @@ def test_nobody_reads_the_output(corpus_folder):
         text=True,
     )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_second_signal_does_not_disturb_the_tidying_up(capsys, monkeypatch):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    tidied = []
+
+    def verify(_):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            tidied.append(True)
+
+    monkeypatch.setattr(cli, "_verify", verify)
+    try:
+        code, _, err = call(capsys, "verify", "anything")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (code, tidied) == (143, [True])
+    assert err == "data_pipeline: stopped by SIGTERM; run the same command to go on\n"
 
 
 def test_a_text_that_is_not_utf8_is_wrong_usage(capsys, model):
