@@ -224,6 +224,13 @@ def open_corpora(config: RunConfig, poll: Callable[[], None] = lambda: None) -> 
         raise ConfigError(
             f"data: the corpora have different vocabularies, of sizes {sorted(sizes)}"
         )
+    first, others = everything[0], everything[1:]
+    for corpus in others:
+        if corpus.tokenizer_sha256 != first.tokenizer_sha256:
+            raise ConfigError(
+                f"data: {corpus.path} was made with another tokenizer than {first.path}: its ids "
+                "stand for other text; tokenize both with one"
+            )
     return Corpora(train_corpora, validation, domains)
 
 
