@@ -19,13 +19,15 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = None,
     stop_token: int | None = None,
+    vocab_size: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Continue `prompt`, int64 [T], T >= 1; returns the new tokens, int64 [at most num_tokens].
 
     temperature 0 takes the most likely token; top_k keeps that many candidates; generation ends
-    before `stop_token`. Raises ValueError for an empty prompt, num_tokens below 0, a temperature
-    that is negative or not finite, top_k < 1, and for a model whose logits are not finite.
+    before `stop_token`. vocab_size: of the tokenizer, where the model's is larger: no id from there
+    on is chosen. Raises ValueError for an empty prompt, num_tokens below 0, a temperature that is
+    negative or not finite, top_k < 1, and for a model whose logits are not finite.
     """
     if prompt.ndim != 1 or prompt.numel() == 0:
         raise ValueError(f"prompt must be [T] with T >= 1, got {tuple(prompt.shape)}")
@@ -38,7 +40,7 @@ def generate(
     logits, state = model(prompt[None], model.initial_state(1, decoding=True))
     chosen: list[int] = []
     while len(chosen) < num_tokens:
-        scores = logits[0, -1].float()
+        scores = logits[0, -1, :vocab_size].float()
         if not scores.isfinite().all():
             raise ValueError("the model's logits are not finite: its weights or its state are not")
         if top_k is not None and top_k < scores.numel():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline import DataError
+from tools.arguments import at_least, learning_rate
 from tools.figures import table
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_tokenizer
@@ -32,18 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="NAME=EVERY",
         help="a CMS level that learns, and every how many tokens it steps; may be repeated",
     )
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate (default 1e-3)")
-    parser.add_argument("--max-tokens", type=int, help="read no more than so many")
+    parser.add_argument(
+        "--lr", type=learning_rate, default=1e-3, help="learning rate (default 1e-3)"
+    )
+    parser.add_argument("--max-tokens", type=at_least(2), help="read no more than so many")
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)
     try:
-        if options.max_tokens is not None and options.max_tokens < 2:
-            raise ValueError(f"--max-tokens {options.max_tokens}: 2 are the fewest to predict from")
-        if not (math.isfinite(options.lr) and options.lr >= 0):
-            raise ValueError(f"--lr {options.lr}: a rate is finite and 0 or more")
         every = _levels(options.level)
         config, model, tokenizer = load_run_and_tokenizer(options.run)
-        text = options.input.read_text(encoding="utf-8")
+        text = _text(options.input)
         tokens = [tokenizer.bos_id, *tokenizer.encode(text)][: options.max_tokens]
         if len(tokens) < 2:
             raise ValueError(f"{options.input} holds no text to predict")
@@ -72,6 +70,14 @@ def _levels(given: list[str]) -> dict[str, int]:
             raise ValueError(f"--level names {name!r} twice")
         every[name] = int(number)
     return every
+
+
+def _text(path: Path) -> str:
+    """The content of a file, its line ends as they are."""
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} of it") from None
 
 
 def _read(adapter: OnlineAdapter, stream: Tensor, label: str) -> Tensor:

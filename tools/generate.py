@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline import DataError
 from hope.sampling import generate
+from tools.arguments import at_least, utf8
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_tokenizer
 from train.config import ConfigError
@@ -19,16 +20,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Print a continuation of the prompt; exit status 2 with one line for bad input."""
     parser = argparse.ArgumentParser(prog="python -m tools.generate", description=main.__doc__)
     parser.add_argument("run", type=Path, help="run folder, e.g. runs/quickstart")
-    parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    parser.add_argument("--max-tokens", type=int, default=200)
+    parser.add_argument(
+        "--prompt", type=utf8, default="", help="text to continue (default: a new document)"
+    )
+    parser.add_argument("--max-tokens", type=at_least(0), default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     torch.set_flush_denormal(True)
     try:
-        if not _is_text(options.prompt):
-            raise ValueError("--prompt is not UTF-8 text")
         _, model, tokenizer = load_run_and_tokenizer(options.run)
         prompt = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
         tokens = generate(
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             temperature=options.temperature,
             top_k=options.top_k,
             stop_token=tokenizer.eos_id,
+            vocab_size=tokenizer.vocab_size,
             generator=torch.Generator().manual_seed(options.seed),
         )
     except (CheckpointError, ConfigError, DataError, ValueError) as error:
@@ -45,11 +47,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(options.prompt + tokenizer.decode(tokens.tolist()))
     return 0
-
-
-def _is_text(argument: str) -> bool:
-    """Whether bytes of the command line were text; what was not arrives as surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,14 @@ def test_the_norms_epsilon_is_positive() -> None:
             HopeConfig(norm_eps=eps)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+def test_generation_keeps_to_the_ids_of_the_tokenizer(temperature) -> None:
+    model, prompt = HopeModel(BASE), tokens_of(1, 11)[0]
+    chosen = generate(model, prompt, 40, temperature=temperature, top_k=50, vocab_size=3)
+    assert chosen.numel() == 40
+    assert int(chosen.max()) < 3
+
+
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         HopeModel(HopeConfig())

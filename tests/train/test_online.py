@@ -272,9 +272,6 @@ def test_it_lowers_the_perplexity_of_a_long_held_out_document(
         assert message in error
         assert error.count("\n") == 1
     for more, message in (
-        (["--lr", "nan"], "--lr nan"),
-        (["--lr", "-1"], "--lr -1.0"),
-        (["--max-tokens", "-3"], "--max-tokens -3"),
         (["--level", "b=64"], "names 'b' twice"),
         (["--level", "c=\u00b2"], "is not of the form NAME=EVERY"),
     ):
@@ -282,6 +279,13 @@ def test_it_lowers_the_perplexity_of_a_long_held_out_document(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    file.write_bytes(b"caf\xe9")
+    assert adapt([*common, "--level", "b=128"]) == 2
+    assert f"{file} is not UTF-8: byte 3 of it" in capsys.readouterr().err
+    for wrong in (["--lr", "-1"], ["--lr", "nan"], ["--max-tokens", "-5"], ["--max-tokens", "1"]):
+        with pytest.raises(SystemExit) as stopped:
+            adapt([*common, "--level", "b=128", *wrong])
+        assert stopped.value.code == 2
 
 
 def test_a_run_is_not_used_with_another_tokenizer(
