@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from tools import deepspeed_checkpoints
+from tools.arguments import at_least
 from tools.figures import table
 from train.checkpoint import CheckpointError, retention
 from train.checkpoint.manifest import (
@@ -130,8 +131,12 @@ def export(options: argparse.Namespace) -> int:
             yield bytes_of(reader.whole(name))
 
     draft = options.output.with_name(f".writing-{options.output.name}")
-    write(draft, content())
-    rename(draft, options.output)
+    try:
+        write(draft, content())
+        rename(draft, options.output)
+    except BaseException:
+        remove(draft)
+        raise
     print(f"{options.output}: {len(chosen)} tensors, {size(options.output):,} bytes")
     return 0
 
@@ -205,9 +210,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         many = {} if name == "tag" else {"nargs": "+"}
         command.add_argument("run", metavar="RUN", **many)  # type: ignore[arg-type]
         if name == "prune":
-            command.add_argument("--keep-last", type=_positive, default=2, metavar="N")
-            command.add_argument("--keep-every-tokens", type=_positive, metavar="TOKENS")
-            command.add_argument("--keep-best", type=int, default=0, metavar="N")
+            command.add_argument("--keep-last", type=at_least(1), default=2, metavar="N")
+            command.add_argument("--keep-every-tokens", type=at_least(1), metavar="TOKENS")
+            command.add_argument("--keep-best", type=at_least(0), default=0, metavar="N")
             command.add_argument("--dry-run", action="store_true", help="say what would go")
         elif name == "tag":
             command.add_argument("name", metavar="NAME", help="e.g. tokens-000000001048576")
@@ -223,12 +228,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     command.add_argument("--prefix", default="model/", help="of the tensors (default model/)")
     deepspeed_checkpoints.add_commands(commands, checkpoint)
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def main(arguments: list[str] | None = None) -> int:

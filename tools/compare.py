@@ -27,11 +27,12 @@ from typing import Any
 from data_pipeline import Corpus
 from hope import AttentionConfig, CMSConfig, HopeConfig, LevelConfig
 from hope.model import num_parameters
+from tools.arguments import at_least
 from tools.figures import table, write_figures
 from tools.prepare import prepare_sotu
 from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
 from train.callbacks.metrics import plot_loss, read_metrics
-from train.config import RunConfig, load_config
+from train.config import ConfigError, RunConfig, load_config
 from train.run_folder import CONFIG, METRICS
 
 RUNS = Path("runs/compare")
@@ -50,11 +51,18 @@ class Variant:
 def main(arguments: list[str] | None = None) -> int:
     """Train every variant and seed, print the table, save the figures and the picture."""
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=main.__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
     options = parser.parse_args(arguments)
-    prepare_sotu()
-    base = load_config(CONFIG_FILE, options.overrides)
+    try:
+        base = load_config(CONFIG_FILE, options.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        prepare_sotu()
+    except subprocess.CalledProcessError as error:
+        return int(error.returncode)  # the step has said why
     variants = make_variants(base)
     jobs = [(variant, seed) for seed in range(options.seeds) for variant in variants]
     started = time.monotonic()

@@ -17,7 +17,7 @@ from tools.prepare import prepare_sotu, run
 from train.callbacks.metrics import read_metrics
 from train.callbacks.mlflow import tracking_location
 from train.checkpoint import CheckpointStore, open_store
-from train.config import RunConfig, load_config
+from train.config import ConfigError, RunConfig, load_config
 from train.evaluate.unigram import count_labels, unigram_loss
 from train.parallel.ranks import Ranks
 from train.run_folder import CONFIG, METRICS
@@ -31,7 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=main.__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the training run")
     options = parser.parse_args(arguments)
-    config = load_config(CONFIG_FILE, options.overrides)
+    try:
+        config = load_config(CONFIG_FILE, options.overrides)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         prepare_sotu()
         if not finished(config):

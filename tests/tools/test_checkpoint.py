@@ -81,6 +81,12 @@ def test_export_is_read_by_the_library(folder: Path, tmp_path: Path) -> None:
     assert all(key.startswith("layers.0.") for key in load_file(output))
 
 
+def test_an_export_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    assert main(["export", str(folder), str(tmp_path / "taken")]) == 2
+    assert [path.name for path in tmp_path.glob("*taken*")] == ["taken"]
+
+
 def test_every_file_of_a_checkpoint_is_read_by_the_library(folder: Path) -> None:
     found = {}
     for path in (folder / name(200)).glob("*.safetensors"):
@@ -89,6 +95,11 @@ def test_every_file_of_a_checkpoint_is_read_by_the_library(folder: Path) -> None
 
 
 def test_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--keep-best", "-4"], ["--keep-last", "0"], ["--keep-last", "x"]):
+        with pytest.raises(SystemExit):
+            main(["prune", str(folder), *wrong])
+    assert names(folder) == [100, 200, 300]
+    capsys.readouterr()
     rules = ["--keep-last", "1", "--keep-best", "1"]
     assert main(["prune", str(folder), *rules, "--dry-run"]) == 0
     assert capsys.readouterr().out == f"would delete {folder / name(100)}\n"

@@ -5,13 +5,30 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from hope import HopeModel
 from hope.model import num_parameters
+from tools import compare, quickstart
 from tools.compare import make_variants
 from tools.figures import table
 from train.config import load_config
 
 CONFIG = "configs/quickstart.yaml"
+
+
+@pytest.mark.parametrize("main", [compare.main, quickstart.main])
+def test_wrong_overrides_are_told_before_anything_is_fetched(main, monkeypatch, capsys) -> None:
+    for module in (compare, quickstart):
+        monkeypatch.setattr(module, "prepare_sotu", lambda: pytest.fail("fetched"))
+    assert main(["foo=1"]) == 2
+    assert capsys.readouterr().err == f"error: {CONFIG}: unknown key 'foo'\n"
+
+
+def test_a_comparison_wants_at_least_a_seed(monkeypatch) -> None:
+    monkeypatch.setattr(compare, "prepare_sotu", lambda: pytest.fail("fetched"))
+    with pytest.raises(SystemExit):
+        compare.main(["--seeds", "0"])
 
 
 def test_every_variant_has_the_parameters_of_hope(corpora: dict[str, Path]) -> None:
