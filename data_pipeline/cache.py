@@ -28,7 +28,9 @@ def with_retries(action: Callable[[], T], what: str) -> T:
             return action()
         except FileNotFoundError:
             raise DataError(f"{what}: there is no such file; check the address") from None
-        except (OSError, CorruptDataError) as error:
+        except Exception as error:  # each library of a remote store has errors of its own
+            if isinstance(error, DataError) and not isinstance(error, CorruptDataError):
+                raise
             if attempt + 1 == _ATTEMPTS:
                 raise DataError(f"{what}: failed {_ATTEMPTS} times, last with: {error}") from error
             time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)

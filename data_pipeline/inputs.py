@@ -82,6 +82,13 @@ def _utf8(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def _address(prefix: str, path: str) -> str:
+    """The URL of a path of a file system; that of HTTP calls its files by their whole URLs."""
+    if is_url(path):
+        return path
+    return prefix + (path if prefix == "file://" else path.lstrip("/"))
+
+
 def _find(given: str) -> list[Source]:
     if is_url(given):
         system = file_system(given)
@@ -93,7 +100,7 @@ def _find(given: str) -> list[Source]:
             paths, root = system.glob(root), None
         return [
             Source(
-                prefix + path.lstrip("/") if prefix != "file://" else prefix + path,
+                _address(prefix, path),
                 path[len(root) :].lstrip("/") if root else PurePosixPath(path).name,
                 system.size(path),
             )
