@@ -235,6 +235,24 @@ def test_activation_checkpointing_and_no_gradients() -> None:
         assert torch.equal(call(p.x), plain)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_states_are_exact_and_what_products_take_is_rounded(dtype: torch.dtype) -> None:
+    from hope.scan.layouts import Layouts
+    from hope.scan.segments import Segment
+
+    p = small()
+    layouts = Layouts(CONFIG, p.x.to(dtype), p.q.to(dtype), list(p.weights), None)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    assert (layouts.fresh.dtype, layouts.base.dtype) == (exact, dtype)
+    segment = Segment(layouts, keep=True)
+    for writer in (segment.projections, segment.mem):
+        writer.begin(layouts, layouts.start(None))
+        assert (writer.state.dtype, writer.work.dtype) == (exact, exact)
+        assert (writer.frozen.dtype, writer.deltas.dtype) == (dtype, dtype)
+        begun = layouts.base[writer.which].repeat_interleave(2, 0).view_as(writer.frozen[:, :, 0])
+        assert torch.equal(writer.frozen[:, :, 0], begun)  # two rows of one head
+
+
 def test_double_backward_is_refused() -> None:
     p = problem_on_device(tokens=8)
     out, _ = scan(p.x, p.q, p.weights, CONFIG, p.state)
