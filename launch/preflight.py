@@ -218,7 +218,9 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m launch.preflight", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("config", help="the YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for python -m train")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="as for python -m train"
+    )
     limits = Limits()
     add = parser.add_argument
     add("--timeout", type=float, default=limits.seconds, help="seconds a rank has for each part")

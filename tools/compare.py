@@ -52,7 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Train every variant and seed, print the table, save the figures and the picture."""
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=main.__doc__)
     parser.add_argument("--seeds", type=at_least(1), default=3)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="for every run"
+    )
     options = parser.parse_args(arguments)
     try:
         base = load_config(CONFIG_FILE, options.overrides)

@@ -29,7 +29,9 @@ PROMPT = "Fellow citizens, the state of our Union is"
 def main(arguments: list[str] | None = None) -> int:
     """Run the quickstart; the exit status is the first failing step's, or 0."""
     parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=main.__doc__)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the training run")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="for the training run"
+    )
     options = parser.parse_args(arguments)
     try:
         config = load_config(CONFIG_FILE, options.overrides)

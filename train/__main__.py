@@ -59,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML file, e.g. configs/quickstart.yaml")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=3e-4 run_dir=runs/a"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="e.g. optimizer.lr=3e-4 run_dir=runs/a",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(

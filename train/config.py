@@ -23,7 +23,7 @@ from train.data import DataConfig
 from train.optim.config import OptimizerConfig
 from train.parallel.config import ParallelConfig
 from train.parallel.pulse import FIRST_RANK_PHASES
-from train.section import ConfigError, Section
+from train.section import ConfigError, LocalPath, Section
 from train.spikes import SpikesConfig
 from train.watchdog import WatchdogConfig
 from train.zero.config import DeepSpeedConfig
@@ -87,7 +87,7 @@ class InitFromConfig(Section):
     level, and `fast` everything else, stays what it was.
     """
 
-    path: Path
+    path: LocalPath
     levels: tuple[str, ...] | None = Field(None, min_length=1)
 
 
@@ -142,7 +142,7 @@ class RunConfig(Section):
     """
 
     mode: Literal["pretrain", "continual"] = "pretrain"
-    run_dir: Path
+    run_dir: LocalPath
     seed: int = Field(0, ge=0)
     num_threads: int | None = Field(None, ge=1)
     model: HopeConfig
@@ -245,7 +245,13 @@ class RunConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML whose floats are YAML 1.2's (so that 3e-4 is a number), duplicates refused."""
+    """Safe YAML whose numbers are YAML 1.2's (3e-4 is one, 0400 is 400, 1:04 is text), with `_`
+    between digits, and whose dates are text; duplicates refused."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node).replace("_", "")
+        prefixed = text[:2] in ("0o", "0x")
+        return int(text[2:], 8 if text[1] == "o" else 16) if prefixed else int(text)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = []
@@ -260,11 +266,27 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)?$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that `_Loader` would take for something else."""
+
+
+_DATE = "tag:yaml.org,2002:timestamp"
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?\d[\d_]*|0o[0-7][0-7_]*|0x[\da-fA-F][\da-fA-F_]*",
+    "tag:yaml.org,2002:float": (
+        r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    ),
+}
+_Loader.yaml_implicit_resolvers, _Dumper.yaml_implicit_resolvers = {}, {}
+for _first, _known in yaml.SafeLoader.yaml_implicit_resolvers.items():
+    _kept = [(tag, pattern) for tag, pattern in _known if tag not in _NUMBERS]
+    _Dumper.yaml_implicit_resolvers[_first] = _kept
+    _Loader.yaml_implicit_resolvers[_first] = [one for one in _kept if one[0] != _DATE]
+for _tag, _text in _NUMBERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"^({_text})$", re.ASCII), [*"-+.0123456789"])
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
@@ -296,12 +318,16 @@ def validate_config(raw: dict[str, Any], source: str) -> RunConfig:
     except pydantic.ValidationError as error:
         # A value that may be of several types is a problem for each: one of them is enough.
         problems = {_where(problem): _describe(problem) for problem in reversed(error.errors())}
+        for problem in error.errors():  # a list that is short because of an entry with a problem
+            where = _where(problem)
+            if problem["type"] == "too_short" and any(k.startswith(f"{where}.") for k in problems):
+                problems.pop(where, None)
         raise ConfigError(f"{source}: " + "; ".join(reversed(problems.values()))) from None
 
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; loading it again gives an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -321,8 +347,11 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _parse(text: str, source: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # A tag that its value does not fit ends in anything.
         raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: not valid YAML: nested too deeply") from None
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:

@@ -7,15 +7,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from train.section import Section
+from train.section import LocalPath, Section, expand_home
 
 
 def _plain(location: str) -> str:
-    return location if "://" in location else str(Path(location))
+    return location if "://" in location else str(Path(expand_home(location)))
 
 
 Location = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
-"""A folder, or a URL that fsspec reads (s3://, gs://, https://, file://, ...)."""
+"""A folder (`~` is home), or a URL that fsspec reads (s3://, gs://, https://, file://, ...)."""
 
 
 class CorpusConfig(Section):
@@ -71,7 +71,7 @@ class DataConfig(Section):
     curriculum: tuple[StageConfig, ...] = ()
     on_corrupt: Literal["raise", "skip"] = "raise"
     prefetch: int = Field(2, ge=0)
-    cache_dir: Path | None = None
+    cache_dir: LocalPath | None = None
     cache_bytes: int = Field(64 << 30, ge=1)
 
     @property

@@ -59,7 +59,12 @@ MISTAKES = [
     (["optimizer.lr=[1"], "not valid YAML"),
     (["model.cms.levels.\u00b2.name=x"], "'\u00b2' is no entry of a list of 3"),
     (["optimizer.lr=&a [*a]"], "not plain data: Circular reference"),
-    (["optimizer={2026-01-01: 2}"], "not plain data: keys must be str"),
+    (["optimizer={2026-01-01: 2}"], "unknown key 'optimizer.2026-01-01'"),
+    (["optimizer={!!timestamp 2026-01-01: 2}"], "not plain data: keys must be str"),
+    (["optimizer.lr=!!bool x"], "not valid YAML"),
+    ([f"seed={'9' * 5000}"], "not valid YAML: Exceeds the limit"),
+    (["training.walltime_s=1:04:00"], "walltime_s: input should be a valid number, got '1:04:00'"),
+    (["data.train.0=null"], ": data.train.0: input should be an object, got None\n"),
     (["optimizer={lr: 1, lr: 2}"], "override 'optimizer={lr: 1, lr: 2}': not valid YAML: key 'lr'"),
     (["training.walltime_s=0"], "training.walltime_s: input should be greater than 0, got 0"),
     (["training.walltime_s=soon"], "training.walltime_s: input should be a valid number"),
@@ -141,9 +146,13 @@ def test_overrides_are_typed_yaml(config_file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1e-3", 1e-3), ("3E4", 3e4), ("-1.5", -1.5), ("1_000", 1000), ("1.5e+2", 150.0), ("7", 7)],
+    [
+        *(("1e-3", 1e-3), ("3E4", 3e4), ("-1.5", -1.5), ("1_000", 1000), ("1.5e+2", 150.0)),
+        *(("7", 7), ("0400", 400), ("0o17", 15), ("0x1F", 31), ("-.5", -0.5), ("1:04", "1:04")),
+        *(("2026-13-45", "2026-13-45"), ("0b11", "0b11")),
+    ],
 )
-def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
+def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float | str) -> None:
     from train.config import _parse
 
     assert _parse(f"x: {text}", "test") == {"x": value}
@@ -162,6 +171,38 @@ def test_resolved_configuration_loads_again_as_itself(raw_config: dict[str, Any]
     again = validate_config(yaml.safe_load(dump_config(config)), "dump")
     assert again == config
     assert isinstance(again.model, HopeConfig)
+
+
+@pytest.mark.parametrize("text", ["1e5", "0400", "0o7", "1:04", ".5e3", "yes", "2026-01-01", "~"])
+def test_text_that_looks_like_something_else_stays_text(
+    raw_config: dict[str, Any], tmp_path: Path, text: str
+) -> None:
+    raw_config["mlflow"]["experiment"] = text
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_config(validate_config(raw_config, "test")))
+    assert load_config(path).mlflow.experiment == text
+
+
+def test_a_tilde_is_the_home_folder(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    asked = ["run_dir=~/run", "data.train.0.path=~/train", "data.validation='~'"]
+    asked += ["data.cache_dir=~/cache", "init_from.path=~/base"]
+    config = load_config(config_file, asked)
+    home = tmp_path / "home"
+    assert config.run_dir == home / "run"
+    assert config.data.train[0].path == str(home / "train")
+    assert config.data.validation == str(home)
+    assert config.data.cache_dir == home / "cache"
+    assert config.init_from is not None
+    assert config.init_from.path == home / "base"
+
+
+def test_what_is_required_is_the_configuration_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda p: p.stem)

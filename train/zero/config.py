@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from train.parallel.layout import Layout
-from train.section import ConfigError, Section
+from train.section import ConfigError, LocalPath, Section
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -75,7 +75,7 @@ class DeepSpeedConfig(Section):
     """
 
     zero_stage: Literal[1, 2, 3] = Field(1)
-    config: Path | None = None
+    config: LocalPath | None = None
 
 
 def settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
