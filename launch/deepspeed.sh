@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Training on 1 to N nodes under DeepSpeed's launcher, which reaches the nodes by ssh. docs/launch.md.
-usage='usage: launch/deepspeed.sh NPROC|HOSTFILE CONFIG [key=value ...] [--resume | --resume-or-start]
+usage='usage: launch/deepspeed.sh NPROC|HOSTFILE CONFIG [key=value ...] [--resume | --resume-or-start | --resume-from NAME]
 NPROC: that many ranks on this machine. HOSTFILE: lines "host slots=N", run on one of the hosts or
 beside them; pdsh and passwordless ssh to every host are needed. From the environment:
   MASTER_ADDR         address of the first host (default: what its "hostname -I" says)
@@ -30,7 +30,9 @@ if [[ ! $where =~ ^[0-9]+$ ]]; then
   fi
   where=$(realpath "$where")
 fi
-cd "$(dirname "$0")/.."
+# The code is found from any folder, and in no other one; paths are of where the command was given.
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 python=${PYTHON:-python3}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 options=(--master_port "${MASTER_PORT:-29500}" --no_local_rank --log_level error)

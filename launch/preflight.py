@@ -230,6 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
     add("--hosts", default="", help="names of the nodes in the order of ranks, with commas")
     for same_as_train in ("--resume", "--resume-or-start"):
         add(same_as_train, action="store_true", help=argparse.SUPPRESS)
+    add("--resume-from", help=argparse.SUPPRESS)
     add("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
     config: RunConfig | ConfigError

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Training on 1 to N nodes under torchrun's agent; the same command on every node. docs/launch.md.
-usage='usage: launch/torchrun.sh NPROC CONFIG [key=value ...] [--resume | --resume-or-start]
+usage='usage: launch/torchrun.sh NPROC CONFIG [key=value ...] [--resume | --resume-or-start | --resume-from NAME]
 NPROC ranks on each node. From the environment:
   NNODES=1            nodes, or MIN:MAX for an elastic job
   NODE_RANK           0 on the node that hosts the rendezvous, 1, 2, ... on the others
@@ -15,7 +15,9 @@ if [ $# -lt 2 ]; then
   echo "$usage" >&2
   exit 2
 fi
-cd "$(dirname "$0")/.."
+# The code is found from any folder, and in no other one; paths are of where the command was given.
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 nproc=$1
 shift
 must_be() { # NAME VALUE PATTERN WORDS

@@ -292,5 +292,6 @@ def test_the_command_for_one_process(
         monkeypatch.delenv(name, raising=False)
     assert main([str(config_file), "--resume-or-start", "--local_rank=0"]) == 0
     assert capsys.readouterr().out.startswith("pre-flight, 1 node, 1 rank: python")
+    assert main([str(config_file), "--resume-from", "tokens-000000000000256"]) == 0
     assert main([str(config_file), "modell.dim=3"]) == 2
     assert capsys.readouterr().err.startswith("error: node 0 (")

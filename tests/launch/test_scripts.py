@@ -21,6 +21,7 @@ SCRIPTS = sorted((ROOT / "launch").glob("*.s*"))
 # In the place of python: notes its arguments and settings, then does as the test says.
 PYTHON = """#!/usr/bin/env bash
 echo "$@" >>"$STANDIN/calls"
+pwd >"$STANDIN/folder"
 env >"$STANDIN/environment"
 [ -z "${DS_ENV_FILE:-}" ] || cp "$DS_ENV_FILE" "$STANDIN/carried"
 [ ! -e "$STANDIN/behaviour" ] || . "$STANDIN/behaviour"
@@ -75,11 +76,13 @@ def environment(standin: Path, **more: str) -> dict[str, str]:
 
 
 def run(
-    script: str, *arguments: str, standin: Path, **more: str
+    script: str, *arguments: str, standin: Path, folder: Path | None = None, **more: str
 ) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(ROOT / "launch" / script), *arguments]
     settings = environment(standin, **more)
-    return subprocess.run(command, capture_output=True, text=True, env=settings, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, env=settings, cwd=folder, check=False
+    )
 
 
 def calls(standin: Path) -> list[str]:
@@ -103,6 +106,19 @@ def test_torchrun_on_one_node(standin: Path) -> None:
         "-m launch.agent --nproc-per-node 2 --max-restarts 0 --standalone "
         "-m train c.yaml seed=1 --resume"
     ]
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_paths_are_of_the_folder_in_which_the_command_is_given(
+    standin: Path, tmp_path: Path, script: str
+) -> None:
+    """The code is found all the same, before what lies there under the same names."""
+    (tmp_path / "train.py").write_text("raise SystemExit(3)\n")
+    (standin / "behaviour").write_text(f"{sys.executable} -m train --help >/dev/null || exit 9\n")
+    result = run(script, "2", "c.yaml", standin=standin, folder=tmp_path, PYTHONPATH="/more")
+    assert result.returncode == 0, result.stderr
+    assert (standin / "folder").read_text() == f"{tmp_path}\n"
+    assert f"PYTHONPATH={ROOT}:/more\n" in (standin / "environment").read_text()
 
 
 def test_torchrun_on_several_nodes(standin: Path) -> None:
@@ -186,14 +202,13 @@ def test_deepspeed_starts_nothing_after_a_failed_check(standin: Path) -> None:
 
 
 def slurm(standin: Path, *arguments: str, nodes: int = 2, **more: str) -> subprocess.Popen:
-    settings = environment(
-        standin,
-        SLURM_SUBMIT_DIR=str(ROOT),
-        SLURM_JOB_NODELIST="w[0-1]",
-        SLURM_JOB_NUM_NODES=str(nodes),
-        SLURM_JOB_ID="77",
-        **more,
-    )
+    known = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_NODELIST": "w[0-1]",
+        "SLURM_JOB_NUM_NODES": str(nodes),
+        "SLURM_JOB_ID": "77",
+    }
+    settings = environment(standin, **(known | more))
     copy = standin / "copy.sbatch"  # as Slurm does
     shutil.copy(ROOT / "launch" / "slurm.sbatch", copy)
     command = ["bash", str(copy), *arguments]
@@ -246,6 +261,15 @@ def test_slurm_stops_with_a_checkpoint_and_requeues(
     assert job.wait(60) == status
     assert saved.read_text() == "saved\n" * 2
     assert ("scontrol requeue 77" in (standin / "slurm").read_text()) == requeued
+
+
+def test_slurm_from_another_folder_is_one_line(standin: Path, tmp_path: Path) -> None:
+    job = slurm(standin, "c.yaml", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert job.wait(60) == 2
+    assert job.stderr is not None
+    told = job.stderr.read()
+    assert told.startswith(f"error: no launch/torchrun.sh in {tmp_path}: ")
+    assert told.count("\n") == 1
 
 
 def test_slurm_does_not_requeue_what_failed(standin: Path) -> None:
