@@ -115,6 +115,41 @@ def test_a_domain_of_any_name_reaches_mlflow_and_so_does_what_follows(
     assert found.info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("broken", ["metrics", "artifacts", "artifact server"])
+def test_what_mlflow_refuses_does_not_keep_back_what_follows(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: str,
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    def failing(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError("/mlruns") if broken == "artifacts" else RuntimeError("status 500")
+
+    if broken != "metrics":
+        monkeypatch.setattr(MlflowClient, "log_text", failing)
+    monkeypatch.setattr("train.callbacks.mlflow_sender.FIRST_RETRY_S", 0.01)
+    backlog, store = Backlog(tmp_path), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    name = "x+y" if broken == "metrics" else "x"
+    backlog.add({"metrics": {name: 1.0}, "step": 1, "time": 1})
+    backlog.add({"metrics": {"x": 2.0}, "step": 2, "time": 2})
+    backlog.add({"text": "words", "name": "config.yaml"})
+    backlog.add({"metrics": {"x": 3.0}, "step": 3, "time": 3})
+    backlog.add({"status": "FINISHED"})
+    sender = Sender(backlog, store, tmp_path / "artifacts", "e", tmp_path)
+    sender.start()
+    deadline = time.monotonic() + 60
+    while backlog.left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert sender.finish(30) == 0
+    run = MlflowClient(store).get_run((tmp_path / "mlflow_run_id").read_text())
+    assert run.data.metrics["x"] == 3.0
+    assert run.info.status == "FINISHED"
+    refused = "metrics" if broken == "metrics" else "config.yaml"
+    assert capsys.readouterr().err.count(f"MLflow refuses {refused}, left out: ") == 1
+
+
 def test_a_server_that_never_answers_takes_no_time(tmp_path: Path) -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -18,6 +18,9 @@ from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT, write_w
 
 AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
+ARTIFACT_TRIES = 3
+ARTIFACTS = ("text", "file")  # kinds of records that go where MLflow stores files
+NOT_FROM_HERE = (ImportError, PermissionError, FileNotFoundError, NotADirectoryError)
 
 
 class Backlog:
@@ -75,6 +78,9 @@ class Backlog:
 class Sender:
     """A daemon thread that empties a backlog into one MLflow run, for as long as that takes.
 
+    A record that MLflow will never take is left out with one line, and does not keep back what
+    follows: one that it calls wrong, and an artifact that can't be stored although it answers.
+
     trouble: the last error, without secrets; "" when the last request went well.
     """
 
@@ -88,6 +94,8 @@ class Sender:
         self._done = threading.Event()
         self._client: Any = None
         self._run_id = ""
+        self._tries = 0  # of the artifact that is next
+        self._refused: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
 
     def start(self) -> None:
@@ -127,8 +135,7 @@ class Sender:
     def _tell(self, error: Exception) -> None:
         """One line when the trouble begins."""
         if not self.trouble:
-            line = " ".join(redact(str(error)).split())[:300]
-            print(f"MLflow: {line}; training goes on, sending later", file=sys.stderr)
+            print(f"MLflow: {_line(error)}; training goes on, sending later", file=sys.stderr)
         self.trouble = type(error).__name__
 
     def _send_some(self) -> bool:
@@ -138,6 +145,45 @@ class Sender:
             return False
         if not self._run_id:
             self._open()
+        try:
+            self._send(records)
+        except Exception as error:
+            if len(records) > 1 and not (_is_wrong(error) or self._answers()):
+                raise
+            for record in records:
+                self._send_or_leave_out(record)
+        self.backlog.mark(sent)
+        return True
+
+    def _send_or_leave_out(self, record: dict[str, Any]) -> None:
+        """Send one record; tell of one that will never be taken, once for each kind."""
+        kind = next(iter(record))
+        try:
+            self._send([record])
+        except Exception as error:
+            hopeless = _is_wrong(error)
+            if kind in ARTIFACTS:
+                self._tries += 1
+                hopeless |= isinstance(error, NOT_FROM_HERE)
+                hopeless |= self._tries >= ARTIFACT_TRIES and self._answers()
+            if not hopeless:
+                raise
+            if kind not in self._refused:
+                self._refused.add(kind)
+                what = record.get("name") or record.get("file") or kind
+                print(f"MLflow refuses {what}, left out: {_line(error)}", file=sys.stderr)
+        if kind in ARTIFACTS:
+            self._tries = 0
+
+    def _answers(self) -> bool:
+        """Whether MLflow answers a question about the run."""
+        try:
+            self._client.get_run(self._run_id)
+        except Exception:
+            return False
+        return True
+
+    def _send(self, records: list[dict[str, Any]]) -> None:
         from mlflow.entities import Metric, Param
 
         client, run_id = self._client, self._run_id
@@ -160,8 +206,6 @@ class Sender:
                 client.log_artifact(run_id, str(self.run_dir / record["file"]), record["folder"])
             elif "status" in record:
                 self._set_status(record["status"])
-        self.backlog.mark(sent)
-        return True
 
     def _set_status(self, status: str) -> None:
         if status == "RUNNING":
@@ -201,3 +245,14 @@ class Sender:
         with (self.artifacts / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _is_wrong(error: Exception) -> bool:
+    """Whether MLflow says that what it was sent can't be right; else it may take it later."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() == 400
+
+
+def _line(error: Exception) -> str:
+    return " ".join(redact(str(error)).split())[:300]
