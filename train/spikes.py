@@ -81,19 +81,25 @@ class Rollback:
 class SpikeWatch:
     """The losses of a run as they come.
 
-    left_out: {position of a batch's first row: rollback that leaves it out}.
+    left_out: {(first row, row after the last) of what a rollback leaves out: which one}. Rows, not
+    batches: a resume may have batches of another size.
     """
 
     def __init__(self, config: SpikesConfig) -> None:
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.window)
-        self.left_out: dict[int, int] = {}
+        self.left_out: dict[tuple[int, int], int] = {}
         self.rollbacks = 0
 
-    def leaves_out(self, position: int) -> LeftOut | None:
-        """Whether the batch that begins at this row of the stream is not to be trained on."""
-        rollback = self.left_out.get(position)
-        return None if rollback is None else LeftOut(rollback)
+    def leaves_out(self, position: int, rows: int) -> LeftOut | None:
+        """Whether the batch of so many rows that begins at this row of the stream is not to be
+        trained on, because any of them is left out."""
+        found = [
+            rollback
+            for (first, after), rollback in self.left_out.items()
+            if first < position + rows and position < after
+        ]
+        return LeftOut(max(found)) if found else None
 
     def check(self, loss: float) -> Spike | None:
         """Compare a loss with those before it; one that is no spike joins them."""
@@ -109,24 +115,26 @@ class SpikeWatch:
         self.losses.append(loss)
         return None
 
-    def leave_out(self, positions: tuple[int, ...]) -> int:
-        """From now on these batches are left out; returns the number of the rollback."""
+    def leave_out(self, positions: tuple[int, ...], rows: int) -> int:
+        """From now on these batches, of so many rows, are left out; returns the number of the
+        rollback."""
         self.rollbacks += 1
-        self.left_out |= dict.fromkeys(positions, self.rollbacks)
+        self.left_out |= {(first, first + rows): self.rollbacks for first in positions}
         return self.rollbacks
 
     def state_dict(self) -> dict[str, Any]:
         """The losses compared with, and what is left out, as plain data."""
         return {
             "losses": list(self.losses),
-            "left_out": [list(pair) for pair in sorted(self.left_out.items())],
+            "left_out": [[*span, rollback] for span, rollback in sorted(self.left_out.items())],
             "rollbacks": self.rollbacks,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave; what has been left out since then stays left out."""
         self.losses = deque(state["losses"], maxlen=self.config.window)
-        self.left_out |= dict(state["left_out"])
+        for first, *after, rollback in state["left_out"]:  # older ones have the first row alone
+            self.left_out[first, after[0] if after else first + 1] = rollback
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
 
@@ -154,7 +162,7 @@ def roll_back(trainer: Trainer, position: int, spike: Spike) -> None:
     positions = tuple(range(first, position + 1, rows))
     from_tokens = trainer.clock.tokens
     trainer.load(folder)
-    number = trainer.spikes.leave_out(positions)
+    number = trainer.spikes.leave_out(positions, rows)
     rollback = Rollback(number, folder.name, from_tokens, positions, spike)
     for callback in trainer.callbacks:
         callback.on_rollback(trainer, rollback)

@@ -87,7 +87,7 @@ class Trainer:
         pulse.enter("data", self.clock.steps + self.clock.skipped_steps + 1)
         position = self.loader.position
         batch = next(self.loader)
-        if left_out := self.spikes.leaves_out(position):
+        if left_out := self.spikes.leaves_out(position, self.config.batch_rows):
             return self._skip(position, left_out)
         loss_sum, carried = self.engine.forward_backward(batch, self.carried)
         finite = carried is None or all(bool(t.isfinite().all()) for t in carried.values())

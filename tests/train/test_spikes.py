@@ -65,6 +65,22 @@ def test_what_is_a_spike() -> None:
     assert [off.check(x) for x in [1.0] * 9 + [1e6]] == [None] * 10
 
 
+def test_rows_stay_left_out_in_batches_of_another_size() -> None:
+    watch = SpikeWatch(SpikesConfig(action="rollback"))
+    watch.leave_out((44, 48), 4)
+    watch.load_state_dict({"losses": [], "left_out": [[80, 1]], "rollbacks": 1})  # as it once was
+    resumed = SpikeWatch(watch.config)
+    resumed.load_state_dict(watch.state_dict())
+
+    def left_out(rows: int) -> list[int]:
+        return [row for row in range(0, 96, rows) if resumed.leaves_out(row, rows)]
+
+    assert left_out(4) == [44, 48, 80]
+    assert left_out(2) == [44, 46, 48, 50, 80]
+    assert left_out(8) == [40, 48, 80]
+    assert left_out(12) == [36, 48, 72]
+
+
 def same(one: Any, other: Any) -> None:
     first, second = final_tensors(one), final_tensors(other)
     assert first.keys() == second.keys()
@@ -122,7 +138,7 @@ def test_a_rollback_leaves_out_what_is_blamed_and_resumes_to_the_bit(
     store = store_of(parts)
     plain = store.plain(store.newest())
     assert plain["clock"]["skipped_tokens"] == 2 * 256
-    assert plain["spikes"]["left_out"] == [[p, 1] for p in skipped]
+    assert plain["spikes"]["left_out"] == [[p, p + rows_of_batch, 1] for p in skipped]
 
 
 def test_too_many_rollbacks_and_none_possible(
