@@ -33,7 +33,7 @@ from train.parallel.pulse import RankLostError
 from train.parallel.ranks import Ranks
 from train.records import Corpora, NonFiniteError
 from train.redaction import redact, redact_logging
-from train.run_folder import RunFolderError, claim, continues, save_config
+from train.run_folder import RunFolderError, claim, continues, goes_back_to, save_config, went_back
 from train.signals import (
     StoppedError,
     StopSignals,
@@ -147,7 +147,10 @@ def train(
         except StoppedError as stopped:
             return stopped.status
         if goes_on:
+            resume_from = goes_back_to(config.run_dir, resume_from, ranks)
             trainer.resume(resume_from)
+            if resume_from is not None and ranks.is_first:
+                went_back(config.run_dir, resume_from)
         if ranks.is_first:
             save_config(trainer.config)
         trainer.callbacks = [*trainer.callbacks, faults]

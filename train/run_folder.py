@@ -26,6 +26,7 @@ MLFLOW_RUN_ID = "mlflow_run_id"
 MLFLOW_BACKLOG = "mlflow_backlog.jsonl"
 MLFLOW_SENT = "mlflow_sent"
 JOB = ".job"
+WENT_BACK = ".went_back"
 
 # May differ between a run and its resumption: none of them changes what is computed, but for
 # what is done about steps that went wrong.
@@ -125,6 +126,26 @@ def _restarted(folder: Path) -> bool:
     """Whether torchrun started this process again, after the same job had taken the folder."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return again and (folder / JOB).exists() and (folder / JOB).read_text() == _job()
+
+
+def goes_back_to(folder: Path, name: str | None, ranks: Ranks) -> str | None:
+    """The checkpoint that a run is to be resumed from: None, the newest, where `name` is None or
+    an earlier start of this very job, by torchrun or Slurm, has gone back to it already."""
+    done = False
+    if ranks.is_first and name is not None and (folder / WENT_BACK).exists():
+        counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+        again = any(int(os.environ.get(count, "0")) > 0 for count in counts)
+        done = again and (folder / WENT_BACK).read_text() == _went_back(name)
+    return None if ranks.broadcast(done) else name
+
+
+def went_back(folder: Path, name: str) -> None:
+    """Note that this job has taken up the checkpoint of that name."""
+    write_whole(folder / WENT_BACK, _went_back(name))
+
+
+def _went_back(name: str) -> str:
+    return f"{os.environ.get('SLURM_JOB_ID') or _job()} {name}"
 
 
 def check_fresh(folder: Path, url: str | None = None) -> None:

@@ -77,3 +77,24 @@ def test_one_of_the_two_ways_to_resume(config_file: str) -> None:
     with pytest.raises(SystemExit) as error:
         main([config_file, "--resume", "--resume-or-start"])
     assert error.value.code == 2
+
+
+@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_job_that_is_started_again_does_not_go_back_again(
+    config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str
+) -> None:
+    def names(pattern: str) -> list[int]:
+        return sorted(int(p.name[-15:]) for p in (tmp_path / "run/checkpoints").glob(pattern))
+
+    assert main([config_file, "training.stop_at_tokens=1792"]) == 0
+    back = [config_file, "--resume-from", f"tokens-{1024:015d}"]
+    with pytest.warns(UserWarning, match="set aside what is after"):
+        assert main([*back, "training.stop_at_tokens=1536"]) == 0
+    assert (names("aside-*"), names("tokens-*")) == ([1792], [1024, 1536])
+    with monkeypatch.context() as patch:
+        patch.setenv(count, "1")
+        patch.setenv("TORCHELASTIC_RUN_ID", "none")
+        assert main([*back, "training.stop_at_tokens=1792"]) == 0
+    assert (names("aside-*"), names("tokens-*")) == ([1792], [1536, 1792])
+    assert main([config_file, "--resume-from", f"tokens-{1536:015d}"]) == 0  # by hand: it does
+    assert names("tokens-*")[-1] == 3072
