@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """The type of a whole number from `minimum` on."""
+def at_least(minimum: int, below: float = float("inf")) -> Callable[[str], int]:
+    """The type of a whole number from `minimum` on, and less than `below`."""
 
     def number(text: str) -> int:
         try:
@@ -16,6 +16,8 @@ def at_least(minimum: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
+        if value >= below:
+            raise argparse.ArgumentTypeError(f"{value} is not below {below}")
         return value
 
     return number

@@ -124,7 +124,7 @@ def test_generate_is_repeatable_and_checks_its_input(
     assert "holds no run" in errors[0]
     assert "temperature" in errors[1]
     assert "temperature" in errors[2]
-    for wrong in (["--max-tokens", "-3"], ["--prompt", "a\udcff"]):
+    for wrong in (["--max-tokens", "-3"], ["--prompt", "a\udcff"], ["--seed", str(1 << 70)]):
         with pytest.raises(SystemExit) as stopped:
             generate([run, *wrong])
         assert stopped.value.code == 2
