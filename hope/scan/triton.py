@@ -30,6 +30,22 @@ HEAD_WIDTHS = (64, 96, 128)
 EXPANSIONS = (1, 2, 4)
 """Hidden widths of the memories that are compiled, in widths of the head."""
 
+SHARED_BYTES = {
+    (64, torch.bfloat16): 92_160,
+    (64, torch.float32): 114_688,
+    (128, torch.bfloat16): 161_792,
+    (128, torch.float32): 221_184,
+}
+"""Shared memory that a program of the largest kernel has, by the width it is run for and the
+activations' dtype (`python -m tools.compile_kernels`)."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def shared_memory(device: int | None) -> int:
+    """Bytes of shared memory that a program may have on a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", 232_448))
+
 
 def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
     """Why the kernels can't take a call on activations x [B, N, T, d] and memories of that hidden
@@ -46,6 +62,10 @@ def why_not(x: Tensor, hidden: int, config: ScanConfig) -> str:
             return f"heads are {width} wide, not 64, 96 or 128"
         if hidden not in [n * width for n in EXPANSIONS]:
             return f"memories of {width} x {hidden} are not among the sizes compiled"
+        dtype = x.dtype if x.dtype == torch.bfloat16 else torch.float32
+        needed, there = SHARED_BYTES[padded(width), dtype], shared_memory(x.device.index)
+        if needed > there:
+            return f"{needed:,} B of shared memory are needed and this device has {there:,}"
     return ""
 
 

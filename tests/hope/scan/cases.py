@@ -41,6 +41,7 @@ class OnGpu:
     """As much of activations on a GPU as the dispatcher looks at."""
 
     is_cuda = True
+    device = torch.device("cuda", 0)
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self.shape, self.dtype = (1, 1, 64, width), dtype

@@ -22,7 +22,7 @@ from hope.flops import scan_flops
 from hope.init import initialise
 from hope.layer import HopeLayer
 from hope.scan import ScanConfig, scan
-from hope.scan.triton import _scan_triton, warn_once, why_not
+from hope.scan.triton import _scan_triton, shared_memory, warn_once, why_not
 from tests.hope.scan.cases import OnGpu, Problem, everything, make_problem, worst_error
 
 pytest.importorskip("triton")
@@ -281,7 +281,8 @@ def test_what_the_kernels_do_not_take_is_said_in_one_line() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_what_the_dispatcher_takes_on_a_gpu() -> None:
+def test_what_the_dispatcher_takes_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hope.scan.triton.shared_memory", lambda device: 232_448)
     taken = {
         (str(dtype), d, expansion, chunk)
         for dtype in (torch.bfloat16, torch.float32, torch.float64)
@@ -297,6 +298,31 @@ def test_what_the_dispatcher_takes_on_a_gpu() -> None:
         for expansion in (1, 2, 4)
         for chunk in (16, 64)
     }
+
+
+def test_a_device_of_little_shared_memory_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hope.scan.triton.shared_memory", lambda device: 101_376)
+    taken = {
+        (dtype, width): why_not(OnGpu(width, dtype), width, ScanConfig())  # type: ignore[arg-type]
+        for dtype in (torch.bfloat16, torch.float32)
+        for width in (64, 96, 128)
+    }
+    assert [key for key, reason in taken.items() if not reason] == [(torch.bfloat16, 64)]
+    said = "161,792 B of shared memory are needed and this device has 101,376"
+    assert taken[torch.bfloat16, 96] == said
+
+
+def test_a_device_is_asked_for_its_shared_memory_without_a_graph_break(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    properties = type("Properties", (), {"shared_memory_per_block_optin": 7})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return x * shared_memory(x.device.index)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert compiled(torch.ones(2)).tolist() == [7, 7]
 
 
 def test_falling_back_is_said_once() -> None:
