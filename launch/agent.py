@@ -203,9 +203,9 @@ def main(arguments: list[str] | None = None) -> int:
         args.rdzv_id = str(uuid.uuid4())
     if args.rdzv_backend != "c10d" or not args.module:
         own.error("--rdzv-backend must be c10d (or use --standalone), and -m is needed")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torchrun warns that it is not set
     if wrong := impossible(args):
         own.error(wrong)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     # With the shared store (seen in torch 2.13) the survivors of a lost node never tell its
     # replacement where rank 0 is, and both wait until they time out.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
