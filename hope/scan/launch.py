@@ -213,8 +213,7 @@ class Launcher(Layouts):
         now, beside = self.start(state), Beside(self.x.device)
         first = Segment(self, keep=False)
         pair = (first, Segment(self, keep=False, after=first))
-        for writer in (first.projections, first.mem):
-            writer.begin(self, now)
+        first.begin(self, now)
         for segment in range(self.segments):
             at = pair[segment % 2]
             beside.wait(at.done)
@@ -240,8 +239,7 @@ class Launcher(Layouts):
         gradients: dict[str, Tensor],
     ) -> None:
         """A segment's forward pass again, from Delta `before` it, and M_mem's derivative."""
-        for writer in (at.projections, at.mem):
-            writer.begin(self, before)
+        at.begin(self, before)
         self.project(segment, at, keep=True)
         with beside.run():
             self.memorise(segment, at, None)

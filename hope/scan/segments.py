@@ -57,11 +57,6 @@ class Writer:
     frames: Tensor
     work: Tensor
 
-    def begin(self, layouts: Layouts, delta: Tensor) -> None:
-        """Start a segment from Delta [all memories, G, 2, D, H]."""
-        self.state.copy_(delta[self.which])
-        self.frozen[:, :, 0] = layouts.add_base(delta)[self.which]
-
 
 class Segment:
     """Memory for a segment: k, v, eta, log_alpha and query, and what the launches hand on.
@@ -92,6 +87,13 @@ class Segment:
             self.sent = {name: layouts.new(layouts.memories, *z) for name, z in names.items()}
             self.d_query = layouts.new(*wide) if layouts.adaptive else None
         self.done: torch.cuda.Event | None = None
+
+    def begin(self, layouts: Layouts, delta: Tensor) -> None:
+        """Start from Delta [memories, G, 2, D, H]."""
+        whole = layouts.add_base(delta)
+        for writer in (self.projections, self.mem):
+            writer.state.copy_(delta[writer.which])
+            writer.frozen[:, :, 0] = whole[writer.which]
 
 
 def _writer(

@@ -245,8 +245,8 @@ def test_states_are_exact_and_what_products_take_is_rounded(dtype: torch.dtype) 
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     assert (layouts.fresh.dtype, layouts.base.dtype) == (exact, dtype)
     segment = Segment(layouts, keep=True)
+    segment.begin(layouts, layouts.start(None))
     for writer in (segment.projections, segment.mem):
-        writer.begin(layouts, layouts.start(None))
         assert (writer.state.dtype, writer.work.dtype) == (exact, exact)
         assert (writer.frozen.dtype, writer.deltas.dtype) == (dtype, dtype)
         begun = layouts.base[writer.which].repeat_interleave(2, 0).view_as(writer.frozen[:, :, 0])
