@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +19,7 @@ from pydantic import Field, model_validator
 from hope.config import HopeConfig
 from train.callbacks.faults import FaultConfig
 from train.data import DataConfig
+from train.dialect import Dumper, Loader
 from train.optim.config import OptimizerConfig
 from train.parallel.config import ParallelConfig
 from train.parallel.pulse import FIRST_RANK_PHASES
@@ -244,51 +244,6 @@ class RunConfig(Section):
             raise ValueError(f"data.train: domains need names of their own, got {domains}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML whose numbers are YAML 1.2's (3e-4 is one, 0400 is 400, 1:04 is text), with `_`
-    between digits, and whose dates are text; duplicates refused."""
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        text = self.construct_scalar(node).replace("_", "")
-        prefixed = text[:2] in ("0o", "0x")
-        return int(text[2:], 8 if text[1] == "o" else 16) if prefixed else int(text)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = []
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, which keys here override
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"key {key!r} appears twice (line {line})")
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that `_Loader` would take for something else."""
-
-
-_DATE = "tag:yaml.org,2002:timestamp"
-_NUMBERS = {
-    "tag:yaml.org,2002:int": r"[-+]?\d[\d_]*|0o[0-7][0-7_]*|0x[\da-fA-F][\da-fA-F_]*",
-    "tag:yaml.org,2002:float": (
-        r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-    ),
-}
-_Loader.yaml_implicit_resolvers, _Dumper.yaml_implicit_resolvers = {}, {}
-for _first, _known in yaml.SafeLoader.yaml_implicit_resolvers.items():
-    _kept = [(tag, pattern) for tag, pattern in _known if tag not in _NUMBERS]
-    _Dumper.yaml_implicit_resolvers[_first] = _kept
-    _Loader.yaml_implicit_resolvers[_first] = [one for one in _kept if one[0] != _DATE]
-for _tag, _text in _NUMBERS.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_tag, re.compile(f"^({_text})$", re.ASCII), [*"-+.0123456789"])
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-
-
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     """Read YAML, apply `key.subkey=value` overrides (values are YAML), validate.
 
@@ -327,7 +282,7 @@ def validate_config(raw: dict[str, Any], source: str) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """The resolved configuration as YAML; loading it again gives an equal configuration."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -346,7 +301,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=Loader)
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
         # A tag that its value does not fit ends in anything.
         raise ConfigError(f"{source}: not valid YAML: {_one_line(error)}") from None

@@ -122,19 +122,25 @@ def _job() -> str:
     return name if name != "none" else f"child of process {os.getppid()}"
 
 
+def _started_again(*counts: str) -> bool:
+    """Whether any of these counts of starts in the environment is above 0."""
+    return any(int(os.environ.get(count, "0")) > 0 for count in counts)
+
+
 def _restarted(folder: Path) -> bool:
     """Whether torchrun started this process again, after the same job had taken the folder."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    again = _started_again("TORCHELASTIC_RESTART_COUNT")
     return again and (folder / JOB).exists() and (folder / JOB).read_text() == _job()
 
 
 def goes_back_to(folder: Path, name: str | None, ranks: Ranks) -> str | None:
     """The checkpoint that a run is to be resumed from: None, the newest, where `name` is None or
     an earlier start of this very job, by torchrun or Slurm, has gone back to it already."""
+    if name is None:
+        return None
     done = False
-    if ranks.is_first and name is not None and (folder / WENT_BACK).exists():
-        counts = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-        again = any(int(os.environ.get(count, "0")) > 0 for count in counts)
+    if ranks.is_first and (folder / WENT_BACK).exists():
+        again = _started_again("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
         done = again and (folder / WENT_BACK).read_text() == _went_back(name)
     return None if ranks.broadcast(done) else name
 
