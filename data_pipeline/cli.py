@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from data_pipeline.arguments import at_least, utf8
 from data_pipeline.errors import DataError
 
 Handler = Callable[[argparse.Namespace], int]
@@ -25,27 +26,6 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 class _Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         self.number = number
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is below {minimum}")
-        return value
-
-    return number
-
-
-def _utf8(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
-    return text
 
 
 def _corpus(args: argparse.Namespace) -> int:
@@ -218,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     corpus.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     corpus.add_argument(
         "--holdout",
-        type=_at_least(0),
+        type=at_least(0),
         default=20,
         metavar="N",
         help="one document in N, chosen by its hash, goes to DIR/validation; 0 for none (20)",
@@ -230,12 +210,12 @@ def _parser() -> argparse.ArgumentParser:
     train = command(actions, "train", _tokenizer_train, "train a SentencePiece tokenizer")
     train.add_argument("--input", nargs="+", required=True, help="files, folders or patterns")
     train.add_argument("--model-out", required=True, metavar="FILE", help="the .model to write")
-    train.add_argument("--vocab-size", type=_at_least(300), required=True, metavar="N")
+    train.add_argument("--vocab-size", type=at_least(300), required=True, metavar="N")
     train.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
     train.add_argument("--text-field", default="text", metavar="NAME", help=text_help)
     look = command(actions, "inspect", _tokenizer_inspect, "show a tokenizer")
     look.add_argument("model", metavar="FILE")
-    look.add_argument("--text", type=_utf8, help="show how this text is cut into tokens")
+    look.add_argument("--text", type=utf8, help="show how this text is cut into tokens")
 
     tokens = command(commands, "tokenize", _tokenize, "turn text into token shards")
     tokens.add_argument("--input", nargs="+", required=True, help="files, folders or patterns")
@@ -248,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument("--out", required=True, metavar="DIR", help="folder for the shards")
     tokens.add_argument(
         "--shard-bytes",
-        type=_at_least(1),
+        type=at_least(1),
         metavar="N",
         help="input per shard (a 64th of the whole, but 1 to 256 MiB)",
     )
@@ -256,7 +236,7 @@ def _parser() -> argparse.ArgumentParser:
     tokens.add_argument("--id-field", metavar="NAME", help="field with the document's name")
     tokens.add_argument(
         "--max-bad",
-        type=_at_least(0),
+        type=at_least(0),
         default=0,
         metavar="N",
         help="leave out up to N bad records, listed in DIR/rejects.jsonl; more stop the run (0)",
@@ -270,13 +250,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = command(commands, "inspect", _inspect, "show what a corpus holds")
     inspect.add_argument("folder", metavar="DIR")
-    inspect.add_argument("--samples", type=_at_least(0), default=3, metavar="N", help="documents")
+    inspect.add_argument("--samples", type=at_least(0), default=3, metavar="N", help="documents")
     inspect.add_argument("--json", action="store_true", help="print the manifest instead")
 
     pack = command(commands, "pack", _pack, "count rows of best-fit packing ahead of training")
     pack.add_argument("folder", metavar="DIR")
-    pack.add_argument("--seq-len", type=_at_least(1), required=True, metavar="N")
-    pack.add_argument("--align", type=_at_least(1), default=64, metavar="N")
+    pack.add_argument("--seq-len", type=at_least(1), required=True, metavar="N")
+    pack.add_argument("--align", type=at_least(1), default=64, metavar="N")
 
     merge = command(commands, "merge", _merge, "one corpus of several, in the order given")
     merge.add_argument("folders", nargs="+", metavar="DIR")
@@ -286,7 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     split.add_argument("folder", metavar="DIR")
     split.add_argument("--out", required=True, metavar="DIR", help="gets train and validation")
     split.add_argument(
-        "--holdout", type=_at_least(2), default=20, metavar="N", help="one document in N (20)"
+        "--holdout", type=at_least(2), default=20, metavar="N", help="one document in N (20)"
     )
 
     megatron = command(commands, "import-megatron", _import_megatron, "from .bin and .idx")
@@ -307,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
     for parallel in (tokens, pack, merge, split, megatron, export, mds, check):
         parallel.add_argument(
             "--workers",
-            type=_at_least(1),
+            type=at_least(1),
             default=1,
             metavar="N",
             help="processes; their number changes no byte (1)",

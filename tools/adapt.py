@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data_pipeline import DataError
-from tools.arguments import at_least, learning_rate
+from data_pipeline.arguments import at_least
 from tools.figures import table
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_tokenizer
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         help="a CMS level that learns, and every how many tokens it steps; may be repeated",
     )
     parser.add_argument(
-        "--lr", type=learning_rate, default=1e-3, help="learning rate (default 1e-3)"
+        "--lr", type=_learning_rate, default=1e-3, help="learning rate (default 1e-3)"
     )
     parser.add_argument("--max-tokens", type=at_least(2), help="read no more than so many")
     options = parser.parse_args(arguments)
@@ -57,6 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(table([f"perplexity of {len(tokens) - 1:,} tokens", "all", "last quarter"], rows))
     return 0
+
+
+def _learning_rate(text: str) -> float:
+    """The type of a learning rate: a finite number of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number of 0 or more")
+    return value
 
 
 def _levels(given: list[str]) -> dict[str, int]:

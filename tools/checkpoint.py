@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from data_pipeline.arguments import at_least
 from tools import deepspeed_checkpoints
-from tools.arguments import at_least
 from tools.figures import table
 from train.checkpoint import CheckpointError, retention
 from train.checkpoint.manifest import (

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import Corpus
+from data_pipeline.arguments import at_least
 from hope import AttentionConfig, CMSConfig, HopeConfig, LevelConfig
 from hope.model import num_parameters
-from tools.arguments import at_least
 from tools.figures import table, write_figures
 from tools.prepare import prepare_sotu
 from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from data_pipeline import DataError
+from data_pipeline.arguments import at_least, utf8
 from hope.sampling import generate
-from tools.arguments import at_least, utf8
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_tokenizer
 from train.config import ConfigError
