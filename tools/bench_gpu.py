@@ -30,8 +30,9 @@ from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from hope.init import initialise
 from hope.layer import HopeLayer
 from tools.figures import table
-from tools.gpu_kernels import Figures, kernels, parity
+from tools.gpu_kernels import kernels, parity
 from tools.kernel_costs import PEAK_FLOPS
+from tools.kernel_parity import Figures
 from train.config import load_config
 from train.evaluate.perplexity import summed_loss
 

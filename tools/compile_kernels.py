@@ -176,7 +176,7 @@ def compile_case(case: Case) -> Report:
     return Report(registers, stores, loads, compiled.metadata.shared, seconds)
 
 
-def _why_not() -> str:
+def why_not_compiled() -> str:
     """Why nothing can be compiled here, or nothing."""
     if find_spec("triton") is None:
         return "triton is not installed; requirements-dev.txt has it"
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="compile cases whose key contains this")
     parser.add_argument("--memory-chunk", type=int, choices=(16, 32, 64), default=16)
     options = parser.parse_args(arguments)
-    if reason := _why_not():
+    if reason := why_not_compiled():
         print(f"compile_kernels: {reason}", file=sys.stderr)
         return 2
     cases = (*scan_cases(options.memory_chunk), *fused_cases())

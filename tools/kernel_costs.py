@@ -27,6 +27,9 @@ PEAK_FLOPS, PEAK_BYTES = (
 )  # of an H100 SXM: bf16 operations, bytes of memory, a second
 
 
+VOCABULARY = 32_000
+
+
 class Shape(NamedTuple):
     """Rows, heads, tokens, the head's width and its memories' hidden width."""
 
@@ -138,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--expansion", type=int, default=1)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--chunks", type=int, nargs=2, default=(16, 64), metavar="TOKENS")
     options = parser.parse_args(arguments)
     shape = Shape(

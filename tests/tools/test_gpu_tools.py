@@ -6,17 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from hope.flops import forward_products
-from hope.scan import ScanConfig
+from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
 from hope.scan.triton import HEAD_WIDTHS, padded, why_not
 from tests.hope.scan.cases import OnGpu
 from tests.test_sizes import twin_of
-from tools import bench_gpu, compile_kernels, gpu_kernels, kernel_costs
+from tools import bench_gpu, compile_kernels, kernel_costs, kernel_parity
 from tools.kernel_costs import Shape
 from train.config import load_config
 
@@ -43,20 +44,25 @@ def test_the_twin_that_is_timed_is_the_configurations_own(size: str) -> None:
     assert set(variants["transformer"].mixers) == set(variants["hope_attention"].mixers)
 
 
-def test_parity_is_against_the_same_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, in float64: the two implementations that run there agree."""
-    inputs = gpu_kernels.scan_inputs
-    monkeypatch.setattr(
-        gpu_kernels, "scan_inputs", lambda shape, dtype: inputs(shape, dtype, "cpu")
-    )
-    shape = Shape(1, 2, 40, 8, 8)
-    reference, chunked = (
-        gpu_kernels.results(shape, ScanConfig(8, 16, implementation=name), torch.float64)  # type: ignore[arg-type]
-        for name in ("reference", "chunked")
-    )
-    assert len(reference) == 9
-    for expected, actual in zip(reference, chunked, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("case", kernel_parity.SCAN_CASES, ids=lambda case: case.key)
+def test_parity_is_against_the_same_problem(case: kernel_parity.ScanCase) -> None:
+    """On a CPU, in float64: the two implementations that run there agree, with all that a case has
+    (narrower)."""
+    narrow = replace(case, width=8, hidden=8 * case.hidden // case.width)
+    call, leaves = kernel_parity.scan_call(narrow, 2, 1, 136, "cpu")
+    assert len(leaves) == (10 if case.state else 8)
+    outputs, gradients = kernel_parity.results(call, leaves, "exact", torch.float64)
+    assert all(float(z.abs().max()) > 0 for z in gradients)
+    loop = replace(narrow.config, implementation="reference")
+    reset = torch.zeros(2, 136, dtype=torch.bool)
+    reset[-1, loop.projection_chunk] = case.resets
+    own = [z.detach().double().requires_grad_() for z in leaves]
+    state = MemoryState(*own[8:]) if case.state else None
+    out, final = scan(own[0], own[1], ScanWeights(*own[2:8]), loop, state, reset)
+    total = sum(kernel_parity.ramp_loss(z) for z in (out, *final))
+    expected = torch.autograd.grad(total, own)
+    assert kernel_parity.worst(outputs, [out.detach(), *(z.detach() for z in final)]) < 1e-9
+    assert kernel_parity.worst(gradients, list(expected)) < 1e-8
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -78,13 +84,11 @@ def test_the_fused_kernels_run_and_have_a_cost() -> None:
     import hope.fused.kernels
 
     shape = Shape(1, 2, 3, 8, 8)
-    for _, call, leaves in gpu_kernels.fused_calls(shape, "cpu"):
-        own = [z.requires_grad_() for z in leaves]
-        exact = [z.detach().double().requires_grad_() for z in leaves]
-        figures: dict[str, float] = {}
-        actual, expected = (gpu_kernels.gradients(call, z, "torch") for z in (own, exact))
-        gpu_kernels.compare("key", actual, expected, figures)
-        assert max(figures.values()) < 1e-5
+    for _, call, leaves in kernel_parity.fused_calls(shape, "cpu", vocabulary=100):
+        expected = kernel_parity.results(call, leaves, "torch", torch.float64)
+        actual = kernel_parity.results(call, leaves, "torch", torch.float32)
+        for one, exact in zip(actual, expected, strict=True):
+            assert kernel_parity.worst(one, exact) < 1e-5
     costs = kernel_costs.fused_costs(shape, 100)
     assert all(hasattr(hope.fused.kernels, name.partition(": ")[2]) for name in costs)
     assert costs["forward: cross_entropy_forward"].bytes == 3 * 100 * 2
@@ -143,7 +147,7 @@ def test_a_kernel_that_does_not_fit_is_a_failure(
 ) -> None:
     pytest.importorskip("triton")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compile_kernels, "_why_not", lambda: "")
+    monkeypatch.setattr(compile_kernels, "why_not_compiled", lambda: "")
     report = compile_kernels.Report(255, 8, 16, 232_449, 1.0)
     monkeypatch.setattr(compile_kernels, "compile_case", lambda case: report)
     assert compile_kernels.main(["--only", "gated_norm_forward_d64_bf16"]) == 1
