@@ -26,8 +26,9 @@ from tools.kernel_parity import HEADER, SCAN_CASES, Call, compared, fused_calls,
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FUSED = ("gated_norm", "cross_entropy")
-ROUND_OFF = 4e-6
-"""Error below which float32 kernels pass; otherwise three times that of torch's operators."""
+LIMITS = {torch.bfloat16: (0.01, 0.05), torch.float32: (2e-6, 1e-5)}
+"""Errors of outputs and gradients that pass. In bfloat16 the gradients of the decays' bias, sums in
+which much cancels, are the furthest off."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
                 now = launches.statements, launches.compiling, launches.running
                 spent = [f"{b - a:,.0f}" for a, b in zip(before, now, strict=True)]
                 print(" | ".join([*row, *spent]), flush=True)
-                limits = [max(3 * float(limit), ROUND_OFF) for limit in row[3:]]
-                errors = [float(error) for error in row[1:3]]
-                if not all(e <= limit for e, limit in zip(errors, limits, strict=True)):
+                if not all(
+                    float(e) <= most for e, most in zip(row[1:3], LIMITS[dtype], strict=True)
+                ):
                     failed.append(row[0])
     print(f"wrong: {', '.join(failed)}" if failed else "all agree")
     return 1 if failed else 0
