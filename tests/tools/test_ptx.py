@@ -193,6 +193,14 @@ def test_bfloat16_is_rounded_as_torch_rounds() -> None:
     assert np.isnan(arithmetic.from_bfloat16(arithmetic.bfloat16(np.float32([np.nan])))).all()
 
 
+def test_pairs_of_bfloat16_are_multiplied_as_torch_does() -> None:
+    a, b = torch.randn(2, 64, generator=torch.manual_seed(0)).bfloat16()
+    function, kinds, _ = arithmetic.operation("mul.bf16x2")  # type: ignore[misc]
+    assert kinds == ["b32", "b32"]
+    found = function(*(z.view(torch.int32).numpy().view(np.uint32) for z in (a, b)))
+    assert torch.equal(torch.from_numpy(found.view(np.int16)).view(torch.bfloat16), a * b)
+
+
 def test_comparisons_with_nan() -> None:
     a, b = np.float32([1, np.nan]), np.float32([1, 1])
     for name, expected in {"eq": [True, False], "neu": [False, True], "geu": [True, True]}.items():

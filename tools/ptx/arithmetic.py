@@ -152,6 +152,8 @@ def operation(name: str) -> tuple[Operation, list[str], str] | None:
             return _convert(to, source, rest, list(values))
 
         return convert, sources, typed.get(to, to)
+    if kind in ("bf16", "bf16x2"):
+        return _in_bfloat16(base, kind)
     if kind not in TYPES:
         return None
     if base in SIMPLE:
@@ -176,6 +178,24 @@ def operation(name: str) -> tuple[Operation, list[str], str] | None:
     if base == "prmt":
         return _permute, ["b32"] * 3, "b32"
     return None
+
+
+def _in_bfloat16(base: str, kind: str) -> tuple[Operation, list[str], str] | None:
+    """Arithmetic on bfloat16, or on pairs of them: in float32, then rounded."""
+    functions = {
+        "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
+        "fma": _fused, "min": np.fmin, "max": np.fmax,
+    }  # fmt: skip
+    if base not in functions:
+        return None
+    held = "b16" if kind == "bf16" else "b32"
+
+    def compute(*values: Array) -> Array:
+        parts = np.broadcast_arrays(*(np.atleast_1d(z) for z in values))
+        wide = [from_bfloat16(np.ascontiguousarray(z).view(np.uint16)) for z in parts]
+        return bfloat16(functions[base](*wide)).view(TYPES[held])
+
+    return compute, [held] * {"neg": 1, "fma": 3}.get(base, 2), held
 
 
 def _product(base: str, flags: list[str], kind: str) -> tuple[Operation, list[str], str]:
