@@ -60,6 +60,14 @@ def test_warps_that_meet_at_a_barrier_may_exchange() -> None:
     assert buffer[:THREADS].tolist() == [i ^ 32 for i in range(THREADS)]
 
 
+def test_what_nothing_has_written_is_a_nan() -> None:
+    buffer = numbers()
+    launch("ld.shared.b32 %r8, [%r5];\nadd.f32 %r7, %r6, %r8;\n" + STORE, buffer)
+    assert buffer[:THREADS].view(torch.float32).isnan().all()
+    launch("add.f32 %r7, %r1, %r8;\n" + STORE, buffer)
+    assert buffer[:THREADS].view(torch.float32).isnan().all()
+
+
 def test_an_asynchronous_copy_brings_what_is_waited_for() -> None:
     buffer = numbers()
     launch(COPY + WAIT + BARRIER + RECEIVE + STORE, buffer)
@@ -89,7 +97,7 @@ def test_an_asynchronous_copy_brings_what_is_waited_for() -> None:
             "the source of an asynchronous copy changed while it ran",
         ),
         (COPY + SEND, "write over what an asynchronous copy is bringing"),
-        ("add.s32 %r7, %r8, 1;", "%r8 is read before it is written"),
+        ("selp.b32 %r7, %r1, %r2, %p1;", "%p1 is read before it is written"),
         ("setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L1;\n$L1:", "threads of a program part"),
     ],
 )

@@ -106,7 +106,10 @@ class Group:
         if operand in self.special:
             return self.special[operand].view(np.uint32).astype(dtype)
         if operand.startswith("%"):
-            raise ProgramError(f"{operand} is read before it is written")
+            # Compilers leave half of a packed register undefined: a NaN, wherever it is used.
+            if kind == "pred":
+                raise ProgramError(f"{operand} is read before it is written")
+            return np.full(1, -1, f"i{dtype(0).itemsize}").view(dtype)
         return constant(operand, kind)
 
     def assign(self, name: str, value: Array, active: Array | None) -> None:
