@@ -38,10 +38,11 @@ class OnlineAdapter:
     The stream is read in segments of as many tokens as divide every period, wherever `feed` cuts
     it: losses and weights do not depend on the cuts, to the bit. A segment is predicted before its
     tokens teach anything. A segment whose loss, gradient or carried state is not finite teaches
-    nothing, and `clock.skipped_tokens` counts it; the memories go on from before it.
+    nothing, and `clock.skipped_tokens` counts it; the memories go on from before it. It learns
+    under `torch.no_grad` and `torch.inference_mode` too, and whatever `requires_grad` says.
 
     A context manager: leaving it resets the model. Raises ValueError for unknown levels, periods
-    below 1, and a nested CMS, in which one level's step sets another back.
+    that are not whole tokens, and a nested CMS, in which one level's step sets another back.
     """
 
     def __init__(
@@ -80,16 +81,19 @@ class OnlineAdapter:
         self.state: ModelState | None = None
         self._waiting: Tensor | None = None  # read, and not yet predicted from
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def feed(self, tokens: Tensor) -> Tensor:
         """Read on; returns the losses of the predictions that this completes.
 
-        tokens: int [B, T], the same B rows in every call; T may be anything. Returns nats
-        [B, n], of consecutive tokens from the second of the stream on: n is a multiple of
+        tokens: int of any size [B, T], the same B rows in every call; T may be anything. Returns
+        nats [B, n], of consecutive tokens from the second of the stream on: n is a multiple of
         `segment`, and what is left waits for more, or for `rest`. Raises ValueError for another
         shape.
         """
         if tokens.ndim != 2 or tokens.shape[0] == 0:
             raise ValueError(f"feed takes tokens [rows, length], got {list(tokens.shape)}")
+        tokens = tokens.to(torch.int64, copy=True)  # also out of inference mode
         waiting = tokens if self._waiting is None else self._waiting
         if waiting.shape[0] != tokens.shape[0]:
             raise ValueError(
@@ -135,6 +139,7 @@ class OnlineAdapter:
         return nats.view(labels.shape), after.detach()
 
     def _learn(self, tokens: Tensor) -> Tensor:
+        self.cadence.drop()  # a gradient that was there is not of this stream
         with self._only_chosen_learn():
             losses, after = self._predict(tokens)
             total = losses.sum()
@@ -157,14 +162,13 @@ class OnlineAdapter:
     def _only_chosen_learn(self) -> Iterator[None]:
         """Nothing else gets a gradient, and none that was there is touched."""
         own = {p for level in self.cadence.levels for p in level.parameters.values()}
-        others = [p for p in self.model.parameters() if p not in own]
-        before = [parameter.requires_grad for parameter in others]
-        for parameter in others:
-            parameter.requires_grad_(False)
+        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        for parameter, _ in before:
+            parameter.requires_grad_(parameter in own)
         try:
             yield
         finally:
-            for parameter, flag in zip(others, before, strict=True):
+            for parameter, flag in before:
                 parameter.requires_grad_(flag)
 
     @torch.no_grad()
@@ -193,6 +197,7 @@ class OnlineAdapter:
             "clock": self.clock.state_dict(),
         }
 
+    @torch.inference_mode(False)
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a stream where `state_dict` left it, to the bit.
 
@@ -222,7 +227,7 @@ def _check(config: HopeConfig, every_tokens: Mapping[str, int]) -> None:
     if unknown := sorted(set(every_tokens) - set(known)):
         raise ValueError(f"there is no CMS level {unknown}; the model has {known}")
     for name, every in every_tokens.items():
-        if every < 1:
+        if not isinstance(every, int) or every < 1:
             raise ValueError(f"level {name!r} must step every 1 or more tokens, got {every}")
     if config.cms.mode == "nested":
         raise ValueError(

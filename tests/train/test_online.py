@@ -151,6 +151,32 @@ def test_rates_of_zero_change_nothing() -> None:
     assert torch.equal(found, torch.cat(expected, 1))
 
 
+@pytest.mark.parametrize("grad", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_learns_the_same_wherever_it_is_called(grad: Any) -> None:
+    """Without gradients around it, on a frozen model, over gradients that somebody left, on ids of
+    another dtype; saved and gone on with in between."""
+    tokens, every = stream(100), {"a": 16, "c": 32}
+    model, config = make()
+    expected = OnlineAdapter(model, config, every, lr=LR).feed(tokens)
+    moved = weights(model)
+    model, _ = make()
+    model(tokens)[0].sum().backward()
+    left = {name: p.grad.clone() for name, p in model.named_parameters() if ".levels." not in name}
+    flags = [i % 2 == 0 for i, _ in enumerate(model.parameters())]
+    for parameter, flag in zip(model.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+    with grad():
+        adapter = OnlineAdapter(model, config, every, lr=LR)
+        first = adapter.feed(tokens[:, :70].int())
+        adapter.load_state_dict(adapter.state_dict())
+        found = torch.cat([first, adapter.feed(tokens[:, 70:].short())], dim=1)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(value, moved[name]) for name, value in weights(model).items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert all(torch.equal(gradients[name], value) for name, value in left.items())
+
+
 def test_reset_and_context_give_the_trained_weights_back() -> None:
     model, config = make()
     before = weights(model)
@@ -210,16 +236,17 @@ def test_a_segment_that_is_not_finite_teaches_nothing() -> None:
     )
 
 
-BAD = [
+BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "choose at least one CMS level"),
     ({"z": 8}, r"no CMS level \['z'\]; the model has \['a', 'b', 'c'\]"),
     ({"fast": 8}, "no CMS level"),
     ({"a": 0}, "1 or more tokens, got 0"),
+    ({"a": 1.5}, "1 or more tokens, got 1.5"),
 ]
 
 
 @pytest.mark.parametrize(("every", "message"), BAD)
-def test_what_it_refuses(every: dict[str, int], message: str) -> None:
+def test_what_it_refuses(every: dict[str, Any], message: str) -> None:
     model, config = make()
     with pytest.raises(ValueError, match=message):
         OnlineAdapter(model, config, every)
