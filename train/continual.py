@@ -84,9 +84,9 @@ class DomainStream:
         return self.finished == len(self.steps)
 
     @property
-    def inside(self) -> bool:
-        """Whether a domain has been begun and not ended."""
-        return self._done > 0
+    def ends(self) -> int:
+        """How many domains have ended when training ends here, the one that is read included."""
+        return self.finished + int(self._done > 0)
 
     @property
     def name(self) -> str:

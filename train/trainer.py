@@ -75,9 +75,8 @@ class Trainer:
     @property
     def target_tokens(self) -> int:
         """Tokens after which this call of `fit` ends."""
-        stop = self.config.training.stop_at_tokens
-        total = self.config.training.total_tokens
-        return total if stop is None else min(stop, total)
+        training = self.config.training
+        return min(training.stop_at_tokens or training.total_tokens, training.total_tokens)
 
     def step(self) -> StepRecord | SkippedStep:
         """One training step over the next global batch; skipped by all ranks if it is not finite
@@ -203,11 +202,15 @@ class Trainer:
         raise NonFiniteError(why)
 
     def _flush(self) -> bool:
-        """Fire what is pending at the end of training; whether anything was."""
+        """Fire what is pending at the end of training; whether anything was. Evaluations of this
+        moment, by a run that had ended without it, are then out of date."""
         pending = self.cadence.pending_tokens
         report = self.cadence.flush(self._rate, self.clock.tokens)
         if report is None:
             return False
+        self.evaluated_tokens = min(self.evaluated_tokens, self.clock.tokens - 1)
+        if self.domains is not None:
+            self.domains_evaluated = min(self.domains_evaluated, self.domains.ends - 1)
         for callback in self.callbacks:
             callback.on_flush(self, pending, report)
         return True
@@ -222,8 +225,7 @@ class Trainer:
         return self.stop_status is not None
 
     def _evaluate_if_due(self) -> None:
-        """Evaluate once for every multiple of evaluation.every_tokens, also one that a signal had
-        no time for."""
+        """Evaluate at multiples of evaluation.every_tokens, also one that a signal cut short."""
         if not self.finished and self._crossed(
             self.config.evaluation.every_tokens, self.evaluated_tokens
         ):
@@ -245,11 +247,10 @@ class Trainer:
         return True
 
     def _evaluate_domains(self, last: bool = False) -> bool:
-        """At the end of a domain, and of training, evaluate on every domain; False when a signal
-        interrupted it."""
+        """Evaluate on every domain where one or training ends; False if a signal interrupted it."""
         if self.domains is None:
             return True
-        reached = self.domains.finished + int(last and self.domains.inside)
+        reached = self.domains.ends if last else self.domains.finished
         if reached <= self.domains_evaluated:
             return True
         most = self.config.evaluation.max_tokens
@@ -329,8 +330,7 @@ class Trainer:
         self.load(self.store.newest() if name is None else self.store.find(name))
 
     def load(self, folder: Any) -> None:
-        """Take up the state that a checkpoint holds, whatever this one is in; set later ones
-        aside."""
+        """Take up what a checkpoint holds, whatever this one is in; set later ones aside."""
         self.carried, self.last_evaluation = None, None
         plain = self.store.plain(folder)
         try:

@@ -121,6 +121,20 @@ def test_it_resumes_to_the_bit(continual, tmp_path: Path, stops: tuple[int, ...]
     assert_same_run(straight, part)
 
 
+def test_a_flush_after_the_end_is_evaluated_on_every_domain(continual) -> None:
+    """Level c fires after steps 5, 10 and 15 of 15; of 14 steps it has four pending."""
+    changes = {"training.total_tokens": 14 * BATCH}
+    config = continual(**changes)
+    assert train(config, resume=False) == 0
+    before = rows_of(config, "domain_evaluation")
+    assert train(continual(**changes, **{"training.flush": True}), resume=True) == 0
+    after = rows_of(config, "domain_evaluation")
+    assert after[: len(before)] == before
+    (last,) = after[len(before) :]
+    assert last["domains_trained"] == ["one", "train"] == before[-1]["domains_trained"]
+    assert last["loss"] != before[-1]["loss"]
+
+
 def test_a_skipped_step_does_not_make_the_stream_run_dry(continual) -> None:
     honest, seen = NativeEngine.forward_backward, count()
 

@@ -85,6 +85,12 @@ def test_a_finished_run_can_be_flushed_later(make_config, tmp_path: Path) -> Non
     first, second = final_tensors(at_once), final_tensors(later)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+    expected = rows_of(at_once, "evaluation")[-1]
+    before, after = rows_of(later, "evaluation")[-2:]
+    assert before["tokens"] == after["tokens"] == 12 * BATCH
+    assert before["loss"] != after["loss"] == expected["loss"]
+    plain = store_of(later).plain(store_of(later).newest())
+    assert plain["evaluation"]["loss"] == after["loss"]
 
 
 def test_a_stop_before_the_end_flushes_nothing(make_config) -> None:
