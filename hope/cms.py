@@ -56,6 +56,7 @@ class Level(nn.Module):
 class ContinuumMemory(nn.Module):
     """All levels of one layer. forward(x [B, T, dim], None) -> (y [B, T, dim], None).
 
+    mixing: w of `independent` levels, or None; a single level has no shares to learn.
     The residual is included. A CMS carries nothing from call to call; its memory is its weights.
     """
 
@@ -63,7 +64,7 @@ class ContinuumMemory(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList(Level(config, level) for level in config.cms.levels)
         self.mixing: nn.Parameter | None = None
-        if config.cms.mode == "independent":
+        if config.cms.mode == "independent" and len(config.cms.levels) > 1:
             self.mixing = nn.Parameter(torch.empty(len(config.cms.levels)))
             self.initialisers: dict[str, Initialiser] = {"mixing": Constant(0.0)}
 

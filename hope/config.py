@@ -131,7 +131,7 @@ class CMSConfig:
     mode: "sequential" chains the levels (70, 73), "independent" mixes them side by side (74),
         "nested" chains them and sets each level back to a learned start whenever the next slower
         one fires (72); then every period is a multiple of the next faster one, so that a level
-        is never set back in the middle of a period of its own.
+        is never set back in the middle of a period of its own. One level is the same in all three.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
@@ -152,7 +152,6 @@ class CMSConfig:
             f"cms.levels must be ordered fastest first, got periods {periods}",
         )
         if self.mode == "nested":
-            _require(len(names) >= 2, "cms.mode=nested needs at least two levels")
             _require(
                 all(fast == 0 or slow % fast == 0 for fast, slow in pairwise(periods)),
                 "cms.mode=nested needs periods that are multiples of the next faster one, "

@@ -56,6 +56,10 @@ VARIANTS = {
     for mixer, changes in MIXERS.items()
     for mode in CMS_MODES
 } | {"untied": replace(BASE, tie_embeddings=False)}
+VARIANTS |= {
+    f"one_level-{mode}": replace(BASE, cms=CMSConfig(mode=mode, levels=LEVELS[:1]))
+    for mode in CMS_MODES
+}
 
 
 @pytest.fixture(params=VARIANTS)
@@ -145,6 +149,12 @@ def test_every_parameter_has_a_gradient(config: HopeConfig) -> None:
     if not config.titans.writes:  # the control only reads: what decides on writes is idle
         idle = ("x_in.weight", "conv_x.weight", "w_eta", "b_eta", "w_alpha", "b_alpha")
     assert dead == [n for n, _ in model.named_parameters() if n.endswith(idle or ("?",))]
+
+
+def test_one_level_is_the_same_in_every_mode() -> None:
+    models = [HopeModel(VARIANTS[f"one_level-{mode}"]) for mode in CMS_MODES]
+    logits = [logits_of(model, tokens_of(2, 40)) for model in models]
+    assert all(torch.equal(one, logits[0]) for one in logits)
 
 
 def test_writes_off_trains_only_the_memory_that_is_read() -> None:

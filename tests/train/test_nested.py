@@ -261,5 +261,3 @@ def test_what_nested_refuses() -> None:
     ]
     with pytest.raises(ValueError, match=r"multiples of the next faster one, got \[100, 250\]"):
         CMSConfig(mode="nested", levels=tuple(levels))
-    with pytest.raises(ValueError, match="at least two levels"):
-        CMSConfig(mode="nested", levels=(levels[0],))
