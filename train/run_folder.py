@@ -9,12 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
 from train.checkpoint.places import as_place
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
+from train.optim.config import LevelOptimizerConfig
+from train.optim.levels import periods
 from train.parallel.ranks import Ranks
 from train.redaction import redact
 
@@ -185,7 +188,7 @@ def check_same_run(config: RunConfig) -> list[str]:
         added = map_levels(describe_levels(saved.model.cms), config.model.cms).added
     except ValueError as error:
         raise RunFolderError(f"{config.run_dir} can't be resumed: {error}") from None
-    before, now = (flatten(c.model_dump(mode="json")) for c in (saved, config))
+    before, now = _settings(saved), _settings(config)
     free = {f"optimizer.levels.{name}" for name in added}
     if config.data.order != "stream":
         free.add("training.batch_tokens")
@@ -201,6 +204,14 @@ def check_same_run(config: RunConfig) -> list[str]:
             "resume with the saved one or choose another run_dir"
         )
     return accepted
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """A configuration by dotted keys, every level with all of its settings, named or not."""
+    tree = config.model_dump(mode="json")
+    for name in periods(config.model):
+        tree["optimizer"]["levels"].setdefault(name, LevelOptimizerConfig().model_dump(mode="json"))
+    return flatten(tree)
 
 
 def _is_free(key: str, free: set[str]) -> bool:

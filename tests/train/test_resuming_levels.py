@@ -128,6 +128,17 @@ def test_another_batch_size_in_the_middle_of_a_period(make_config, batch: int) -
     assert store.plain(store.newest())["cadence"]["tokens"]["c"] == total - expected[-1]
 
 
+def test_how_one_level_accumulates_may_change(make_config) -> None:
+    """Named for the first time on resume, and not named any more on the next."""
+    named = {"c": {"reduce": "at_update", "accumulator_device": "cpu"}}
+    config = make_config(**{"training.stop_at_tokens": STOP})
+    train(config, resume=False)
+    for levels, stop in ((named, STOP + 256), ({}, None)):
+        config = make_config(**{"optimizer.levels": levels, "training.stop_at_tokens": stop})
+        assert train(config, resume=True) == 0
+    assert fired(config)["c"] == [1280, 2560]
+
+
 CHANGES = [
     ({"model.cms.levels": [A, C]}, "'b' is gone, and what it learned would be lost"),
     ({"model.cms.levels": [A, B, {**C, "hidden_size": 9}]}, "'c' had hidden_size 8 and now 9"),
@@ -136,6 +147,7 @@ CHANGES = [
         {"model.cms.levels": [A, {**C, "update_every_tokens": 256}, B]},
         "another order is another model",
     ),
+    ({"optimizer.levels": {"c": {"lr_scale": 0.5}}}, "levels.c.lr_scale (1.0 -> 0.5); resume"),
     ({"training.batch_tokens": 512, **STREAM}, "training.batch_tokens (256 -> 512)"),
 ]
 
