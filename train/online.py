@@ -229,7 +229,7 @@ def _check(config: HopeConfig, every_tokens: Mapping[str, int]) -> None:
     for name, every in every_tokens.items():
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"level {name!r} must step every 1 or more tokens, got {every}")
-    if config.cms.mode == "nested":
+    if config.cms.mode == "nested" and len(known) > 1:
         raise ValueError(
             "a nested CMS can't be adapted online: a level that steps would set the next faster "
             "one back to its learned start"

@@ -15,7 +15,7 @@ from train.__main__ import main
 from train.config import ConfigError, RunConfig, dump_config
 from train.engines import layout_of
 from train.parallel.layout import Layout
-from train.zero.config import settings
+from train.zero.config import problems, settings
 from train.zero.library import open_deepspeed
 
 TWO = Layout(dp_replicate=2)
@@ -120,6 +120,14 @@ def test_what_deepspeed_can_not_run(
     config = make_config("transformer", parallel, engine="deepspeed", **changes)
     with pytest.raises(ConfigError, match=f"^engine=deepspeed can't run this: .*{reason}"):
         layout_of(config, 2)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_starts_of_nested_levels_are_what_it_has_no_place_for(number: int) -> None:
+    levels = [{"name": name, "hidden_size": 8} for name in "ab"[:number]]
+    changes = {"model.cms.mode": "nested", "model.cms.levels": levels}
+    found = problems(make_config("transformer", engine="deepspeed", **changes), TWO)
+    assert [text.split(" ")[0] for text in found] == ["cms.mode=nested"] * (number - 1)
 
 
 def test_the_section_belongs_to_the_engine() -> None:

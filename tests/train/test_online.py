@@ -267,6 +267,8 @@ def test_other_refusals() -> None:
     nested = HopeConfig(vocab_size=31, dim=16, num_layers=1, num_heads=2, cms=cms)
     with pytest.raises(ValueError, match="nested CMS can't be adapted"):
         OnlineAdapter(HopeModel(nested), nested, {"a": 8})
+    alone = replace(nested, cms=CMSConfig(mode="nested", levels=levels[:1]))
+    OnlineAdapter(HopeModel(alone), alone, {"a": 8})  # has no other to set back
 
 
 def test_it_lowers_the_perplexity_of_a_long_held_out_document(

@@ -173,7 +173,7 @@ def problems(config: RunConfig, layout: Layout) -> list[str]:
             f"optimizer {', '.join(odd)} needs whole matrices, and ZeRO cuts them into flat "
             "pieces: adamw or sgd, or engine=native"
         )
-    if config.model.cms.mode == "nested":
+    if config.model.cms.mode == "nested" and len(config.model.cms.levels) > 1:
         found.append("cms.mode=nested keeps learned starts beside the weights: engine=native")
     if late := [name for name, one in levels.items() if one.reduce == "at_update"]:
         found.append(f"reduce=at_update of level {', '.join(late)}: ZeRO adds gradients every step")
