@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from hope.model import num_parameters
 from train.__main__ import main
 from train.config import RunConfig, load_config
+from train.engines import layout_of
 
 SIZES = {
     "340m": (340e6, 338_298_624, 338_740_224, (24, 1024, 16)),
@@ -51,6 +53,33 @@ def test_parameters_are_those_of_the_name(name: str) -> None:
     text = path_of(name).read_text()
     assert f"{hope:,} parameters" in text
     assert f"({transformer:,})" in text
+
+
+COMMAND = re.compile(
+    r"(?:\w+=\S+ +)*(?:launch/|sbatch |python -m train ).*configs/(?:340m|760m|1b3)"
+)
+RANKS = re.compile(r"--world-size (\d+)|(?:(?:NNODES=|--nodes=)(\d+) .*)?(?:\.sh |per-node=)(\d+)")
+
+
+def documented() -> list[str]:
+    """Commands of README and docs that train one of the sizes, or say what it would take."""
+    texts = [path.read_text() for path in (Path("README.md"), *sorted(Path("docs").glob("*.md")))]
+    lines = [line for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split()) for line in lines if COMMAND.match(line)]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_what_the_documents_say_can_be_laid_out(command: str) -> None:
+    """A size's micro_batches are for one device: more of them have fewer rows each to cut."""
+    ranks = 1
+    if found := RANKS.search(command.replace(".sh hosts", ".sh 16")):  # two of 8, docs/launch.md
+        ranks = prod(int(number) for number in found.groups() if number)
+    words = shlex.split(command, comments=True)
+    config = next(number for number, word in enumerate(words) if word.startswith("configs/"))
+    changes = [word for word in words[config + 1 :] if re.match(r"[a-z_.]+=", word)]
+    changes = [word for word in changes if not word.startswith("deepspeed.config=")]  # the user's
+    layout = layout_of(load_config(words[config], changes), ranks)
+    assert layout.dp * layout.tp * layout.pp * layout.cp == ranks
 
 
 @pytest.mark.parametrize("path", sorted(Path("configs").glob("*.yaml")), ids=lambda path: path.stem)
