@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _tell(error, USER_ERROR, int(os.environ.get("RANK", "0")) == 0)
     except RankLostError as error:
         return _tell(error, HANG)
-    except (NonFiniteError, OutOfMemoryError) as error:
+    except (NonFiniteError, FloatingPointError, OutOfMemoryError) as error:
         return _tell(error, FAILED)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:

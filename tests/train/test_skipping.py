@@ -159,6 +159,28 @@ def test_too_many_in_a_row_stop_with_a_checkpoint(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_sum_that_overflows_is_one_line(
+    make_config, raw_config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Level c fires on five gradients, finite ones, of which two together are not."""
+    make_config()
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    honest = NativeEngine.forward_backward
+
+    def huge(self: NativeEngine, batch: Any, carried: Any) -> Any:
+        result = honest(self, batch, carried)
+        next(p for n, p in self.parameters.items() if "cms.levels.2." in n).grad.fill_(2e38)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeEngine, "forward_backward", huge)
+        assert main([str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "error: a sum of finite gradients overflowed, norms by level" in error.splitlines()[-1]
+
+
 def blank(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
     """Batches of which no token counts, as damaged frames leave them."""
     last_read = count_batches(patch)

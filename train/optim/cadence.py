@@ -137,7 +137,8 @@ class Cadence:
         firing: names of the levels that fire; rate: a level's learning rate by its name;
         clock_tokens: the token count now, for optimizers that keep a slow momentum. Gradients are
         consumed. Raises FloatingPointError, with weights and accumulators untouched, when a
-        gradient is not finite on any rank.
+        gradient is not finite on any rank; with weights untouched, when what fires has a sum that
+        is not, of gradients that were.
         """
         if tokens <= 0:
             raise ValueError("a step needs at least one token that counts in the loss")
@@ -279,7 +280,10 @@ class Cadence:
         parameters = [parameter for parameter in self._ordered if parameter in norms]
         norm = self.norms.total({parameter: norms[parameter] for parameter in parameters})
         if not torch.tensor(norm).isfinite():
-            raise FloatingPointError(f"a sum of gradients overflowed: norms by level {level_norms}")
+            raise FloatingPointError(
+                f"a sum of finite gradients overflowed, norms by level {level_norms}; no weight "
+                "was moved: lower optimizer.lr and go on from a checkpoint before it"
+            )
         if norm > self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, torch.tensor(norm))
         return norm, level_norms
