@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.init import seed_from
 from hope.scan import ScanConfig
-from tools.figures import table, write_figures
+from tools.figures import add_figures, table
 
 KEYS, VALUES, NOISE = 128, 128, 64
 """Vocabulary: keys, then values, then noise; a guess is right 1 time in 128."""
@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; nothing was saved", file=sys.stderr)
         return 130
-    saved = write_figures("recall", figures)
+    saved = add_figures("recall", figures)  # an ablation leaves Hope's and the control's
     print(f"\n{shown}\n\n{TEST_PAIRS} pairs, {TEST_TOKENS} tokens; figures {saved}")
     return 0
 

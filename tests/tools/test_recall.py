@@ -110,3 +110,6 @@ def test_the_command_saves_figures_or_stops_cleanly(
         content = json.loads(saved.read_text())
         assert set(content) == {"name", "machine", "date", "figures"}
         assert {"mqar_accuracy", "mqar_accuracy_no_writes"} <= set(content["figures"])
+        assert bench_recall.main(["--variants", "weak"]) == 0
+        both = json.loads(saved.read_text())["figures"]
+        assert set(both) > set(content["figures"])
