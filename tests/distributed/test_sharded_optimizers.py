@@ -1,4 +1,4 @@
-"""Muon and M3 on sharded matrices against one process."""
+"""Muon, M3, AdamW and SGD on sharded parameters against one process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tools.processes import run
+from train.optim.build import elementwise
+from train.optim.config import OptimizerConfig, OptimizerName, SGDConfig
 from train.optim.m3 import M3
 from train.optim.muon import Muon
 
@@ -21,6 +23,11 @@ Placements = list[Any]
 def make(name: str, parameter: Tensor) -> torch.optim.Optimizer:
     if name == "muon":
         return Muon([parameter], lr=0.02, weight_decay=0.1)
+    if name in ("adamw", "sgd"):
+        kind: OptimizerName = "adamw" if name == "adamw" else "sgd"
+        config = OptimizerConfig(name=kind, lr=0.02, sgd=SGDConfig(momentum=0.9))
+        groups: list[dict[str, object]] = [{"params": [parameter], "weight_decay": 0.1}]
+        return elementwise(kind, groups, config.level("fast"), config)
     variant: Any = name.removeprefix("m3-")
     return M3([parameter], lr=0.01, eps=1e-2, weight_decay=0.1, variant=variant, slow_every_steps=2)
 
@@ -75,7 +82,7 @@ def test_layouts(shape: Any, mesh: Any, where: Placements) -> None:
     ranks = 1
     for size in mesh:
         ranks *= size
-    for name in ("muon", "m3-paper", "m3-ema"):
+    for name in ("muon", "m3-paper", "m3-ema", "adamw", "sgd"):
         expected = alone(name, shape)
         for found in run(ranks, sharded, name, shape, mesh, where):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hope.config import HopeConfig
 from train.optim.cadence import Cadence
@@ -21,7 +22,7 @@ from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
-"""Where every torch from 2.11 on has a fused AdamW and SGD."""
+"""Where every torch from 2.11 on has a fused AdamW and SGD; SGD's does not take DTensors."""
 
 ELEMENTWISE = ("adamw", "sgd")
 
@@ -136,14 +137,15 @@ def elementwise(
     config: OptimizerConfig,
 ) -> torch.optim.Optimizer:
     """AdamW or SGD over groups of parameters: what moves every number by itself."""
-    fused = all(p.device.type in FUSED_DEVICES for group in groups for p in group["params"])  # type: ignore[attr-defined]
+    every: list[Tensor] = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    fused = all(p.device.type in FUSED_DEVICES for p in every)
     if name == "sgd":
         return torch.optim.SGD(
             groups,
             lr=settings.peak_lr,
             momentum=config.sgd.momentum,
             nesterov=config.sgd.nesterov,
-            fused=fused,
+            fused=fused and not any(isinstance(p, DTensor) for p in every),
         )
     return torch.optim.AdamW(
         groups, lr=settings.peak_lr, betas=config.betas, eps=config.eps, fused=fused
