@@ -32,11 +32,14 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args
 from torch.distributed.run import parse_args as parse_torchrun
 
+from train.signals import REQUEUE
+
 BAD, FAILED = 2, 1
 PROCESS_LOG = "torch.distributed.elastic.multiprocessing.api"
 PASSED_ON = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
-# Exit statuses of a rank that another attempt would not change: bad input, SIGINT, SIGTERM.
-FINAL = (BAD, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+# Exit statuses of a rank that another attempt here would not change: bad input, SIGINT, SIGTERM,
+# and the walltime, which is over for all attempts: it is the scheduler that starts the job again.
+FINAL = (BAD, REQUEUE, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 
 
 class Agent(LocalElasticAgent):

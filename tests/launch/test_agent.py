@@ -52,10 +52,13 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_bad_input_is_not_tried_again(tmp_path: Path) -> None:
-    body = "sys.exit(2) if rank == '1' else time.sleep(60)"
+@pytest.mark.parametrize("final", [2, 75])
+def test_a_bad_input_and_a_walltime_that_is_over_are_not_tried_again(
+    tmp_path: Path, final: int
+) -> None:
+    body = f"sys.exit({final}) if rank == '1' else time.sleep(60)"
     status, errors, log = finish(agent(tmp_path, body, "--max-restarts", "3"), tmp_path)
-    assert (status, log) == (2, ["0 0", "1 0"])
+    assert (status, log) == (final, ["0 0", "1 0"])
     assert errors == ""
 
 

@@ -272,10 +272,14 @@ def test_slurm_from_another_folder_is_one_line(standin: Path, tmp_path: Path) ->
     assert told.count("\n") == 1
 
 
-def test_slurm_does_not_requeue_what_failed(standin: Path) -> None:
-    (standin / "behaviour").write_text("exit 2\n")
-    assert slurm(standin, "c.yaml").wait(60) == 2
-    assert "requeue" not in (standin / "slurm").read_text()
+@pytest.mark.parametrize(("status", "requeued"), [(1, False), (2, False), (75, True)])
+def test_slurm_requeues_at_the_walltime_and_not_what_failed(
+    standin: Path, status: int, requeued: bool
+) -> None:
+    """75: training.walltime_s was over before Slurm said a word."""
+    (standin / "behaviour").write_text(f"exit {status}\n")
+    assert slurm(standin, "c.yaml").wait(60) == status
+    assert ("scontrol requeue 77" in (standin / "slurm").read_text()) == requeued
 
 
 @pytest.mark.slow
