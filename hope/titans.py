@@ -84,6 +84,13 @@ class SelfModifyingTitans(nn.Module):
             "head_norm": Constant(1.0),
         }
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """The parameters that `forward` does not look at, which never get a gradient."""
+        if self.writes:
+            return ()
+        return ("x_in.weight", "conv_x.weight", "w_eta", "b_eta", "w_alpha", "b_alpha")
+
     def initial_state(self, batch: int, decoding: bool) -> TitansState:
         """The state before the first token: M_0, empty convolution tails, nothing pending."""
         weight, channels = self.gate.weight, self.num_heads * self.head_dim

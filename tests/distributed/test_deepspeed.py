@@ -21,6 +21,7 @@ from tools.parity import (
     make_config,
     several,
     take_up,
+    trained,
     whole,
     worst_error,
 )
@@ -64,6 +65,14 @@ def check(ranks: int, cases: list[Case]) -> None:
 
 def test_two_ranks() -> None:
     check(2, CASES)
+
+
+def test_what_gets_no_gradient_does_not_decay() -> None:
+    """With the memories' writes off their parameters stay as they were, as in our own engine."""
+    off = {"model.titans.writes": False, "model.num_layers": 2}
+    expected = trained(0, make_config("hope", **off), ranks=Ranks.alone())
+    found = run(2, several, [deepspeed_config("hope", 2, **off)], seconds=300)
+    assert worst_error([traces[0] for traces in found], expected) <= EXACT
 
 
 @pytest.mark.slow

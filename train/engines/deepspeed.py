@@ -19,6 +19,7 @@ from data_pipeline import Batch
 from hope import HopeModel
 from hope.init import initial_value
 from hope.sharding import Replicate
+from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
 from train.engines.parts import EngineParts
 from train.optim.build import decays
@@ -66,7 +67,7 @@ class DeepSpeedEngine(EngineParts):
         self._plan = part.model.shard_plan()
         _make_local(part.model)
         self.parameters = dict(part.model.named_parameters())
-        self._groups = parameter_groups(config, self.parameters)
+        self._groups = parameter_groups(config, self.parameters, unused_parameters(part.model))
         own = {name: parameter.shape for name, parameter in self.parameters.items()}
         with quiet():
             self._engine, self._pipeline = self._initialize(library, part)
@@ -217,11 +218,23 @@ def _make_local(model: HopeModel) -> None:
             model.get_submodule(path).register_parameter(own, plain)
 
 
-def parameter_groups(config: RunConfig, parameters: dict[str, nn.Parameter]) -> list[Group]:
-    """A group for every level, of parameters with weight decay and of those without."""
+def unused_parameters(model: HopeModel) -> set[str]:
+    """Those that no gradient ever reaches."""
+    mixers = {path: m for path, m in model.named_modules() if isinstance(m, SelfModifyingTitans)}
+    return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.unused}
+
+
+def parameter_groups(
+    config: RunConfig, parameters: dict[str, nn.Parameter], unused: set[str]
+) -> list[Group]:
+    """A group for every level, of parameters with weight decay and of those without.
+
+    Without a gradient nothing decays; DeepSpeed has zeros there, and the cadence would step on.
+    """
     found: dict[tuple[str, float], list[str]] = {}
     for name, parameter in parameters.items():
         level = level_of(name, config.model)
-        decay = config.optimizer.level(level).weight_decay if decays(name, parameter) else 0.0
+        shrinks = decays(name, parameter) and name not in unused
+        decay = config.optimizer.level(level).weight_decay if shrinks else 0.0
         found.setdefault((level, decay), []).append(name)
     return [Group(level, decay, names) for (level, decay), names in found.items()]
