@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope.config import HopeConfig
 from tools.parity import (
@@ -17,15 +19,17 @@ from tools.parity import (
     TOLERANCE,
     alone,
     errors_of,
+    make_batch,
     make_config,
     several,
     table,
 )
 from tools.processes import run
 from train.config import RunConfig
-from train.engines import layout_of
+from train.engines import layout_of, open_engine
 from train.parallel.config import ParallelConfig
 from train.parallel.layout import Job, resolve
+from train.parallel.ranks import Ranks
 from train.section import ConfigError
 
 QUICK = {"hope": (2,), "hope-attention": (4,), "transformer": ()}
@@ -56,6 +60,41 @@ def test_every_layout_follows_one_process(engine: str, model: str, world: int) -
     """Losses, the norm of every level, a held-out loss and all parameters over eight steps, in
     which every level fires, with memories carried, documents and padding."""
     compare(model, world, table(engine, model, world))
+
+
+class Scans(TorchDispatchMode):
+    """Counts the scan's forward and backward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        self.counts["backward" if name.endswith("backward") else "forward"] += "scan" in name
+        return func(*args, **(kwargs or {}))
+
+
+def scans(rank: int, configs: list[RunConfig]) -> list[dict[str, int]]:
+    """The scans of this rank in one step of each configuration."""
+    found = []
+    for config in configs:
+        engine = open_engine(config, Ranks())
+        with Scans() as seen:
+            engine.forward_backward(make_batch(0, 0, ROWS), None)
+        found.append(dict(seen.counts))
+    return found
+
+
+def test_no_schedule_runs_a_recurrence_twice() -> None:
+    """Two layers a rank and four micro-batches; nor with layers that are recomputed."""
+    layouts = [
+        {"pp": 2, "micro_batches": 4, "schedule": schedule, "activation_checkpointing": how}
+        for schedule in ("1f1b", "zero-bubble", "zbv")
+        for how in ("none", "selective")
+    ]
+    found = run(2, scans, [make_config("hope", layout) for layout in layouts], seconds=120)
+    assert found == [[{"forward": 8, "backward": 8}] * len(layouts)] * 2
 
 
 def random_layouts(count: int, seed: int) -> list[tuple[str, int, dict[str, Any]]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tools.parity import LENGTH, ROWS, STEP, make_batch, make_config
+from tools.parity import FULL, LENGTH, ROWS, SP, STEP, make_batch, make_config
 from tools.processes import run
 from train.clock import TokenClock
 from train.dry_run.traffic import predict_traffic
@@ -24,8 +24,6 @@ LEVELS = [
     {"name": "b", "hidden_size": 8, "update_every_tokens": 2 * STEP},
 ]
 SMALL = {"model.num_layers": 2}
-SP: dict[str, Any] = {"sequence_parallel": True}
-FULL: dict[str, Any] = {"activation_checkpointing": "full"}
 TWO: list[tuple[str, dict[str, Any]]] = [
     ("hope", {}),
     ("hope", {"tp": 2}),

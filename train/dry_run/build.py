@@ -39,7 +39,7 @@ from train.parallel.layout import Layout
 from train.parallel.mesh import Mesh, make_mesh
 from train.parallel.parallelize import PRECISIONS, parallelize
 from train.parallel.part import Part
-from train.parallel.pipeline import Pipeline
+from train.parallel.pipeline import Pipeline, in_halves
 from train.parallel.ranks import Ranks
 from train.parallel.tensor import loss_over
 
@@ -188,7 +188,7 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
     released = None
     if sharded and layout.pp == 1:
         released = lambda name: name.startswith("layers.")  # noqa: E731
-    halves = layout.pp > 1 and parallel.schedule in ("zero-bubble", "zbv")
+    halves = layout.pp > 1 and in_halves(parallel, part)
     inputs = (x, torch.arange(rows), starts)
     return trace_part(part, inputs, loss, device, given, released, halves)
 
@@ -218,11 +218,15 @@ def _actions(config: RunConfig, mesh: Mesh, parts: list[Part]) -> list[Action]:
         return order_of_one_stage(count, layout.pp, mesh.pp.rank, parallel.schedule)
     pipeline = Pipeline(config, mesh, parts, summed_loss, _activations(config))
     indices = {index: number for number, index in enumerate(pipeline.indices)}
-    return [
-        Action(one.computation_type.value, indices[one.stage_index])
-        for one in pipeline.order
-        if one is not None and one.computation_type.value in ("F", "B", "I", "W")
-    ]
+    halves = [in_halves(parallel, part) for part in parts]
+    found = []
+    for one in pipeline.order:
+        kind, number = (one.computation_type.value, indices[one.stage_index]) if one else ("", 0)
+        if kind in ("F", "B") or (kind in ("I", "W") and halves[number]):
+            found.append(Action(kind, number))
+        elif kind == "I":
+            found.append(Action("B", number))
+    return found
 
 
 def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:

@@ -17,8 +17,9 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
-from train.parallel.config import Schedule
+from train.parallel.config import ParallelConfig, Schedule
 from train.parallel.mesh import Mesh
 from train.parallel.part import Part
 from train.parallel.stages import stages_of_rank
@@ -30,6 +31,21 @@ SCHEDULES: dict[Schedule, Any] = {
     "zero-bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
+
+
+def in_halves(parallel: ParallelConfig, part: Part) -> bool:
+    """Whether a part's backward passes are done in halves, by the inputs and by the parameters.
+
+    The zero-bubble schedules place the halves apart. Where the second half would do work of the
+    first again, the scan's recurrence or a layer that is recomputed, the first half does it all.
+    """
+    writing = any(isinstance(m, SelfModifyingTitans) and m.writes for m in part.model.modules())
+    recomputed = parallel.activation_checkpointing != "none"
+    return parallel.schedule in ("zero-bubble", "zbv") and not writing and not recomputed
+
+
+def _nothing_left() -> None:
+    """The second half of a backward pass that the first half has done."""
 
 
 class Pipeline:
@@ -71,6 +87,7 @@ class Pipeline:
                 input_args=self._entering(part, rows, length),
                 output_args=self._leaving(part, rows, length, config),
                 group=mesh.pp.group if mesh.pp.group is not None else dist.group.WORLD,
+                dw_builder=None if in_halves(parallel, part) else lambda: _nothing_left,
             )
             for index, part in zip(self._indices, parts, strict=True)
         ]
