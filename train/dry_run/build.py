@@ -188,9 +188,10 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
     released = None
     if sharded and layout.pp == 1:
         released = lambda name: name.startswith("layers.")  # noqa: E731
-    halves = layout.pp > 1 and in_halves(parallel, part)
+    piped = layout.pp > 1
+    halves = piped and in_halves(parallel, part)
     inputs = (x, torch.arange(rows), starts)
-    return trace_part(part, inputs, loss, device, given, released, halves)
+    return trace_part(part, inputs, loss, device, given, released, halves, piped)
 
 
 def _before(config: RunConfig, mesh: Mesh, layers: range, rows: int) -> ModelState | None:

@@ -197,12 +197,14 @@ def trace_part(
     given: Iterable[Tensor] = (),
     released: Callable[[str], bool] | None = None,
     halves: bool = False,
+    piped: bool = False,
 ) -> PartBytes:
     """Run one micro-batch of a part on the meta device, twice.
 
     inputs: of `part`; loss: of its logits where the model ends here; given: more tensors that are
     not to be counted; released: the names of parameters whose gradients don't stay (FSDP2 takes a
-    layer's as soon as it is done); halves: backward by the inputs first, then by the parameters.
+    layer's as soon as it is done); halves: backward by the inputs first, then by the parameters;
+    piped: what goes out, logits too, is held until backward is over, as torch's schedules do.
     """
     parameters = dict(part.model.named_parameters())
     ignored = [_local(p) for p in parameters.values()]
@@ -221,6 +223,7 @@ def trace_part(
             before = counted.live
             counted.reset_peak()
             y = part(*inputs)
+            held = y if piped else None
             y = y if loss is None else loss(y)
             forward, kept = counted.peak - before, counted.live - before
             counted.reset_peak()
@@ -236,7 +239,7 @@ def trace_part(
             else:
                 y.backward(torch.empty_like(y))
             last = counted.peak - before
-            del y
+            del y, held
             if isinstance(inputs[0], Tensor):
                 inputs[0].grad = None
             grads = sum(_local(p.grad).nbytes for p in parameters.values() if p.grad is not None)
