@@ -196,6 +196,14 @@ def test_impossible_layouts_are_refused_with_what_would_do(
     assert "\n" not in str(caught.value)
 
 
+def test_every_reason_is_told_where_the_axes_do_not_come_out_even_too() -> None:
+    parallel = ParallelConfig(tp=3, pp=5, dp_replicate=1)
+    with pytest.raises(ConfigError) as caught:
+        resolve(parallel, 4, JOB)
+    for reason in ("multiply to 15, and there are 4", "tp=3 must divide", "5 pipeline stages need"):
+        assert reason in str(caught.value)
+
+
 @pytest.mark.timeout(20)
 def test_far_too_many_ranks_are_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"; possible: \(\d+ ranks as"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,32 @@ def test_starts_of_nested_levels_are_what_it_has_no_place_for(number: int) -> No
     changes = {"model.cms.mode": "nested", "model.cms.levels": levels}
     found = problems(make_config("transformer", engine="deepspeed", **changes), TWO)
     assert [text.split(" ")[0] for text in found] == ["cms.mode=nested"] * (number - 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "stage", "reasons"),
+    [
+        (3, {"tp": 3, "schedule": "interleaved"}, 3, ["tp=3 must divide"]),
+        (4, {"pp": 2, "micro_batches": 2}, 3, ["pp=2 goes with zero_stage=1"]),
+        (16, {}, 2, ["fewer than the 16 data-parallel ranks", "needs equal micro-batches"]),
+        (4, {"tp": 3, "cp": 2}, 1, ["multiply to 6, and there are 4", "tp=3 must", "cp above 1"]),
+    ],
+)
+def test_what_is_proposed_deepspeed_can_run(
+    world: int, parallel: dict[str, Any], stage: int, reasons: list[str]
+) -> None:
+    """Every reason, its own and every engine's, and layouts that it really takes."""
+    changes = {"engine": "deepspeed", "deepspeed.zero_stage": stage}
+    with pytest.raises(ConfigError) as caught:
+        layout_of(make_config("transformer", parallel, **changes), world)
+    said, _, hint = str(caught.value).partition("; possible: ")
+    assert all(reason in said for reason in reasons)
+    proposals = re.findall(r"\((\d+) ranks as ([^)]*)\)", hint)
+    assert proposals
+    for ranks, text in proposals:
+        found = {key: int(value) for key, value in (pair.split("=") for pair in text.split())}
+        raw = {**parallel, "tp": 1, "pp": 1, "cp": 1, **found}
+        assert layout_of(make_config("transformer", raw, **changes), int(ranks))
 
 
 def test_the_section_belongs_to_the_engine() -> None:

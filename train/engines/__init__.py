@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
 from train.parallel.parallelize import PRECISIONS
 from train.parallel.ranks import Ranks
-from train.zero.config import check
+from train.zero.config import problems, refused, settings
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
@@ -23,9 +26,16 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
     names = ["fast", *(level.name for level in config.model.cms.levels)]
     late = [name for name in names if config.optimizer.level(name).reduce == "at_update"]
     job = Job(config.model, config.batch_rows, config.data.seq_len, tuple(late))
+    if config.engine != "deepspeed":
+        return resolve(config.parallel, world_size, job)
+    job = replace(
+        job,
+        engine="deepspeed",
+        refused=tuple(refused(config)),
+        more_problems=partial(problems, config),
+    )
     layout = resolve(config.parallel, world_size, job)
-    if config.engine == "deepspeed":
-        check(config, layout)
+    settings(config, layout)
     return layout
 
 

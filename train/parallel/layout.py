@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
@@ -63,14 +63,25 @@ class Layout:
         return " ".join(found) or "one process"
 
 
+def _nothing_more(_: ParallelConfig, __: Layout) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Job:
-    """What has to be spread: a model, and the rows [rows, seq_len] of one step."""
+    """What has to be spread: a model, and the rows [rows, seq_len] of one step.
+
+    at_update: levels with reduce: at_update. engine: its name; refused: what it can't do of the run
+    in any layout; more_problems: what it can't do besides in a layout.
+    """
 
     model: HopeConfig
     rows: int
     seq_len: int
-    at_update: tuple[str, ...] = ()  # levels with reduce: at_update
+    at_update: tuple[str, ...] = ()
+    engine: str = "native"
+    refused: tuple[str, ...] = ()
+    more_problems: Callable[[ParallelConfig, Layout], list[str]] = _nothing_more
 
 
 def resolve(parallel: ParallelConfig, world: int, job: Job) -> Layout:
@@ -85,20 +96,34 @@ def resolve(parallel: ParallelConfig, world: int, job: Job) -> Layout:
         stages_per_rank=parallel.stages_per_rank or STAGES_PER_RANK[parallel.schedule],
     )
     layout = _fill_in(asked, world)
-    reasons = [] if layout is None else problems(parallel, layout, job)
-    if layout is None:
-        axes = (asked.pp, asked.dp_replicate, asked.dp_shard, asked.cp, asked.tp)
-        fixed = prod(size for size in axes if size > 0)
-        reasons = [f"its axes multiply to {fixed}, and there are {world} ranks"]
-        if asked.dp_replicate == asked.dp_shard == -1:
-            reasons = ["only one of dp_replicate and dp_shard may be -1"]
-        elif asked.dp_replicate == 0 or asked.dp_shard == 0:
-            reasons = ["dp_replicate and dp_shard are at least 1, or -1"]
-    if not reasons and layout is not None:
+    reasons = [] if layout is not None else [_uneven(asked, world)]
+    tried = layout or replace(
+        asked, dp_replicate=max(1, asked.dp_replicate), dp_shard=max(1, asked.dp_shard)
+    )
+    reasons += problems(parallel, tried, job)
+    more = job.more_problems(parallel, tried)
+    if layout is not None and not (reasons or more or job.refused):
         return layout
-    near = ", or ".join(f"({one})" for one in nearest(parallel, asked, world, job))
-    hint = f"; possible: {near}" if near else ""
+    hint = ""
+    if reasons or more:
+        near = ", or ".join(f"({one})" for one in nearest(parallel, asked, world, job))
+        hint = f"; possible: {near}" if near else ""
+    engines = [*job.refused, *more]
+    if not reasons:
+        raise ConfigError(f"engine={job.engine} can't run this: {'; '.join(engines)}{hint}")
+    reasons += [f"engine={job.engine}: {one}" for one in engines]
     raise ConfigError(f"parallel: can't be laid out: {'; '.join(reasons)}{hint}")
+
+
+def _uneven(asked: Layout, world: int) -> str:
+    """Why `world` ranks don't come out even."""
+    if asked.dp_replicate == asked.dp_shard == -1:
+        return "only one of dp_replicate and dp_shard may be -1"
+    if 0 in (asked.dp_replicate, asked.dp_shard):
+        return "dp_replicate and dp_shard are at least 1, or -1"
+    axes = (asked.pp, asked.dp_replicate, asked.dp_shard, asked.cp, asked.tp)
+    fixed = prod(size for size in axes if size > 0)
+    return f"its axes multiply to {fixed}, and there are {world} ranks"
 
 
 def problems(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
@@ -272,7 +297,7 @@ def _possible(
         far = [abs(getattr(one, axis) - getattr(asked, axis)) for axis in axes]
         for micro_batches in parts:
             changed = parallel.model_copy(update={"micro_batches": micro_batches})
-            if problems(changed, one, job):
+            if problems(changed, one, job) or job.more_problems(changed, one):
                 continue
             away = [*far, abs(micro_batches - parallel.micro_batches)]
             text = f"{world} ranks as {one}" if world > 1 else str(one)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from train.optim.config import LevelSettings
+from train.parallel.config import ParallelConfig
 from train.parallel.layout import Layout
 from train.section import ConfigError, LocalPath, Section
 
@@ -163,11 +165,10 @@ def _same(theirs: Any, ours: Any) -> bool:
     return type(theirs is True) is type(ours is True) and theirs == ours
 
 
-def problems(config: RunConfig, layout: Layout) -> list[str]:
-    """What of `config` DeepSpeed can't do, one phrase each."""
-    parallel, stage, found = config.parallel, config.deepspeed.zero_stage, []
-    names = ["fast", *(level.name for level in config.model.cms.levels)]
-    levels = {name: config.optimizer.level(name) for name in names}
+def refused(config: RunConfig) -> list[str]:
+    """What of `config` DeepSpeed can't do in any layout, one phrase each."""
+    found = []
+    levels = _levels(config)
     if odd := sorted({one.optimizer for one in levels.values()} & {"muon", "m3"}):
         found.append(
             f"optimizer {', '.join(odd)} needs whole matrices, and ZeRO cuts them into flat "
@@ -177,30 +178,34 @@ def problems(config: RunConfig, layout: Layout) -> list[str]:
         found.append("cms.mode=nested keeps learned starts beside the weights: engine=native")
     if late := [name for name, one in levels.items() if one.reduce == "at_update"]:
         found.append(f"reduce=at_update of level {', '.join(late)}: ZeRO adds gradients every step")
+    if config.parallel.cpu_offload:
+        found.append("cpu_offload is engine=native's")
+    if config.parallel.tensor_backend == "megatron":
+        found.append("tensor_backend=megatron is engine=native's")
+    if config.parallel.compile and config.deepspeed.zero_stage == 3:
+        found.append("compile goes with zero_stage 1 or 2: in 3 DeepSpeed gathers as layers run")
+    return found
+
+
+def _levels(config: RunConfig) -> dict[str, LevelSettings]:
+    names = ["fast", *(level.name for level in config.model.cms.levels)]
+    return {name: config.optimizer.level(name) for name in names}
+
+
+def problems(config: RunConfig, parallel: ParallelConfig, layout: Layout) -> list[str]:
+    """What DeepSpeed can't do of a layout of `config`, one phrase each."""
+    stage, found = config.deepspeed.zero_stage, []
     if layout.dp_shard > 1:
         found.append("ZeRO shards over all data-parallel ranks: leave dp_shard at 1")
     if layout.cp > 1:
         found.append("cp above 1 is engine=native's")
-    if parallel.cpu_offload:
-        found.append("cpu_offload is engine=native's")
-    if parallel.tensor_backend == "megatron":
-        found.append("tensor_backend=megatron is engine=native's")
     if layout.pp > 1 and stage > 1:
         found.append(f"pp={layout.pp} goes with zero_stage=1, not {stage}")
     if layout.pp > 1 and parallel.schedule != "1f1b":
         found.append(f"DeepSpeed's pipeline schedule is 1f1b, not {parallel.schedule}")
-    if parallel.compile and stage == 3:
-        found.append("compile goes with zero_stage 1 or 2: in 3 DeepSpeed gathers as layers run")
     if config.batch_rows % (layout.dp * parallel.micro_batches):
         found.append(
             f"DeepSpeed needs equal micro-batches: {config.batch_rows} rows over {layout.dp} "
             f"data-parallel ranks and {parallel.micro_batches} micro_batches"
         )
     return found
-
-
-def check(config: RunConfig, layout: Layout) -> None:
-    """Raise ConfigError, one line with every reason, where DeepSpeed can't run `config` so."""
-    if found := problems(config, layout):
-        raise ConfigError(f"engine=deepspeed can't run this: {'; '.join(found)}")
-    settings(config, layout)
