@@ -128,6 +128,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (2, {}, {}),
     (2, {"tp": 2}, {}),
     (2, {"tp": 2, "sequence_parallel": True}, {}),
+    (2, {"tp": 2, "micro_batches": 2, "activation_checkpointing": "full"}, {"mixer": "attention"}),
     (2, {"pp": 2, "micro_batches": 4}, {}),
     (2, {"pp": 2, "micro_batches": 4}, {"mixer": "attention", "vocab_size": 8192}),
     (2, {"pp": 2, "micro_batches": 4, "schedule": "interleaved"}, {}),

@@ -8,7 +8,7 @@ import pytest
 
 from tools.peak_memory import CASES, prediction_errors
 
-QUICK = [0, 6, 9, 13]
+QUICK = [0, 8, 10, 14]
 """One process, tensor, pipeline and sharded data parallel; the rest is for `make test-slow`."""
 
 

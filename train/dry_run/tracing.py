@@ -52,13 +52,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
             return False if args[0].dtype == torch.bool else 0.0
+        if func._schema.name in _THE_SAME:
+            return args[0]
         if func._schema.name in _BODIES:
             inside = scan_scratch(func._schema.name, args, self._scan_device)
             self.peak = max(self.peak, self.live + inside)
         result = func(*args, **(kwargs or {}))
         for one in tree_leaves(result):
             if isinstance(one, Tensor) and one.is_meta:
-                self._add(one)
+                self._add(_local(one))
         self.peak = max(self.peak, self.live)
         return result
 
@@ -76,6 +78,9 @@ class LiveBytes(TorchDispatchMode):
 
         self._references.add(weakref.ref(storage, gone))
 
+
+_THE_SAME = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_autograd")
+"""Operators that give back what they take; on the meta device they would make another tensor."""
 
 _BODIES: dict[str, Any] = {
     "hope::scan_chunked": chunked._scan_chunked._init_fn,
@@ -262,4 +267,4 @@ def _release(parameter: Tensor) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
