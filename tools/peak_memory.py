@@ -114,9 +114,12 @@ def prediction_errors(world: int, parallel: dict[str, Any], **model: Any) -> lis
     big, small = configuration(parallel, **model), configuration(parallel, small=True, **model)
     measured = run(world, peak_of_training, big, small, 2, seconds=600)
     config = validate_config(big, "measured")
-    return [
-        dry_run(config, world, rank).memory.peak / found - 1 for rank, found in enumerate(measured)
-    ]
+    errors = []
+    for rank, found in enumerate(measured):
+        predicted = dry_run(config, world, rank).memory
+        assert predicted is not None
+        errors.append(predicted.peak / found - 1)
+    return errors
 
 
 CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [

@@ -59,6 +59,18 @@ def test_a_rank_of_1024_is_built_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_under_deepspeed_no_numbers_of_our_own_engine_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dry-run", "--world-size", "4", f"run_dir={tmp_path}", "model.vocab_size=1024"]
+    options += ["engine=deepspeed", "parallel.tp=2"]
+    assert main([CONFIG, *options, "deepspeed.zero_stage=3"]) == 0
+    printed = capsys.readouterr().out
+    assert "rank 0 of 4: dp_replicate=2 tp=2" in printed
+    assert printed.endswith("memory and bytes sent are predicted for engine=native alone\n")
+    assert "weights" not in printed
+
+
 def test_the_vocabulary_comes_from_the_data_where_there_is_some(
     raw_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,15 +46,18 @@ from train.parallel.tensor import loss_over
 
 @dataclass(frozen=True)
 class DryRun:
-    """What rank `rank` of `layout` is: its layers, parameters, bytes in memory and bytes sent."""
+    """What rank `rank` of `layout` is: its layers, parameters, bytes in memory and bytes sent.
+
+    memory, traffic: None under DeepSpeed, which divides, buffers and sends in ways of its own.
+    """
 
     layout: Layout
     rank: int
     layers: list[range]
     parameters: int  # numbers of them in the whole model
     own_parameters: int  # ... on this rank
-    memory: Memory
-    traffic: Traffic
+    memory: Memory | None
+    traffic: Traffic | None
 
 
 @contextmanager
@@ -79,7 +82,7 @@ def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") 
 
     device: the type of device that the memory is predicted for ("cpu" or "cuda").
     """
-    layout = layout_of(config, world_size)
+    layout, ours = layout_of(config, world_size), config.engine == "native"
     with fake_ranks(world_size, rank) as ranks:
         mesh = make_mesh(layout, ranks)
         parts = parallelize(config.model, config.parallel, mesh, config.data.seq_len)
@@ -94,8 +97,8 @@ def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") 
             layers=[part.layers for part in parts],
             parameters=num_parameters(config.model),
             own_parameters=sum(local(one).numel() for one in named.values()),
-            memory=predict_memory(config, mesh, parts, named, device),
-            traffic=predict_traffic(config, mesh),
+            memory=predict_memory(config, mesh, parts, named, device) if ours else None,
+            traffic=predict_traffic(config, mesh) if ours else None,
         )
 
 

@@ -6,6 +6,8 @@ import torch
 
 from train.config import ConfigError, RunConfig
 from train.dry_run.build import DryRun, dry_run
+from train.dry_run.memory import Memory
+from train.dry_run.traffic import Traffic
 
 
 def print_dry_run(config: RunConfig, world_size: int, rank: int) -> None:
@@ -25,10 +27,14 @@ def describe(run: DryRun, device: str) -> str:
         f"rank {run.rank} of {run.layout.world}: {run.layout}",
         f"layers        {layers}",
         f"parameters    {run.own_parameters:,} of {run.parameters:,}",
-        "",
-        f"memory at the peak of a step, on a {device} device",
     ]
-    memory = run.memory
+    if run.memory is None or run.traffic is None:
+        lines.append("memory and bytes sent are predicted for engine=native alone")
+        return "\n".join(lines)
+    return "\n".join([*lines, "", *_memory(run.memory, device), "", *_traffic(run.traffic)])
+
+
+def _memory(memory: Memory, device: str) -> list[str]:
     kinds = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -39,18 +45,20 @@ def describe(run: DryRun, device: str) -> str:
         "buffers": memory.step_buffers,
         "peak": memory.peak,
     }
+    lines = [f"memory at the peak of a step, on a {device} device"]
     lines += [f"  {name:<14}{size(number):>12}" for name, number in kinds.items()]
     if memory.update > memory.activations + memory.step_buffers:
         lines.append(f"  the peak is in the update, with {size(memory.update)} of buckets")
-    lines += ["", "sent in a step, by axis and collective"]
-    lines += [
+    return lines
+
+
+def _traffic(traffic: Traffic) -> list[str]:
+    lines = [
         f"  {axis:<5}{collective:<16}{size(number):>12}"
-        for (axis, collective), number in sorted(run.traffic.items())
+        for (axis, collective), number in sorted(traffic.items())
         if number
     ]
-    if not run.traffic:
-        lines.append("  nothing")
-    return "\n".join(lines)
+    return ["sent in a step, by axis and collective", *(lines if traffic else ["  nothing"])]
 
 
 def size(number: float) -> str:
