@@ -13,6 +13,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ from train.config import RunConfig, dump_config
 
 SOURCES = ("hope", "train", "data_pipeline", "launch")
 SHARDS_READ = 16  # of each corpus: the first, the last and some in between
+PACKAGES = ("numpy", "triton", "flash-attn", "deepspeed", "megatron-core")  # what may compute
+NONE = "none"
 SIZE = 192
 # Relative to the largest entry of the product; a wrong unit, lane or driver is off by far more.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
@@ -46,12 +49,21 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "code": code_digest()[:12],
+        **{name: package_version(name) for name in PACKAGES},
     }
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["nccl"] = ".".join(str(part) for part in torch.cuda.nccl.version())
         found["gpu"] = torch.cuda.get_device_name()
     return found
+
+
+def package_version(name: str) -> str:
+    """Of an installed package; NONE where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return NONE
 
 
 def config_digest(config: RunConfig) -> str:

@@ -6,6 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from launch.checks import NONE
+
 GIB = 1 << 30
 
 
@@ -79,7 +81,8 @@ class Nodes:
     def table(self, found: dict[int, list[str]]) -> str:
         """What is the same everywhere, then a row for every node. found: problems by rank."""
         first = self.reports[min(self.reports)]
-        same = ", ".join(f"{name} {value}" for name, value in first["facts"].items())
+        facts = {name: value for name, value in first["facts"].items() if value != NONE}
+        same = ", ".join(f"{name} {value}" for name, value in facts.items())
         head = ["node", "host", "ranks", "memory", "/dev/shm", "network", "device", "clock"]
         kinds = ["versions", "config", "data", "folder", "matmul", "collective"]
         rows = [head + kinds]

@@ -99,6 +99,10 @@ def other_torch(preflight: Preflight) -> None:
     probe(preflight, versions=lambda: {**checks.versions(), "torch": "1.0"})
 
 
+def no_deepspeed(preflight: Preflight) -> None:
+    probe(preflight, versions=lambda: {**checks.versions(), "deepspeed": checks.NONE})
+
+
 def late_clock(preflight: Preflight) -> None:
     probe(preflight, clock=lambda: time.time() - 3)
 
@@ -153,6 +157,7 @@ def no_interface(preflight: Preflight) -> None:
 NODE = "node 1 (worker-b)"
 FAULTS = [
     (other_torch, [f"{NODE}, ranks 2-3: versions: torch 1.0, but {torch.__version__} on node 0"]),
+    (no_deepspeed, [f"{NODE}, ranks 2-3: versions: deepspeed none, but 0."]),
     (late_clock, [f"{NODE}, rank 2: clock: -3.0"]),
     (wrong_matmul, [f"{NODE}, ranks 2-3: matmul: a product in float32 on cpu is off by "]),
     (wrong_sum, [f"{NODE}, ranks 2-3: collective: 1 of 1024 sums over the ranks are wrong"]),
