@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from data_pipeline import Corpus
 from train.optim.cadence import NonFinite
@@ -37,6 +38,10 @@ class NothingCounts:
         return "no token of its batch counts in the loss"
 
 
+Problem = NonFinite | Spike | LeftOut | NothingCounts
+"""Why a step was skipped."""
+
+
 @dataclass(frozen=True)
 class SkippedStep:
     """A step that was read, and not trained on."""
@@ -44,7 +49,7 @@ class SkippedStep:
     tokens: int  # trained on before it
     step_tokens: int
     position: int  # in the stream, of its batch's first row
-    problem: NonFinite | Spike | LeftOut | NothingCounts
+    problem: Problem
 
 
 @dataclass
@@ -54,3 +59,11 @@ class Corpora:
     train: list[Corpus]
     validation: Corpus
     domains: dict[str, Corpus] = field(default_factory=dict)  # held out, of a continual run
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What the corpora hold, whatever their folders are called."""
+        return {
+            "train": [corpus.fingerprint for corpus in self.train],
+            "validation": self.validation.fingerprint,
+            "domains": {name: corpus.fingerprint for name, corpus in self.domains.items()},
+        }

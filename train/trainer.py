@@ -22,12 +22,18 @@ from train.config import RunConfig
 from train.continual import DomainStream, open_loader
 from train.engines.parts import Engine
 from train.evaluate.perplexity import EvaluationInterruptedError, HeldOut, evaluate
-from train.optim.cadence import NonFinite
 from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
 from train.parallel.placement import Stored
-from train.records import Corpora, NonFiniteError, NothingCounts, SkippedStep, StepRecord
+from train.records import (
+    Corpora,
+    NonFiniteError,
+    NothingCounts,
+    Problem,
+    SkippedStep,
+    StepRecord,
+)
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
 from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
@@ -114,12 +120,11 @@ class Trainer:
             tokens_per_second=self.config.training.batch_tokens / seconds,
         )
 
-    def _skip(
-        self, position: int, problem: NonFinite | Spike | LeftOut | NothingCounts
-    ) -> SkippedStep:
+    def _skip(self, position: int, problem: Problem) -> SkippedStep:
         """End a step without any effect but the count of it."""
         tokens = self.config.training.batch_tokens
-        self.cadence.drop()
+        if not isinstance(problem, LeftOut):  # whose batch had no gradient
+            self.cadence.drop()
         self.clock.skip(tokens)
         return SkippedStep(self.clock.tokens, tokens, position, problem)
 
@@ -149,6 +154,7 @@ class Trainer:
             record = self.step()
             if isinstance(record, SkippedStep):
                 self._skipped(record)
+                self._evaluate_domains()
                 continue
             for callback in self.callbacks:
                 callback.on_step(self, record)
@@ -300,7 +306,7 @@ class Trainer:
         plain: dict[str, Any] = {
             "config": redact_tree(self.config.model_dump(mode="json")),
             "code": code_version(),
-            "data": self._fingerprints(),
+            "data": self.corpora.fingerprints(),
             "clock": self.clock.state_dict(),
             "cadence": cadence_plain,
             "cms": describe_levels(self.config.model.cms),
@@ -383,15 +389,6 @@ class Trainer:
     def _elsewhere(self) -> set[str]:
         """Names of the model's parameters of which this rank has nothing."""
         return parameter_names(self.config.model) - self.engine.parameters.keys()
-
-    def _fingerprints(self) -> dict[str, Any]:
-        """What the corpora hold, whatever their folders are called."""
-        corpora = self.corpora
-        return {
-            "train": [corpus.fingerprint for corpus in corpora.train],
-            "validation": corpora.validation.fingerprint,
-            "domains": {name: corpus.fingerprint for name, corpus in corpora.domains.items()},
-        }
 
     def _own_rows(self) -> range:
         """The global batch rows that this rank holds."""

@@ -136,11 +136,18 @@ def test_a_flush_after_the_end_is_evaluated_on_every_domain(continual) -> None:
 
 
 def test_a_skipped_step_does_not_make_the_stream_run_dry(continual) -> None:
+
+
+@pytest.mark.parametrize(("skipped", "first_domain"), [(2, 8), (8, 8), (14, 9)])
+def test_a_skipped_step_does_not_make_the_stream_run_dry(
+    continual, skipped: int, first_domain: int
+) -> None:
+    """Nor does it put off the evaluation at the end of its domain."""
     honest, seen = NativeEngine.forward_backward, count()
 
     def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
         total, state = honest(self, batch, carried)
-        return (float("nan") if next(seen) == 2 else total), state
+        return (float("nan") if next(seen) == skipped else total), state
 
     config = continual()
     with pytest.MonkeyPatch.context() as patch:
@@ -149,7 +156,8 @@ def test_a_skipped_step_does_not_make_the_stream_run_dry(continual) -> None:
     store = store_of(config)
     clock = store.plain(store.newest())["clock"]
     assert (clock["tokens"], clock["skipped_tokens"]) == (14 * BATCH, BATCH)
-    assert len(rows_of(config, "domain_evaluation")) == 2
+    ends = [row["tokens"] for row in rows_of(config, "domain_evaluation")]
+    assert ends == [first_domain * BATCH, 14 * BATCH]
     assert train(config, resume=True) == 0  # finished: nothing is done again
     assert len(rows_of(config, "domain_evaluation")) == 2
 

@@ -17,6 +17,7 @@ from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.callbacks.metrics import read_metrics
 from train.config import validate_config
 from train.engines import open_engine
+from train.engines.deepspeed import DeepSpeedEngine
 from train.engines.native import NativeEngine
 from train.parallel.ranks import Ranks
 from train.signals import StopSignals
@@ -32,15 +33,15 @@ CHANGES = {
 }
 
 
-def spike(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
+def spike(patch: pytest.MonkeyPatch, batches: set[int], engine: Any = NativeEngine) -> None:
     """The loss of the given batches is three times what it is."""
-    honest, last_read = NativeEngine.forward_backward, count_batches(patch)
+    honest, last_read = engine.forward_backward, count_batches(patch)
 
-    def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
+    def spoiled(self: Any, batch: Any, carried: Any) -> Any:
         total, state = honest(self, batch, carried)
         return (3 * total if last_read() in batches else total), state
 
-    patch.setattr(NativeEngine, "forward_backward", spoiled)
+    patch.setattr(engine, "forward_backward", spoiled)
 
 
 def test_what_is_a_spike() -> None:
@@ -139,6 +140,23 @@ def test_a_rollback_leaves_out_what_is_blamed_and_resumes_to_the_bit(
     plain = store.plain(store.newest())
     assert plain["clock"]["skipped_tokens"] == 2 * 256
     assert plain["spikes"]["left_out"] == [[p, p + rows_of_batch, 1] for p in skipped]
+
+
+def test_deepspeed_goes_back_like_our_own_engine(make_config, tmp_path: Path) -> None:
+    """A batch that is left out leaves DeepSpeed no gradient that it could forget."""
+    found, losses = [], []
+    for name, engine in (("native", NativeEngine), ("deepspeed", DeepSpeedEngine)):
+        changes = {**CHANGES, "run_dir": str(tmp_path / name), "engine": name}
+        config = make_config(**changes, spikes={**SPIKES, "action": "rollback"})
+        with pytest.MonkeyPatch.context() as patch:
+            spike(patch, {12}, engine)
+            assert train(config, resume=False) == 0
+        rows = read_metrics(config.run_dir / "metrics.jsonl")
+        found.append([(row["kind"], row["tokens"], row.get("position")) for row in rows])
+        losses.append([row["loss"] for row in rows if row["kind"] == "step"])
+    assert found[0] == found[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert ("rollback", 8 * 256, None) in found[0]
 
 
 def test_too_many_rollbacks_and_none_possible(
