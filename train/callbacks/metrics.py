@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
+from train.line_file import LineFile, tell
 from train.run_folder import METRICS, PLOTS
 
 if TYPE_CHECKING:
@@ -33,15 +34,12 @@ class Metrics(Callback):
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS
         self.plot_path = run_dir / PLOTS / LOSS_CURVE
-        self._file: IO[str] | None = None
+        self._lines = LineFile(self.path)
         self._drawn = time.monotonic()
 
     def on_start(self, trainer: Trainer) -> None:
-        kept = [row for row in read_metrics(self.path) if _stays(row, trainer)]
-        draft = self.path.with_suffix(".draft")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        draft.replace(self.path)
-        self._file = self.path.open("a")
+        rows = [row for row in _rows(self._lines.text()) if _stays(row, trainer)]
+        self._lines.replace("".join(json.dumps(row) + "\n" for row in rows))
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         self._append(
@@ -73,7 +71,6 @@ class Metrics(Callback):
         )
 
     def on_rollback(self, trainer: Trainer, rollback: Rollback) -> None:
-        self._close()
         self.on_start(trainer)
         self._append(
             {
@@ -133,21 +130,17 @@ class Metrics(Callback):
             self._draw()
 
     def on_end(self, trainer: Trainer) -> None:
-        self._close()
         self._draw()
 
     def _draw(self) -> None:
-        plot_loss({self.path.parent.name: read_metrics(self.path)}, self.plot_path)
         self._drawn = time.monotonic()
-
-    def _close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        try:
+            plot_loss({self.path.parent.name: _rows(self._lines.text())}, self.plot_path)
+        except OSError as error:
+            tell(f"{self.plot_path} can't be written ({error.strerror})")
 
     def _append(self, row: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._lines.add(json.dumps(row))
 
 
 def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
@@ -165,8 +158,12 @@ def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a metrics.jsonl; a line cut short by a crash is left out."""
+    return _rows(path.read_text()) if path.exists() else []
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in text.splitlines():
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from train.callbacks.base import Callback
 from train.callbacks.metrics import LOSS_CURVE
 from train.callbacks.mlflow_sender import Backlog, Sender
 from train.config import ConfigError, MLflowConfig, dump_config, flatten
+from train.line_file import tell
 from train.redaction import redact
 from train.run_folder import PLOTS
 
@@ -116,10 +116,9 @@ class MLflow(Callback):
         stopped = trainer.stop_status is not None
         left = self.sender.finish(AFTER_A_SIGNAL_S if stopped else self.config.flush_s)
         if left:
-            print(
+            tell(
                 f"MLflow has not taken {left} records ({self.sender.trouble or 'slow'}); they are "
-                f"kept in {self.backlog.path} and sent when the run is resumed",
-                file=sys.stderr,
+                f"kept in {self.backlog.path} and sent when the run is resumed"
             )
 
     def _log(self, values: dict[str, float], tokens: int) -> None:

@@ -6,13 +6,13 @@ import fcntl
 import json
 import logging
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from train.line_file import LineFile, tell
 from train.redaction import redact
 from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT, write_whole
 
@@ -33,6 +33,7 @@ class Backlog:
         self.sent = int(self._sent_path.read_text()) if self._sent_path.exists() else 0
         self.is_new = not self.path.exists()
         self.added = threading.Event()
+        self._lines = LineFile(self.path)
         self._cut_half_a_line()
 
     def _cut_half_a_line(self) -> None:
@@ -44,8 +45,7 @@ class Backlog:
 
     def add(self, record: dict[str, Any]) -> None:
         """Append; microseconds, whatever MLflow does."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._lines.add(json.dumps(record))
         self.added.set()
 
     def next(self) -> tuple[list[dict[str, Any]], int]:
@@ -135,7 +135,7 @@ class Sender:
     def _tell(self, error: Exception) -> None:
         """One line when the trouble begins."""
         if not self.trouble:
-            print(f"MLflow: {_line(error)}; training goes on, sending later", file=sys.stderr)
+            tell(f"MLflow: {_line(error)}; training goes on, sending later")
         self.trouble = type(error).__name__
 
     def _send_some(self) -> bool:
@@ -171,7 +171,7 @@ class Sender:
             if kind not in self._refused:
                 self._refused.add(kind)
                 what = record.get("name") or record.get("file") or kind
-                print(f"MLflow refuses {what}, left out: {_line(error)}", file=sys.stderr)
+                tell(f"MLflow refuses {what}, left out: {_line(error)}")
         if kind in ARTIFACTS:
             self._tries = 0
 

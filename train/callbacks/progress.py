@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,8 @@ class Progress(Callback):
             self._bar.close()
 
     def _write(self, line: str) -> None:
-        tqdm.write(line, file=sys.stderr)
+        with suppress(OSError):  # the log may lie on a full disk
+            tqdm.write(line, file=sys.stderr)
 
 
 def _short(tokens: int) -> str:

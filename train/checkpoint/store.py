@@ -21,12 +21,12 @@ from torch import Tensor
 from train.checkpoint import retention
 from train.checkpoint.background import BackgroundWriter, DirectWriter, Save, Writer
 from train.checkpoint.errors import CheckpointError, SaveError
-from train.checkpoint.manifest import MARKER, damage, position
+from train.checkpoint.manifest import damage, position
 from train.checkpoint.pieces import Described, Owners, assign, local_pieces, plan_files
 from train.checkpoint.places import Place, as_place, make_folder, names, remove, rename
 from train.checkpoint.reading import StoredTensor, TensorReader, read_plain
 from train.checkpoint.retention import DRAFT, Retention
-from train.checkpoint.writer import Target, attempt
+from train.checkpoint.writer import Target, attempt, discard
 from train.parallel.placement import Stored, fill
 from train.parallel.ranks import Ranks
 from train.run_folder import CHECKPOINTS
@@ -135,7 +135,7 @@ class CheckpointStore:
         if error is not None:
             self._writer.abandon()
             if self.ranks.is_first:
-                attempt(lambda: self._discard(target))
+                attempt(lambda: discard(target))
             return self._failed(target.final.name, error)
         if self.asynchronous and seconds > WORTH_SAYING and self.ranks.is_first:
             warnings.warn(
@@ -236,11 +236,6 @@ class CheckpointStore:
         remove(draft)
         make_folder(draft)
         return str(final), str(draft), False
-
-    def _discard(self, target: Target) -> None:
-        remove(target.draft)
-        if not (target.final / MARKER).exists():
-            remove(target.final)
 
     def _failed(self, name: str, error: str) -> None:
         self.failure = f"{name}: {error}"

@@ -22,10 +22,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from train.checkpoint import retention
 from train.checkpoint.manifest import (
+    MARKER,
     PLAIN,
     ManifestError,
     read_manifest,
@@ -80,11 +82,21 @@ class Target:
 
 
 def write_part(target: Target, files: Sequence[NewFile]) -> dict[str, int]:
-    """Write this rank's files, and say so in the draft folder.
+    """Write this rank's files, and say so in the draft folder. Where that fails they are removed:
+    others may need the place on the disk.
 
     A file that a complete checkpoint has, by its checksum, is not written again: it is read back
     to see that it is good, and linked (behind a URL: referred to).
     """
+    try:
+        return _write_part(target, files)
+    except BaseException:
+        for file in files:
+            attempt(partial(remove, target.draft / file.name))
+        raise
+
+
+def _write_part(target: Target, files: Sequence[NewFile]) -> dict[str, int]:
     make_folder(target.draft)
     known = _known_files(target.final.parent) if files else {}
     entries: dict[str, Any] = {}
@@ -145,6 +157,13 @@ def finish(
     write_marker(target.final, digest)
     entering("save-after-marker")
     return {**totals, "deleted": retention.apply(target.final.parent, rules, entering)}
+
+
+def discard(target: Target) -> None:
+    """Remove what a save that failed has left, on the first rank."""
+    remove(target.draft)
+    if not (target.final / MARKER).exists():
+        remove(target.final)
 
 
 def _known_files(folder: Place) -> dict[tuple[str, int], Place]:
@@ -213,7 +232,10 @@ def perform(job: dict[str, Any], memory: memoryview) -> None:
     if "error" in answer or job["rank"] != 0:
         return
     rules = retention.Retention(**job["rules"])
-    print(json.dumps(attempt(lambda: finish(target, job["plain"], rules))), flush=True)
+    answer = attempt(lambda: finish(target, job["plain"], rules))
+    if "error" in answer:
+        attempt(lambda: discard(target))
+    print(json.dumps(answer), flush=True)
 
 
 def main() -> None:

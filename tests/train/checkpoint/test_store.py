@@ -193,10 +193,15 @@ def test_a_full_disk_harms_nothing_and_the_next_save_works(
 def test_the_process_that_writes_meets_a_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the size of files: an error of the system's own, of which training hears later."""
+    """On the size of files: an error of the system's own, of which training hears later. What was
+    written is gone by then."""
     store = store_in(tmp_path / "checkpoints", asynchronous=True)
     monkeypatch.setattr("train.checkpoint.background.sys.executable", str(_limited(tmp_path)))
     assert store.save(2, {"model/big": torch.randn(100_000)}, PLAIN) is not None
+    answer = store._writer.part()
+    assert "error" in answer
+    assert [path for path in tmp_path.glob("*/*/*") if path.is_file()] == []
+    monkeypatch.setattr(store._writer, "part", lambda: answer)
     with pytest.warns(UserWarning, match="tokens-0+2: OSError: File too large"):
         assert store.wait() is None
     assert list(tmp_path.glob("*/*")) == []
