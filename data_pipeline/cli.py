@@ -18,6 +18,7 @@ from typing import Any
 
 from data_pipeline.arguments import at_least, utf8
 from data_pipeline.errors import DataError
+from data_pipeline.redaction import redact
 
 Handler = Callable[[argparse.Namespace], int]
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -105,11 +106,12 @@ def _verify(args: argparse.Namespace) -> int:
 
     corpus, damages = verify(args.folder, args.workers)
     for damage in damages:
-        print(f"data_pipeline: {damage}", file=sys.stderr)
+        print(redact(f"data_pipeline: {damage}"), file=sys.stderr)
     if damages:
         return 1
     print(
-        f"{args.folder}: whole: {corpus.num_shards} shards, {corpus.num_tokens:,} tokens, "
+        f"{redact(str(args.folder))}: whole: {corpus.num_shards} shards, "
+        f"{corpus.num_tokens:,} tokens, "
         f"{corpus.num_documents:,} documents; fingerprint {corpus.fingerprint}"
     )
     return 0
@@ -323,5 +325,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = signal.Signals(error.number).name
         print(f"data_pipeline: stopped by {name}; run the same command to go on", file=sys.stderr)
         return 128 + error.number
-    print(f"data_pipeline: {message}", file=sys.stderr)
+    print(redact(f"data_pipeline: {message}"), file=sys.stderr)
     return 2

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_pipeline.corpus import Corpus
+from data_pipeline.redaction import redact
 from data_pipeline.tokenizer import Tokenizer
 
 _BAR = 40
@@ -30,7 +31,7 @@ def describe_corpus(corpus: Corpus, samples: int) -> Iterator[str]:
     manifest = corpus.manifest
     stored = sum(shard["bytes"] for shard in manifest["shards"])
     described = manifest["tokenizer"]
-    yield f"{corpus.path}"
+    yield redact(str(corpus.path))
     yield f"  fingerprint  {corpus.fingerprint}"
     yield f"  tokens       {corpus.num_tokens:,} in {corpus.num_documents:,} documents"
     yield (

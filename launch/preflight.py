@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from data_pipeline.redaction import redact
 from launch import checks
 from launch.meeting import Meeting, NoAnswerError, Place
 from launch.report import Nodes
@@ -261,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     if place.rank == 0:
         print(table, flush=True)
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr, flush=True)
+            print(redact(f"error: {problem}"), file=sys.stderr, flush=True)
     return BAD if problems else 0
 
 

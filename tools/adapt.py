@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data_pipeline import DataError
 from data_pipeline.arguments import at_least
+from data_pipeline.redaction import redact
 from tools.figures import table
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_tokenizer
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
                 quarter = losses[-(len(losses) // 4 or 1) :]
                 rows.append([label, *map(_perplexity, (losses, quarter))])
     except (CheckpointError, ConfigError, DataError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 2
     print(table([f"perplexity of {len(tokens) - 1:,} tokens", "all", "last quarter"], rows))
     return 0

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.arguments import at_least
+from data_pipeline.redaction import redact
 from tools import deepspeed_checkpoints
 from tools.figures import table
 from train.checkpoint import CheckpointError, retention
@@ -60,7 +61,11 @@ def list_run(folder: Place, options: argparse.Namespace) -> int:
                 retention.tag(one) or "",
             ]
         )
-    print(table([str(folder), "tokens", "held-out loss", "MB", "of which shared", "tag"], rows))
+    print(
+        table(
+            [redact(str(folder)), "tokens", "held-out loss", "MB", "of which shared", "tag"], rows
+        )
+    )
     return 0
 
 
@@ -73,7 +78,7 @@ def verify(folder: Place, options: argparse.Namespace) -> int:
     for one in there:
         reason = damage(one)
         status = status if reason is None else 1
-        print(f"{one}: {reason or 'good'}")
+        print(redact(f"{one}: {reason or 'good'}"))
     return status
 
 
@@ -82,7 +87,7 @@ def prune(folder: Place, options: argparse.Namespace) -> int:
     rules = retention.Retention(options.keep_last, options.keep_every_tokens, options.keep_best)
     doomed = retention.superfluous(retention.complete(folder), rules)
     for one in doomed:
-        print(f"{'would delete' if options.dry_run else 'deleting'} {one}")
+        print(redact(f"{'would delete' if options.dry_run else 'deleting'} {one}"))
     if not options.dry_run:
         retention.apply(folder, rules)
     return 0
@@ -247,10 +252,10 @@ def main(arguments: list[str] | None = None) -> int:
                 status = max(status, options.on_run(folder, options))
         return status
     except DamagedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 1
     except (CheckpointError, ConfigError, RunFolderError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 2
 
 

@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline import DataError
 from data_pipeline.arguments import at_least, utf8
+from data_pipeline.redaction import redact
 from hope.sampling import generate
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_tokenizer
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             generator=torch.Generator().manual_seed(options.seed),
         )
     except (CheckpointError, ConfigError, DataError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(redact(f"error: {error}"), file=sys.stderr)
         return 2
     print(options.prompt + tokenizer.decode(tokens.tolist()))
     return 0

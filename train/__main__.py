@@ -17,6 +17,7 @@ from contextlib import ExitStack
 import torch
 
 from data_pipeline import Corpus, CorruptDataError, DataError
+from data_pipeline.redaction import redact
 from train.callbacks.base import Callback
 from train.callbacks.faults import Faults
 from train.callbacks.metrics import Metrics
@@ -32,7 +33,7 @@ from train.memory import OutOfMemoryError, is_out_of_memory, memory_report
 from train.parallel.pulse import RankLostError
 from train.parallel.ranks import Ranks
 from train.records import Corpora, NonFiniteError
-from train.redaction import redact, redact_logging
+from train.redaction import redact_logging
 from train.run_folder import RunFolderError, claim, continues, goes_back_to, save_config, went_back
 from train.signals import (
     StoppedError,

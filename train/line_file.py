@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from data_pipeline.redaction import redact
+
 
 class LineFile:
     """A file that is only added to. What the disk does not take (full, quota, gone read-only) is
@@ -41,8 +43,8 @@ class LineFile:
 
 
 def tell(line: str) -> None:
-    """A line on stderr, which may lie on a full disk as well."""
+    """A line without secrets on stderr, which may lie on a full disk as well."""
     try:
-        print(line, file=sys.stderr)
+        print(redact(line), file=sys.stderr)
     except OSError:
         return

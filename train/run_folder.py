@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.redaction import redact
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
 from train.checkpoint.places import as_place
@@ -19,7 +20,6 @@ from train.config import ConfigError, RunConfig, dump_config, flatten, load_conf
 from train.optim.config import LevelOptimizerConfig
 from train.optim.levels import periods
 from train.parallel.ranks import Ranks
-from train.redaction import redact
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"

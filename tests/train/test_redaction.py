@@ -1,48 +1,21 @@
-"""No secret passes `redact`, and what is no secret does."""
+"""No secret of a run reaches a log, a checkpoint or what a resume tells."""
 
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tools.checkpoint import main as tool
 from train.__main__ import main, train
 from train.checkpoint.load import load_run
 from train.config import validate_config
-from train.redaction import redact, redact_logging
+from train.redaction import redact_logging
 
 SECRET = "hunter2-s3cr3t"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        (f"http://me:{SECRET}@host:5000/x", "http://***@host:5000/x"),
-        (f"postgresql+psycopg2://me:{SECRET}/q@host/db", "postgresql+psycopg2://***@host/db"),
-        (f"https://{SECRET}@host/a", "https://***@host/a"),
-        (f"s3://b/k?X-Amz-Signature={SECRET}&part=2", "s3://b/k?X-Amz-Signature=***&part=2"),
-        (f"https://h/x?token={SECRET}#f", "https://h/x?token=***#f"),
-        (f"az://c/d?sv=2020&sig={SECRET}", "az://c/d?sv=2020&sig=***"),
-        (f"Authorization: Bearer {SECRET}", "Authorization: Bearer ***"),
-        (f"'https://u:{SECRET}@h' and http://v:{SECRET}@i/", "'https://***@h' and http://***@i/"),
-        ("sqlite:////data/runs/mlflow.db", "sqlite:////data/runs/mlflow.db"),
-        ("rank 3: loss 2.5, 4096 tokens; a@b.org", "rank 3: loss 2.5, 4096 tokens; a@b.org"),
-        ("https://host/shards?version=7", "https://host/shards?version=7"),
-    ],
-)  # fmt: skip
-def test_uris(text: str, expected: str) -> None:
-    assert redact(text) == expected
-
-
-def test_secrets_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN"):
-        monkeypatch.setenv(name, f"{SECRET}-{name}")
-        assert redact(f"failed with {SECRET}-{name}!") == "failed with ***!"
-    monkeypatch.setenv("MY_TOKEN", "1")
-    monkeypatch.setenv("SOME_PATH", SECRET)
-    assert redact(f"1 {SECRET}") == f"1 {SECRET}"
 
 
 def test_error_lines_and_logs_hold_no_secret(
@@ -51,7 +24,7 @@ def test_error_lines_and_logs_hold_no_secret(
     path = tmp_path / "config.yaml"
     raw_config["data"]["validation"] = f"file://me:{SECRET}@/nowhere/shards?token={SECRET}"
     path.write_text(yaml.safe_dump(raw_config))
-    factory = logging.getLogRecordFactory()
+    factory, write = logging.getLogRecordFactory(), warnings.formatwarning
     try:
         assert main([str(path)]) == 2
         error = capsys.readouterr().err
@@ -64,6 +37,29 @@ def test_error_lines_and_logs_hold_no_secret(
         assert record.getMessage() == "at http://***@h"
     finally:
         logging.setLogRecordFactory(factory)
+        warnings.formatwarning = write
+
+
+def test_progress_and_warnings_hold_no_secret(
+    make_config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The URL of the checkpoints stands in both."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    factory, url = logging.getLogRecordFactory(), f"memory://me:{SECRET}@bucket/run"
+    settings = {"url": url, "every_tokens": 256, "asynchronous": False}
+    quick = {"model.mixer": "attention", "training.total_tokens": 512}
+    try:
+        redact_logging()
+        assert train(make_config(**quick, checkpoint=settings), resume=False) == 0
+    finally:
+        logging.setLogRecordFactory(factory)
+    assert "checkpoint memory://***@bucket/run/tokens-" in capsys.readouterr().err
+    written = warnings.formatwarning(f"no {url}", UserWarning, "file.py", 1)
+    assert "no memory://***@bucket/run" in written
+    assert tool(["verify", url]) == 0
+    printed = capsys.readouterr().out
+    assert "memory://***@bucket/run/tokens-000000000000512: good" in printed
+    assert SECRET not in printed
 
 
 def test_a_checkpoint_holds_no_secret_and_its_run_does(raw_config, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_pipeline.redaction import redact
 from hope.model import num_parameters
 from train.callbacks.base import Callback
 from train.callbacks.metrics import LOSS_CURVE
 from train.callbacks.mlflow_sender import Backlog, Sender
 from train.config import ConfigError, MLflowConfig, dump_config, flatten
 from train.line_file import tell
-from train.redaction import redact
 from train.run_folder import PLOTS
 
 if TYPE_CHECKING:

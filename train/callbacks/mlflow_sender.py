@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.redaction import redact
 from train.line_file import LineFile, tell
-from train.redaction import redact
 from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT, write_whole
 
 AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from data_pipeline.redaction import redact
 from train.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Progress(Callback):
 
     def _write(self, line: str) -> None:
         with suppress(OSError):  # the log may lie on a full disk
-            tqdm.write(line, file=sys.stderr)
+            tqdm.write(redact(line), file=sys.stderr)
 
 
 def _short(tokens: int) -> str:

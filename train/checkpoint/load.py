@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from data_pipeline import Corpus, Tokenizer
+from data_pipeline.redaction import HIDDEN
 from hope import HopeConfig, HopeModel
 from hope.stacking import stack_levels
 from train.checkpoint.manifest import MARKER, damage
@@ -16,7 +17,7 @@ from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointError, CheckpointStore, load_parameters
 from train.config import ConfigError, InitFromConfig, RunConfig, load_config, validate_config
 from train.parallel.ranks import Ranks
-from train.redaction import HIDDEN, revealed
+from train.redaction import revealed
 from train.run_folder import CHECKPOINTS, CONFIG
 
 
