@@ -47,6 +47,9 @@ FREE_KEYS = (
     "data.on_corrupt",
     "data.cache_dir",
     "data.cache_bytes",
+    "model.titans.scan.implementation",
+    "model.titans.scan.checkpoint_chunks",
+    "model.attention.backend",
 )
 # How accumulators are kept, for all levels or one; the levels, which are mapped by name; and where
 # the data lies: what it holds stands in the loader's state.
@@ -175,7 +178,8 @@ def check_same_run(config: RunConfig) -> list[str]:
     computes. Raises RunFolderError, with the list of keys, when it would not continue that run.
 
     Levels may be added and change their periods, as `train.checkpoint.levels` says; rows read in
-    shuffled order may come in batches of another size.
+    shuffled order may come in batches of another size; where no learning rate depends on the end,
+    it may be elsewhere.
     """
     path = config.run_dir / CONFIG
     if not path.exists():
@@ -192,6 +196,8 @@ def check_same_run(config: RunConfig) -> list[str]:
     free = {f"optimizer.levels.{name}" for name in added}
     if config.data.order != "stream":
         free.add("training.batch_tokens")
+    if _goes_on(saved) and _goes_on(config):
+        free.add("training.total_tokens")
     changed: list[str] = []
     accepted: list[str] = []
     for key in sorted(before.keys() | now.keys()):
@@ -212,6 +218,13 @@ def _settings(config: RunConfig) -> dict[str, Any]:
     for name in periods(config.model):
         tree["optimizer"]["levels"].setdefault(name, LevelOptimizerConfig().model_dump(mode="json"))
     return flatten(tree)
+
+
+def _goes_on(config: RunConfig) -> bool:
+    """Whether what a run computes does not depend on where it ends."""
+    names = ("fast", *(level.name for level in config.model.cms.levels))
+    constant = all(config.optimizer.level(name).schedule.name == "constant" for name in names)
+    return constant and config.mode == "pretrain" and not config.training.flush
 
 
 def _is_free(key: str, free: set[str]) -> bool:

@@ -135,9 +135,6 @@ def test_a_flush_after_the_end_is_evaluated_on_every_domain(continual) -> None:
     assert last["loss"] != before[-1]["loss"]
 
 
-def test_a_skipped_step_does_not_make_the_stream_run_dry(continual) -> None:
-
-
 @pytest.mark.parametrize(("skipped", "first_domain"), [(2, 8), (8, 8), (14, 9)])
 def test_a_skipped_step_does_not_make_the_stream_run_dry(
     continual, skipped: int, first_domain: int

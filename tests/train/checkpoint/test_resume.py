@@ -22,6 +22,7 @@ from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
 from train.engines import open_engine
 from train.parallel.ranks import Ranks
+from train.run_folder import RunFolderError
 from train.signals import StopSignals
 from train.trainer import Trainer
 
@@ -104,8 +105,36 @@ def test_what_does_not_change_the_mathematics_is_accepted_and_logged(
     assert main([*command, "checkpoint.keep_last=1", "checkpoint.asynchronous=false"]) == 0
     expected = "checkpoint.asynchronous (True -> False), checkpoint.keep_last (9 -> 1)"
     assert f"resuming with other settings: {expected}, run_dir (" in capsys.readouterr().err
+    kernels = ("titans.scan.implementation=chunked", "titans.scan.checkpoint_chunks=2")
+    kernels += ("attention.backend=sdpa",)
+    assert main([*command, *(f"model.{key}" for key in kernels)]) == 0
+    told = capsys.readouterr().err
+    assert "model.titans.scan.implementation ('auto' -> 'chunked')" in told
     assert main([*command, "optimizer.lr=0.5", "seed=3"]) == 2
     assert "optimizer.lr (0.01 -> 0.5), seed (0 -> 3)" in capsys.readouterr().err
+
+
+def test_a_run_whose_rates_do_not_depend_on_its_end_may_go_on_beyond_it(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = {"optimizer.schedule": {"name": "constant", "warmup_tokens": 512}}
+    straight = make_config(**schedule, run_dir=str(tmp_path / "straight"))
+    assert train(straight, resume=False) == 0
+    short = {"run_dir": str(tmp_path / "short"), "training.total_tokens": 2048}
+    assert train(make_config(**short), resume=False) == 0
+    longer = make_config(**{"training.total_tokens": 3072})
+    assert train(longer, resume=True) == 0
+    steps = [[row for row in losses(run) if row[0] == "step"] for run in (straight, longer)]
+    assert steps[0] == steps[1]
+    first, second = (store_of(run).tensors(store_of(run).newest()) for run in (straight, longer))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "training.total_tokens (2048 -> 3072)" in capsys.readouterr().err
+    cosine = {"optimizer.levels": {"b": {"schedule": {"name": "cosine"}}}}
+    assert (
+        train(make_config(**{**short, **cosine, "run_dir": str(tmp_path / "b")}), resume=False) == 0
+    )
+    with pytest.raises(RunFolderError, match=r"another configuration: training.total_tokens"):
+        train(make_config(**{"training.total_tokens": 3072}), resume=True)
 
 
 def test_checkpoints_behind_a_url(straight: RunConfig, tmp_path: Path) -> None:
