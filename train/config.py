@@ -203,6 +203,13 @@ class RunConfig(Section):
                 f"faults: {', '.join(sorted(beside))} happen in another process while checkpoints "
                 "are written beside training: set checkpoint.asynchronous=false"
             )
+        kinds = {fault.kind.rpartition("_")[2]: fault.kind for fault in self.faults}
+        for what, key, url in (
+            ("shard", "data.train.0.path", self.data.train[0].path),
+            ("checkpoint", "checkpoint.url", self.checkpoint.url or ""),
+        ):
+            if what in kinds and "://" in url:
+                raise ValueError(f"faults: {kinds[what]} damages local files, and {key} is a URL")
         placed = set(self.init_from.levels or ()) if self.init_from else set()
         if unknown := placed - (known - {"fast"}):
             raise ValueError(

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 from train.callbacks.base import Callback
 from train.checkpoint.manifest import MARKER
-from train.optim.newton_schulz import local
+from train.line_file import tell
 from train.parallel.pulse import FIRST_RANK_PHASES, PHASES, STEP_PHASES
 from train.section import Section
 
@@ -65,7 +65,8 @@ class FaultConfig(Section):
 
     kind: kill, term, int, usr1, stop (SIGSTOP: a hang) are signals; slow sleeps for `seconds`;
         raise, oom and disk_full are errors; nan_loss, nan_gradient spoil one step; the others
-        damage the largest file of the first training corpus or of the newest checkpoint.
+        damage the largest file of the first training corpus or, once there is one, of the newest
+        checkpoint.
     phase: of the training thread, see `train.parallel.pulse`; the fault comes the first time that
         it is entered in step `step` or later. The marker and deletions are the first rank's.
     """
@@ -97,12 +98,17 @@ class Faults(Callback):
         self._undo: Callable[[], None] | None = None
         steps = max(1, config.training.total_tokens // config.training.batch_tokens)
         done = {row["number"] for row in read_fired(self.path)}
-        self._waiting = {
-            number: fault
+        drawn = {
+            number: _drawn(given, number, steps, ranks.size)
             for number, given in enumerate(config.faults)
             if number not in done
-            and (fault := _drawn(given, number, steps, ranks.size)).rank == ranks.rank
         }
+        self._waiting = {n: fault for n, fault in drawn.items() if fault.rank == ranks.rank}
+        for number, fault in drawn.items() if ranks.is_first else ():
+            if fault.rank not in range(ranks.size):
+                tell(f"faults.{number} is of rank {fault.rank}, and there are {ranks.size} ranks")
+            elif fault.step not in range(steps + 1) and config.mode == "pretrain":
+                tell(f"faults.{number} is of step {fault.step}, and the last one is {steps}")
         if self._waiting:
             self.pulse.listeners.append(self.at)
 
@@ -116,6 +122,8 @@ class Faults(Callback):
             self._undo = None
         for number, fault in list(self._waiting.items()):
             if fault.phase == phase and fault.step is not None and self.pulse.step >= fault.step:
+                if fault.kind.endswith("checkpoint") and _newest(self.config) is None:
+                    continue
                 del self._waiting[number]
                 self._remember(number, fault)
                 self._happen(fault)
@@ -148,8 +156,7 @@ class Faults(Callback):
             self._undo = handle.remove
         elif kind == "nan_gradient":
             assert self._trainer is not None
-            held = [p.grad for p in self._trainer.engine.parameters.values()]
-            grads = [local(grad) for grad in held if grad is not None]
+            grads = [grad for grad in self._trainer.cadence.gradients() if grad.numel() > 0]
             grads[fault.seed % len(grads)].view(-1)[0] = math.nan
         else:
             damage_file(_victim(kind, self.config), kind, fault.seed)
@@ -178,13 +185,16 @@ def damage_file(path: Path, kind: str, seed: int) -> None:
 
 def _victim(kind: str, config: RunConfig) -> Path:
     """The largest file of what the kind damages."""
-    if kind.endswith("shard"):
-        folder = Path(config.data.train[0].path)
-    else:
-        markers = (config.run_dir / "checkpoints").glob(f"*/{MARKER}")
-        folder = max((marker.parent for marker in markers), default=config.run_dir)
+    folder = Path(config.data.train[0].path) if kind.endswith("shard") else _newest(config)
+    assert folder is not None
     files = [path for path in folder.rglob("*") if path.is_file()]
     return max(files, key=lambda path: (path.stat().st_size, path.name))
+
+
+def _newest(config: RunConfig) -> Path | None:
+    """The newest checkpoint in the run folder."""
+    markers = (config.run_dir / "checkpoints").glob(f"*/{MARKER}")
+    return max((marker.parent for marker in markers), default=None)
 
 
 def _drawn(fault: FaultConfig, number: int, steps: int, ranks: int) -> FaultConfig:

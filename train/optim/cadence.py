@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from train.optim.level import START, Level
+from train.optim.newton_schulz import local
 from train.optim.norms import Norms, all_finite
 from train.parallel.placement import Stored, in_memory, placed
 from train.parallel.reduction import GradientReduction
@@ -101,6 +102,10 @@ class Cadence:
             p for live in self._live for p in (live, start_of.get(live)) if p is not None
         ]
         self._with_gradient: set[nn.Parameter] | None = None
+
+    def gradients(self) -> list[Tensor]:
+        """What this rank has of this step's, before `agree` looks at them."""
+        return [local(p.grad) for p in self._live if p.grad is not None]
 
     @torch.no_grad()
     def agree(self, numbers: Sequence[float] = ()) -> tuple[list[float], NonFinite | None]:

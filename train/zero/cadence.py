@@ -190,12 +190,17 @@ class ZeroCadence(Cadence):
         )
 
     @torch.no_grad()
-    def agree(self, numbers: Sequence[float] = ()) -> tuple[list[float], NonFinite | None]:
-        """As `Cadence.agree`, of the gradients that DeepSpeed has reduced."""
+    def gradients(self) -> list[Tensor]:
+        """As `Cadence.gradients`, of those that DeepSpeed has reduced; a collective call."""
         if not self._taken:
             for tensor, gradient in zip(self._live, self.held.gradients(), strict=True):
                 tensor.grad = gradient
             self._taken = True
+        return super().gradients()
+
+    def agree(self, numbers: Sequence[float] = ()) -> tuple[list[float], NonFinite | None]:
+        """As `Cadence.agree`, of the gradients that DeepSpeed has reduced."""
+        self.gradients()
         return super().agree(numbers)
 
     def step(
