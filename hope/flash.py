@@ -6,36 +6,52 @@ Looked up when an attention layer is built, never when this package is imported.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_MODULES = ("flash_attn_interface", "flash_attn")
-"""flash-attn 3 (Hopper) before flash-attn 2; both have the two functions called below."""
+
+class Version(NamedTuple):
+    """A flash-attn. All have the two functions called below, in modules of different names.
+
+    widths: of heads, and in words; capability: the oldest GPU, by its major compute capability.
+    """
+
+    module: str
+    widths: Container[int]
+    heads: str
+    capability: int
+
+
+_VERSIONS = (
+    Version("flash_attn_interface", range(257), "heads of at most 256", 8),  # 3
+    Version("flash_attn", range(257), "heads of at most 256", 8),  # 2
+    Version("flash_attn.cute", (64, 96, 128), "heads of 64, 96 or 128", 9),  # 4
+)
 _DTYPES = (torch.float16, torch.bfloat16)
-_WIDEST_HEAD = 256
 
 
 class FlashAttention(NamedTuple):
     """flash-attn's functions for rows of one document each, and for documents of any lengths.
 
-    required: whether tensors that they can't take are an error.
+    version: whose they are; required: whether tensors that they can't take are an error.
     """
 
     dense: Callable[..., Any]
     varlen: Callable[..., Any]
+    version: Version
     required: bool
 
     def takes(self, q: Tensor) -> bool:
         """Whether queries q [B, N, T, d] can go through; ValueError if they can't but must."""
-        fits = q.is_cuda and q.dtype in _DTYPES and q.shape[-1] <= _WIDEST_HEAD
+        _, widths, heads, _ = self.version
+        fits = q.is_cuda and q.dtype in _DTYPES and q.shape[-1] in widths
         if self.required and not fits:
             raise ValueError(
-                "attention.backend=flash needs float16 or bfloat16 on a CUDA device and heads of "
-                f"at most {_WIDEST_HEAD}, got {q.dtype} on {q.device.type} and {q.shape[-1]}; set "
-                "attention.backend=auto"
+                f"attention.backend=flash needs float16 or bfloat16 on a CUDA device and {heads}, "
+                f"got {q.dtype} on {q.device.type} and {q.shape[-1]}; set attention.backend=auto"
             )
         return fits
 
@@ -54,7 +70,9 @@ class FlashAttention(NamedTuple):
         ends = torch.tensor([batch * length], device=q.device)
         bounds = torch.cat([starts.flatten().nonzero().flatten(), ends]).to(torch.int32)
         flat = (z.flatten(0, 1) for z in (q, k, v))
-        out = _out(self.varlen(*flat, bounds, bounds, length, length, causal=True))
+        documents = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
+        most = {"max_seqlen_q": length, "max_seqlen_k": length}
+        out = _out(self.varlen(*flat, **documents, **most, causal=True))
         return out.unflatten(0, (batch, length)).transpose(1, 2)
 
 
@@ -66,14 +84,17 @@ def load_flash(backend: str) -> FlashAttention | None:
     if backend == "sdpa":
         return None
     reasons = []
-    for name in _MODULES:
+    for version in _VERSIONS:
         try:
-            module = importlib.import_module(name)
-        except ImportError as error:
+            module = importlib.import_module(version.module)
+            functions = (module.flash_attn_func, module.flash_attn_varlen_func)
+        except (ImportError, AttributeError) as error:  # where 4 is, `flash_attn` is an empty name
             reasons.append(" ".join(str(error).split()))
             continue
-        functions = (module.flash_attn_func, module.flash_attn_varlen_func)
-        return FlashAttention(*functions, required=backend == "flash")
+        if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < version.capability:
+            reasons.append(f"{version.module} needs compute capability {version.capability}.0")
+            continue
+        return FlashAttention(*functions, version, required=backend == "flash")
     if backend == "flash":
         raise ValueError(
             f"attention.backend=flash, but flash-attn can't be used ({'; '.join(reasons)}): "
@@ -83,5 +104,5 @@ def load_flash(backend: str) -> FlashAttention | None:
 
 
 def _out(result: Any) -> Tensor:
-    """The output alone: some versions of flash-attn 3 return (output, log-sum-exp)."""
+    """The output alone: 4 and some of 3 return (output, log-sum-exp)."""
     return result[0] if isinstance(result, tuple) else result

@@ -18,6 +18,9 @@ from hope.flash import FlashAttention, load_flash
 BASE = HopeConfig(vocab_size=19, dim=16, num_layers=1, num_heads=2, mixer="attention")
 
 
+FOUR = ("flash_attn", "flash_attn.cute")
+
+
 def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
     """flash-attn's contract: [B, T, N, d]."""
     heads_first = (z.transpose(1, 2) for z in (q, k, v))
@@ -39,13 +42,15 @@ def flash_attn_varlen_func(
 
 
 def install(patch: pytest.MonkeyPatch, *names: str) -> None:
-    for name in ("flash_attn", "flash_attn_interface"):
+    patch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name in ("flash_attn", "flash_attn_interface", "flash_attn.cute"):
         module = None
         if name in names:
             module = ModuleType(name)
-            vars(module).update(
-                flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
-            )
+            if names != FOUR or name == "flash_attn.cute":  # 4 brings nothing else of flash_attn
+                vars(module).update(
+                    flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
+                )
         patch.setitem(sys.modules, name, module)
 
 
@@ -58,7 +63,7 @@ def queries(device: str, dtype: torch.dtype, head_dim: int = 64) -> Any:
     )
 
 
-@pytest.mark.parametrize("names", [("flash_attn",), ("flash_attn_interface",)])
+@pytest.mark.parametrize("names", [("flash_attn",), ("flash_attn_interface",), FOUR])
 def test_it_is_taken_where_it_is_installed_and_fits(
     monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
 ) -> None:
@@ -82,6 +87,26 @@ def test_it_is_taken_where_it_is_installed_and_fits(
         assert "\n" not in str(error.value)
 
 
+def test_what_only_some_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, *FOUR)
+    four = load_flash("flash")
+    assert four is not None
+    with pytest.raises(ValueError, match=r"device and heads of 64, 96 or 128, got .* 256;"):
+        four.takes(queries("cuda", torch.bfloat16, head_dim=256))
+    install(monkeypatch, "flash_attn")
+    two = load_flash("auto")
+    assert two is not None
+    assert two.takes(queries("cuda", torch.bfloat16, head_dim=256))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert load_flash("auto") == two
+    install(monkeypatch, *FOUR)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert load_flash("auto") is None
+    with pytest.raises(ValueError, match=r"flash_attn.cute needs compute capability 9.0"):
+        load_flash("flash")
+
+
 def test_asked_for_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     assert load_flash("auto") is None
@@ -93,8 +118,9 @@ def test_asked_for_where_it_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("names", [("flash_attn",), FOUR])
 def test_what_goes_through_it_is_what_torch_computes(
-    monkeypatch: pytest.MonkeyPatch, documents: bool
+    monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...], documents: bool
 ) -> None:
     """Rows of one document, and documents that start anywhere; decoding stays with torch."""
     tokens = torch.randint(0, 19, (3, 12))
@@ -103,7 +129,7 @@ def test_what_goes_through_it_is_what_torch_computes(
         starts = torch.zeros(3, 12, dtype=torch.bool)
         starts[0, [0, 5]] = starts[1, [1, 2, 11]] = True
     expected = HopeModel(BASE)(tokens, None, starts)[0]
-    install(monkeypatch, "flash_attn")
+    install(monkeypatch, *names)
     calls = []
     monkeypatch.setattr(FlashAttention, "takes", lambda self, q: calls.append(q.shape) or True)
     model = HopeModel(BASE)
