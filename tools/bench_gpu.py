@@ -96,7 +96,7 @@ def versions() -> dict[str, str]:
     }
     for name in ("triton", "flash_attn", "fla"):
         try:
-            found[name] = str(importlib.import_module(name).__version__)
+            found[name] = getattr(importlib.import_module(name), "__version__", "installed")
         except ImportError:
             found[name] = "not installed"
     return found

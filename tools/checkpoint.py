@@ -247,8 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
         for run in runs:
             with ExitStack() as stack:
                 folder = store_folder(run)
-                if options.command == "prune" and (Path(run) / CONFIG).exists():
-                    stack.enter_context(run_lock(Path(run)))
+                if options.command == "prune":
+                    for owner in (Path(run), Path(run).resolve().parent):
+                        if (owner / CONFIG).exists():
+                            stack.enter_context(run_lock(owner))
                 status = max(status, options.on_run(folder, options))
         return status
     except DamagedError as error:

@@ -67,3 +67,16 @@ class Corpora:
             "validation": self.validation.fingerprint,
             "domains": {name: corpus.fingerprint for name, corpus in self.domains.items()},
         }
+
+    def held_out_changes(self, saved: dict[str, Any]) -> list[str]:
+        """One line for each held-out corpus that was another when `saved`, the fingerprints of a
+        checkpoint, were taken; training data that changed is refused by the loader."""
+        now, domains = self.fingerprints(), saved.get("domains", {})
+        changed = [("validation", saved.get("validation"), now["validation"])]
+        changed += [(name, domains.get(name), one) for name, one in now["domains"].items()]
+        return [
+            f"held-out data ({name}) is not what it was at the checkpoint: losses over it do not "
+            "compare with those before"
+            for name, before, after in changed
+            if before is not None and before != after
+        ]

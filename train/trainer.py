@@ -341,6 +341,7 @@ class Trainer:
         plain = self.store.plain(folder)
         try:
             self._take_up(folder, plain)
+            told = self.corpora.held_out_changes(plain.get("data", {}))
         except (CheckpointError, DataError):
             raise
         except ValueError as error:
@@ -353,9 +354,10 @@ class Trainer:
             warnings.warn(
                 f"set aside what is after {folder.name}: {', '.join(later)}", stacklevel=2
             )
-        code = plain.get("code")
-        if code != code_version() and self.ranks.is_first:
-            warnings.warn(f"the checkpoint was written by other code: {code}", stacklevel=2)
+        if (code := plain.get("code")) != code_version():
+            told.append(f"the checkpoint was written by other code: {code}")
+        for line in told if self.ranks.is_first else ():
+            warnings.warn(line, stacklevel=2)
 
     def _take_up(self, folder: Any, plain: dict[str, Any]) -> None:
         """Become what a checkpoint says."""

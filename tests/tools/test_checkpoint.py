@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from tools.checkpoint import main
 from train.checkpoint.manifest import damage
+from train.run_folder import run_lock
 
 
 @pytest.fixture
@@ -113,6 +114,17 @@ def test_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prune", str(folder), "--keep-last", "1"]) == 0
     assert names(folder) == [300]
     assert damage(folder / name(300)) is None
+
+
+def test_a_run_that_trains_is_not_pruned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whichever of its folders is named: a save may be between its name and its marker."""
+    (folder.parent / "config.yaml").write_text("held by its run")
+    with run_lock(folder.parent):
+        assert main(["prune", str(folder), "--keep-last", "1"]) == 2
+    assert "is in use by another training process" in capsys.readouterr().err
+    assert names(folder) == [100, 200, 300]
+    assert main(["prune", str(folder), "--keep-last", "1"]) == 0
+    assert names(folder) == [300]
 
 
 def test_bad_input_is_one_line(

@@ -77,6 +77,15 @@ def test_a_run_goes_on_where_its_data_has_moved_to(make_config, corpora, tmp_pat
     assert "the loader state belongs to another stream" in capsys.readouterr().err
 
 
+def test_held_out_data_that_is_another_is_told(make_config, corpora, recwarn) -> None:
+    train(make_config(**{"training.stop_at_tokens": 512}), resume=False)
+    train(make_config(**{"training.stop_at_tokens": 768}), resume=True)
+    assert not [one for one in recwarn if "held-out data" in str(one.message)]
+    changes = {"training.stop_at_tokens": 1024, "data.validation": str(corpora["train"])}
+    with pytest.warns(UserWarning, match=r"held-out data \(validation\) is not what it was"):
+        train(make_config(**changes), resume=True)
+
+
 def test_weights_change_where_the_curriculum_says(make_config, corpora) -> None:
     paths = [{"path": str(corpora["train"]), "weight": 3.0}, {"path": str(corpora["validation"])}]
     stages = [{"from_tokens": 4 * 256, "weights": [0, 1]}]
