@@ -29,7 +29,7 @@ from train.config import ConfigError, RunConfig, load_config
 from train.continual import steps_of_domains
 from train.dry_run.report import print_dry_run
 from train.engines import layout_of, open_engine
-from train.memory import OutOfMemoryError, is_out_of_memory, memory_report
+from train.memory import OutOfMemoryError, building_report, is_out_of_memory, memory_report
 from train.parallel.pulse import RankLostError
 from train.parallel.ranks import Ranks
 from train.records import Corpora, NonFiniteError
@@ -147,15 +147,15 @@ def train(
             trainer, goes_on = _prepare(config, resume, or_start, ranks, signals, watchdog, stack)
         except StoppedError as stopped:
             return stopped.status
-        if goes_on:
-            resume_from = goes_back_to(config.run_dir, resume_from, ranks)
-            trainer.resume(resume_from)
-            if resume_from is not None and ranks.is_first:
-                went_back(config.run_dir, resume_from)
-        if ranks.is_first:
-            save_config(trainer.config)
-        trainer.callbacks = [*trainer.callbacks, faults]
         try:
+            if goes_on:
+                resume_from = goes_back_to(config.run_dir, resume_from, ranks)
+                trainer.resume(resume_from)
+                if resume_from is not None and ranks.is_first:
+                    went_back(config.run_dir, resume_from)
+            if ranks.is_first:
+                save_config(trainer.config)
+            trainer.callbacks = [*trainer.callbacks, faults]
             return trainer.fit() or 0
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -190,7 +190,12 @@ def _prepare(
     resume = stack.enter_context(claim(config, ranks, resume, or_start))
     watchdog.share()
     poll()
-    engine = open_engine(config, ranks, initial)
+    try:
+        engine = open_engine(config, ranks, initial)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"{error}\n{building_report(config, ranks.rank)}") from None
     callbacks: list[Callback] = []
     if ranks.is_first:
         callbacks = [Progress(), Metrics(config.run_dir)]

@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from hope.model import num_parameters
 from train.optim.cadence import ACCUMULATOR
 
 if TYPE_CHECKING:
+    from train.config import RunConfig
     from train.trainer import Trainer
 
 
+NUMBER = 4
+"""Bytes of a number in parameters, sums of gradients and optimizers: float32."""
+
+
 class OutOfMemoryError(RuntimeError):
-    """Memory ran out during training; the message is a table of what holds it."""
+    """Memory ran out; the message is a table of what holds it."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -62,13 +68,36 @@ def memory_report(trainer: Trainer) -> str:
     lines = [
         f"out of memory on rank {trainer.ranks.rank}, in phase {trainer.ranks.pulse.phase} of step "
         f"{trainer.ranks.pulse.step}:",
-        *(f"  {name:<42}{size / 2**20:>12,.1f} MiB" for name, size in parts.items()),
+        *_table(parts),
         f"more parallel.micro_batches ({parts_of_rows} now), or activation_checkpointing, take "
         "less for activations; optimizer.accumulator_device=cpu keeps accumulators off the device",
     ]
     if device.type == "cuda":
         lines.append(torch.cuda.memory_summary(device, abbreviated=True))
     return "\n".join(lines)
+
+
+def building_report(config: RunConfig, rank: int) -> str:
+    """Bytes that the model of `config` takes when it has been built, and what to change; several
+    lines."""
+    size = NUMBER * num_parameters(config.model)
+    parts = {
+        "parameters of the whole model": size,
+        "their gradients": size,
+        "their moments, with AdamW": 2 * size,
+    }
+    return "\n".join(
+        [
+            f"out of memory on rank {rank}, while the model was built:",
+            *_table(parts),
+            "parallel.dp_shard, tp and pp divide them; --dry-run --world-size N says what a rank "
+            "then holds",
+        ]
+    )
+
+
+def _table(parts: dict[str, int]) -> list[str]:
+    return [f"  {name:<42}{size / 2**20:>12,.1f} MiB" for name, size in parts.items()]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

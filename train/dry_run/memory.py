@@ -31,13 +31,11 @@ from torch.distributed.tensor import DTensor
 
 from train.config import RunConfig
 from train.dry_run.tracing import PartBytes
+from train.memory import NUMBER
 from train.optim.build import is_matrix
 from train.optim.levels import FAST, group_by_level
 from train.parallel.mesh import Mesh
 from train.parallel.reduction import BUCKET_ELEMENTS
-
-NUMBER = 4
-"""Bytes of a number in parameters, sums of gradients and optimizers: float32."""
 
 
 class Action(NamedTuple):
