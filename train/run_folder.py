@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from data_pipeline.redaction import redact
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
-from train.checkpoint.places import as_place
+from train.checkpoint.places import as_place, make_folder, read, write
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 from train.optim.config import LevelOptimizerConfig
@@ -30,6 +31,7 @@ MLFLOW_BACKLOG = "mlflow_backlog.jsonl"
 MLFLOW_SENT = "mlflow_sent"
 JOB = ".job"
 WENT_BACK = ".went_back"
+OWNER = ".owner"
 
 # May differ between a run and its resumption: none of them changes what is computed, but for
 # what is done about steps that went wrong.
@@ -104,6 +106,8 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
                         print(redact(f"resuming with other settings: {settings}"), file=sys.stderr)
                 else:
                     check_fresh(folder, config.checkpoint.url)
+                if config.checkpoint.url is not None:
+                    own_url(folder, config.checkpoint.url)
                 write_whole(folder / JOB, _job())
             except RunFolderError as error:
                 refused = str(error)
@@ -171,6 +175,25 @@ def check_fresh(folder: Path, url: str | None = None) -> None:
         raise RunFolderError(f"{url} already holds checkpoints; choose another checkpoint.url")
     for leftover in (METRICS, MLFLOW_RUN_ID, MLFLOW_BACKLOG, MLFLOW_SENT):
         (folder / leftover).unlink(missing_ok=True)
+
+
+def own_url(folder: Path, url: str) -> None:
+    """Note in the folder behind `url` that the run in `folder` writes there; RunFolderError where
+    another one does, complete checkpoints or not."""
+    mine, owner = folder / OWNER, as_place(url) / OWNER
+    if not mine.exists():
+        write_whole(mine, uuid4().hex)
+    try:
+        there = read(owner).decode("ascii", "replace")
+    except FileNotFoundError:
+        make_folder(as_place(url))
+        write(owner, [mine.read_bytes()])
+        return
+    if there != mine.read_text():
+        raise RunFolderError(
+            f"{url} takes the checkpoints of another run; choose another checkpoint.url (or, if "
+            f"that run is gone, remove {OWNER} there)"
+        )
 
 
 def check_same_run(config: RunConfig) -> list[str]:

@@ -22,7 +22,7 @@ from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
 from train.engines import open_engine
 from train.parallel.ranks import Ranks
-from train.run_folder import RunFolderError
+from train.run_folder import RunFolderError, claim
 from train.signals import StopSignals
 from train.trainer import Trainer
 
@@ -149,6 +149,22 @@ def test_checkpoints_behind_a_url(straight: RunConfig, tmp_path: Path) -> None:
     assert train(run, resume=True) == 0
     assert_same_run_tensors(straight, run)
     assert load_run(run.run_dir)[0].checkpoint.url == settings.url
+
+
+def test_two_runs_do_not_write_behind_one_url(make_config, tmp_path: Path) -> None:
+    """Not even while neither has a checkpoint: the one would take the other's for its own."""
+    url = f"file://{tmp_path}/bucket"
+    quick = {"model.mixer": "attention", "checkpoint.url": url}
+    first = make_config(**quick, run_dir=str(tmp_path / "first"))
+    with claim(first, Ranks.alone(), resume=False, auto=False):
+        second = make_config(run_dir=str(tmp_path / "second"))
+        with pytest.raises(RunFolderError, match="takes the checkpoints of another run"):
+            train(second, resume=False)
+    first = make_config(run_dir=str(tmp_path / "first"), **{"training.stop_at_tokens": 512})
+    assert train(first, resume=False) == 0
+    moved = (tmp_path / "first").rename(tmp_path / "moved")
+    again = make_config(run_dir=str(moved), **{"training.stop_at_tokens": 768})
+    assert train(again, resume=True) == 0
 
 
 def assert_same_run_tensors(one: RunConfig, other: RunConfig) -> None:
