@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.arguments import at_least
 from tools.bench_checkpoint import measure_time, stall_fractions
 from tools.fault_processes import attempt
 from tools.fault_rehearsal import (
@@ -241,17 +242,34 @@ def soak(minutes: float, ranks: int, seed: int) -> tuple[str, list[str]]:
     return text, wrong[:8]
 
 
-def main() -> int:
-    """Exit status 1 when a run did not survive with the right bits."""
+def _minutes(text: str) -> float:
+    """The type of --soak."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of minutes above 0")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status 1 when a run did not survive with the right bits, 2 bad input."""
     parser = argparse.ArgumentParser(prog="python -m tools.faults", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=2, help="seeds of each chain (default 2)")
     parser.add_argument(
-        "--soak", type=float, nargs="?", const=30.0, metavar="MINUTES", help="default 30"
+        "--seeds", type=at_least(1), default=2, help="seeds of each chain (default 2)"
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", default=WORLDS, help="processes (default 2 and 4; soak: 2)"
+        "--soak", type=_minutes, nargs="?", const=30.0, metavar="MINUTES", help="default 30"
     )
-    options = parser.parse_args()
+    parser.add_argument(
+        "--ranks",
+        type=at_least(1),
+        nargs="+",
+        default=WORLDS,
+        help="processes (default 2 and 4; soak: 2)",
+    )
+    options = parser.parse_args(arguments)
     ranks, problems = options.ranks, []
     if not options.soak:
         tally = matrix(options.seeds, tuple(ranks))
