@@ -52,12 +52,11 @@ class Shuffle:
         self._fingerprints = [corpus.fingerprint for corpus in corpora]
         self._sizes = [packing.num_windows for packing in packings]
         self._curriculum, self._seed, self._shuffler = curriculum, seed, shuffler
-        stages = [blend.shares.tolist() for blend in curriculum.blends]
+        stages = [blend.shares for blend in curriculum.blends]
         self.identity = [list(stage) for stage in zip(curriculum.starts, stages, strict=True)]
 
     def weights(self, position: int) -> list[float]:
-        blend = self._curriculum.blends[self._curriculum.stage(position)]
-        return (blend.shares / blend.period).tolist()
+        return self._curriculum.blends[self._curriculum.stage(position)].weights
 
     def windows(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         which, draws = self._curriculum.slots(positions)
@@ -79,15 +78,16 @@ class Stream:
     def __init__(self, packings: Sequence[Packing], blend: Blend, batch_size: int) -> None:
         self._which, nth = blend.slots(np.arange(batch_size))
         rows = blend.counts(batch_size)
-        if (rows[blend.shares > 0] == 0).any():
+        drawn = np.array(blend.shares, dtype=bool)
+        if (rows[drawn] == 0).any():
             raise DataError(
                 f"batch_size {batch_size} is too small for a row of each of the "
-                f"{int((blend.shares > 0).sum())} corpora at these weights: raise it"
+                f"{int(drawn.sum())} corpora at these weights: raise it"
             )
         self._sizes = np.array([packing.num_windows for packing in packings], np.int64)[self._which]
         self._starts = nth * self._sizes // rows[self._which]
         self._batch_size, self._shares = batch_size, (rows / batch_size).tolist()
-        self.identity = [[0, blend.shares.tolist()]]
+        self.identity = [[0, blend.shares]]
 
     def weights(self, position: int) -> list[float]:
         return self._shares

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import DataError
-from data_pipeline.blend import MAX_PERIOD, Blend, quotas
+from data_pipeline.blend import Blend, quotas
 
 WEIGHTS = st.lists(st.integers(0, 300), min_size=1, max_size=7).filter(any)
 
@@ -15,7 +15,7 @@ WEIGHTS = st.lists(st.integers(0, 300), min_size=1, max_size=7).filter(any)
 @given(WEIGHTS)
 def test_exact_to_one_sample_at_every_prefix(weights):
     blend = Blend(weights)
-    which, nth = blend.slots(np.arange(3 * blend.period + 17))
+    which, nth = blend.slots(np.arange(3 * sum(blend.shares) + 17))
     total = sum(weights)
     for k, weight in enumerate(weights):
         drawn = np.cumsum(which == k)
@@ -42,13 +42,23 @@ def test_weights_are_the_decimals_they_are_written_as():
     assert quotas([5]) == [1]
 
 
-@given(st.lists(st.integers(10**9, 10**12), min_size=2, max_size=6))
-def test_long_ratios_are_rounded_to_the_period(weights):
-    shares = quotas(weights)
-    assert sum(shares) <= MAX_PERIOD
-    for share, weight in zip(shares, weights, strict=True):
-        error = Fraction(share, sum(shares)) - Fraction(weight, sum(weights))
-        assert abs(error) <= Fraction(1, MAX_PERIOD)
+ANY_WEIGHTS = st.lists(st.floats(0.003, 1), min_size=2, max_size=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(ANY_WEIGHTS, st.integers(0, 10**15))
+def test_exact_to_one_sample_where_no_short_period_has_the_ratios(weights, position):
+    blend = Blend(weights)
+    exact = [Fraction(str(weight)) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    for start, stop in ((0, 3000), (position, position + 3000)):
+        counts = blend.counts(start)
+        which, nth = blend.slots(np.arange(start, stop))
+        for k, share in enumerate(shares):
+            drawn = counts[k] + np.concatenate([[0], np.cumsum(which == k)])
+            assert nth[which == k].tolist() == list(range(counts[k], drawn[-1]))
+            for slot in range(0, stop - start + 1, 7):
+                assert abs(int(drawn[slot]) - (start + slot) * share) < 1
 
 
 @pytest.mark.parametrize(
