@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
 
 from data_pipeline.errors import CorruptDataError, DataError
-from data_pipeline.files import replacing
+from data_pipeline.files import TEMPORARY, replacing
 from data_pipeline.streams import file_system, open_bytes
 
 DEFAULT_BYTES = 64 << 30
 _ATTEMPTS = 5
 _FIRST_PAUSE_SECONDS = 0.2
 _READ_BYTES = 1 << 20
+_ABANDONED_SECONDS = 3600
 T = TypeVar("T")
 
 
@@ -85,6 +87,10 @@ class ShardCache:
                 raise CorruptDataError(url, "arrived with another checksum than the manifest's")
 
     def _make_room(self, needed: int) -> None:
+        for path in self.folder.glob(f".*{TEMPORARY}*"):  # of processes that were killed
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
         kept = []
         for path in self.folder.glob("*.tok"):
             try:

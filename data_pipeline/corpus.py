@@ -114,15 +114,42 @@ class Corpus:
         with self._opening:
             reader = self._open.get(number)
             if reader is None:
-                entry = self._shards[number]
-                where = f"{self.path}/{entry['file']}"
-                path = self._cache.fetch(where, entry) if self._cache else Path(where)
-                reader = ShardReader(path, entry["footer_xxh3_64"])
-                found = (reader.num_tokens, reader.vocab_size, reader.tokenizer.hex())
-                if found != (entry["tokens"], self.vocab_size, self.tokenizer_sha256[:32]):
-                    raise CorruptDataError(str(path), "the manifest describes another file")
+                try:
+                    reader = self._open_shard(number)
+                except CorruptDataError:
+                    if self._cache is None:
+                        raise
+                    self._forget(number)
+                    reader = self._open_shard(number)
                 self._open.put(number, reader)
         return reader
+
+    def _open_shard(self, number: int) -> ShardReader:
+        entry = self._shards[number]
+        where = f"{self.path}/{entry['file']}"
+        path = self._cache.fetch(where, entry) if self._cache else Path(where)
+        reader = ShardReader(path, entry["footer_xxh3_64"])
+        found = (reader.num_tokens, reader.vocab_size, reader.tokenizer.hex())
+        if found != (entry["tokens"], self.vocab_size, self.tokenizer_sha256[:32]):
+            raise CorruptDataError(str(path), "the manifest describes another file")
+        return reader
+
+    def _forget(self, number: int) -> None:
+        """Remove the local copy of a remote shard that has rotted; opening it fetches it anew."""
+        assert self._cache is not None
+        self._cache.path(self._shards[number]).unlink(missing_ok=True)
+        self._open.drop(number)
+
+    def names(self, shard: int) -> list[str]:
+        """The name of every document of a shard, in order."""
+        reader = self.shard(shard)
+        try:
+            return reader.names()
+        except CorruptDataError:
+            if self._cache is None:
+                raise
+            self._forget(shard)
+            return self.shard(shard).names()
 
     def keep_frames(self, number: int) -> None:
         """Hold up to `number` decoded frames (8 KB each at 16-bit tokens) for further reads."""
@@ -176,8 +203,7 @@ class Corpus:
         except CorruptDataError:
             if self._cache is None:
                 raise
-            self._cache.path(self._shards[shard]).unlink(missing_ok=True)
-            self._open.drop(shard)
+            self._forget(shard)
             tokens = self.shard(shard).frame(frame, scratch)
         self._frames.put((shard, frame), tokens)
         return tokens

@@ -48,7 +48,7 @@ def describe_corpus(corpus: Corpus, samples: int) -> Iterator[str]:
     yield from _histogram(lengths)
     ends = np.cumsum(lengths)
     chosen = np.linspace(0, corpus.num_documents - 1, min(samples, corpus.num_documents))
-    names = (name for n in range(corpus.num_shards) for name in corpus.shard(n).names())
+    names = (name for n in range(corpus.num_shards) for name in corpus.names(n))
     wanted = {int(document) for document in chosen}
     for document, name in enumerate(names):
         if document in wanted:

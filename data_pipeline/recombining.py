@@ -22,7 +22,7 @@ def documents_of(corpus: Corpus, shard: int) -> Iterator[Document]:
     """(name, tokens, bytes of text) of each document of a shard, in order."""
     sizes = corpus.token_bytes
     start = corpus.shard_start(shard)
-    names = corpus.shard(shard).names()
+    names = corpus.names(shard)
     for name, length in zip(names, corpus.document_lengths(shard).tolist(), strict=True):
         tokens = corpus.read(start, start + length)
         start += length

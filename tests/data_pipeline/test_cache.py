@@ -103,6 +103,35 @@ def test_a_copy_that_rots_is_fetched_again(url, corpus, tmp_path):
     assert everything(Corpus.open(url, cache_dir=tmp_path)) == everything(corpus)
 
 
+@pytest.mark.parametrize("part", ["header", "names", "footer", "all of it"])
+def test_a_copy_that_cannot_be_opened_is_fetched_again(url, corpus, tmp_path, part):
+    remote = Corpus.open(url, cache_dir=tmp_path)
+    for shard in range(corpus.num_shards):
+        copy = ShardCache(tmp_path).path(corpus.manifest["shards"][shard])
+        remote.shard(shard)
+        data = bytearray(copy.read_bytes())
+        footer = int.from_bytes(data[-32:-24], "little")
+        if part == "all of it":
+            data = bytearray()
+        else:
+            data[{"header": 20, "names": footer - 5, "footer": footer + 5}[part]] ^= 1
+        copy.write_bytes(data)
+    again = Corpus.open(url, cache_dir=tmp_path)
+    for shard in range(corpus.num_shards):
+        assert again.names(shard) == corpus.names(shard)
+    assert everything(again) == everything(corpus)
+
+
+def test_what_killed_downloads_left_makes_room(url, corpus, tmp_path):
+    left, going_on = tmp_path / ".a.tok.tmp-1-1", tmp_path / ".b.tok.tmp-2-2"
+    for path in (left, going_on):
+        path.write_bytes(b"x")
+    os.utime(left, (0, 0))
+    Corpus.open(url, cache_dir=tmp_path).read(0, 1)
+    assert not left.exists()
+    assert going_on.exists()
+
+
 def test_the_cache_keeps_to_its_size(url, corpus, tmp_path):
     biggest = max(shard["bytes"] for shard in corpus.manifest["shards"])
     limit = 2 * biggest + 10
