@@ -12,12 +12,15 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import xxhash
 
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
+from data_pipeline.manifest import canonical
 from data_pipeline.processes import each
 from data_pipeline.recent import Recent
 from data_pipeline.streams import is_url
@@ -87,9 +90,31 @@ def _count(corpus: Corpus, seq_len: int, align: int, workers: int = 1) -> list[i
 def plan_windows(corpus: Corpus, seq_len: int, align: int, workers: int = 1) -> list[int]:
     """Count the rows of each shard and keep the counts in the corpus's folder."""
     counts = _count(corpus, seq_len, align, workers)
-    note = {"fingerprint": corpus.fingerprint, "windows": counts}
+    note = _note(corpus, seq_len, align, counts)
     write_whole(plan_path(corpus, seq_len, align), json.dumps(note).encode() + b"\n")
     return counts
+
+
+def _note(corpus: Corpus, seq_len: int, align: int, counts: Any) -> dict[str, Any]:
+    """What is kept of `counts`, with a checksum of all else in it."""
+    note = {
+        "fingerprint": corpus.fingerprint,
+        "seq_len": seq_len,
+        "align": align,
+        "windows": counts,
+    }
+    return {**note, "xxh3_64": xxhash.xxh3_64_hexdigest(canonical(note))}
+
+
+def _known(corpus: Corpus, seq_len: int, align: int) -> list[int] | None:
+    """The counts that are kept; None where there are none, or not the ones that were written."""
+    try:
+        note = json.loads(plan_path(corpus, seq_len, align).read_bytes())
+        counts: list[int] = note["windows"]
+        whole = note == _note(corpus, seq_len, align, counts)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        return None
+    return counts if whole else None
 
 
 class BestFit:
@@ -97,12 +122,8 @@ class BestFit:
 
     def __init__(self, corpus: Corpus, seq_len: int, align: int) -> None:
         self._corpus, self._seq_len, self._align = corpus, seq_len, align
-        try:
-            note = json.loads(plan_path(corpus, seq_len, align).read_bytes())
-        except (OSError, ValueError):  # no counts, or a corpus elsewhere
-            note = {}
-        known = note.get("fingerprint") == corpus.fingerprint
-        counts = note["windows"] if known else _count(corpus, seq_len, align)
+        known = _known(corpus, seq_len, align)
+        counts = _count(corpus, seq_len, align) if known is None else known
         self._bases = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         self._plans: Recent[int, tuple[np.ndarray, np.ndarray]] = Recent(_PLANS_KEPT)
         self.num_windows = int(self._bases[-1])

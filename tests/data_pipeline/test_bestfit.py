@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -102,6 +104,33 @@ def test_counted_ahead_or_when_needed_is_the_same(copied, capsys):
     plan_path(corpus, 256, 16).write_text('{"fingerprint": "other", "windows": [1]}')
     assert BestFit(corpus, 256, 16).num_windows == before.num_windows
     assert cli.main(["pack", str(copied), "--seq-len", "250"]) == 2
+
+
+def test_damaged_counts_are_counted_again(copied):
+    corpus = Corpus.open(copied)
+    counts = plan_windows(corpus, 256, 16)
+    path = plan_path(corpus, 256, 16)
+    written = path.read_bytes()
+    note = json.loads(written)
+    plan_windows(corpus, 512, 16)
+    damaged = [
+        b"[1]",
+        b"[" * 100_000,
+        *(
+            json.dumps({**note, "windows": windows}).encode()
+            for windows in (None, "rows", counts[:-1], [counts[0] - 1, *counts[1:]])
+        ),
+        plan_path(corpus, 512, 16).read_bytes(),
+        *(
+            written[:at] + bytes([written[at] ^ 1]) + written[at + 1 :]
+            for at in range(0, len(written) - 1, 5)
+        ),
+    ]
+    for data in damaged:
+        path.write_bytes(data)
+        packing = BestFit(corpus, 256, 16)
+        assert packing.num_windows == sum(counts)
+        packing.pieces(packing.num_windows - 1)
 
 
 def test_ranks_and_resume(corpus):
