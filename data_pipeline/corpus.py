@@ -17,6 +17,7 @@ from data_pipeline.errors import CorruptDataError, DataError
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.reader import ShardReader
 from data_pipeline.recent import Recent
+from data_pipeline.shard_format import aligned
 from data_pipeline.streams import is_url
 from data_pipeline.tokenizer import Tokenizer
 
@@ -165,8 +166,7 @@ class Corpus:
             return self._shards[shard]["tokens"]
         known = self._shards[shard]["aligned_tokens"].get(str(align))
         if known is None:
-            lengths = self.document_lengths(shard)
-            known = int((-(-lengths // align) * align).sum())
+            known = int(aligned(self.document_lengths(shard), align).sum())
         return known
 
     def read_into(self, out: np.ndarray, start: int) -> None:

@@ -49,7 +49,7 @@ class _Shard(_Entry):
     tokens: Count
     documents: Count
     text_bytes: Count
-    aligned_tokens: dict[str, Count]
+    aligned_tokens: dict[Annotated[str, Field(pattern="^[1-9][0-9]{0,9}$")], Count]
     xxh3_128: str = Field(pattern="^[0-9a-f]{32}$")
     footer_xxh3_64: str = Field(pattern="^[0-9a-f]{16}$")
 

@@ -20,8 +20,9 @@ import numpy as np
 
 from data_pipeline.bestfit import BestFit
 from data_pipeline.corpus import Corpus
-from data_pipeline.errors import DataError
+from data_pipeline.errors import CorruptDataError, DataError
 from data_pipeline.recent import Recent
+from data_pipeline.shard_format import aligned
 
 Piece = tuple[int, int, int]
 PACKINGS = ("aligned", "best-fit", "concat")
@@ -61,7 +62,12 @@ class Aligned:
         layout = self._layouts.get(shard)
         if layout is None:
             lengths = self._corpus.document_lengths(shard)
-            gaps = -(-lengths // self._align) * self._align
+            gaps = aligned(lengths, self._align)
+            if int(gaps.sum()) != self._bases[shard + 1] - self._bases[shard]:
+                raise CorruptDataError(
+                    str(self._corpus.shard(shard).path),
+                    f"the manifest gives other aligned_tokens for {self._align}",
+                )
             tokens = np.concatenate([[0], np.cumsum(lengths)]) + self._corpus.shard_start(shard)
             virtual = np.concatenate([[0], np.cumsum(gaps)[:-1]]) + self._bases[shard]
             layout = (tokens, virtual)

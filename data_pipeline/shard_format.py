@@ -41,6 +41,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
+def aligned(lengths: np.ndarray, align: int) -> np.ndarray:
+    """int64 [D]: `lengths` int64 [D] rounded up to multiples of `align`."""
+    return -(-lengths // align) * align
+
+
 def pack_header(vocab_size: int, frame_tokens: int, tokenizer_sha256: str) -> bytes:
     fields = _HEADER.pack(
         MAGIC,

@@ -14,6 +14,7 @@ from data_pipeline.errors import CorruptDataError
 from data_pipeline.files import file_checksum
 from data_pipeline.processes import each
 from data_pipeline.reader import ShardReader
+from data_pipeline.shard_format import aligned
 
 
 def verify(path: str | Path, workers: int = 1) -> tuple[Corpus, list[str]]:
@@ -65,8 +66,18 @@ def _verify_shard(corpus: Corpus, number: int) -> list[str]:
             damages.append(f"{reader.path}: {len(reader.names())} names of documents")
     except CorruptDataError as error:
         damages.append(str(error))
-    counts = (reader.num_tokens, len(reader.document_lengths), reader.text_bytes)
-    if counts != (entry["tokens"], entry["documents"], entry["text_bytes"]):
+    counts = {
+        "bytes": reader.path.stat().st_size,
+        "tokens": reader.num_tokens,
+        "documents": len(reader.document_lengths),
+        "text_bytes": reader.text_bytes,
+        "aligned_tokens": {
+            align: int(aligned(reader.document_lengths, int(align)).sum())
+            for align in entry["aligned_tokens"]
+        },
+    }
+    same_frames = reader.frame_tokens == corpus.manifest["frame_tokens"]
+    if not same_frames or any(entry[key] != counts[key] for key in counts):
         damages.append(f"{reader.path}: the manifest gives other counts")
     if not damages and reader.num_tokens:
         damages += _verify_documents(corpus, reader, np.concatenate(frames))

@@ -16,6 +16,7 @@ from data_pipeline.shard_format import (
     FRAME_TOKENS,
     ZSTD_LEVEL,
     Footer,
+    aligned,
     checksum,
     pack_end,
     pack_header,
@@ -83,13 +84,12 @@ class _Writer:
         )
         end, footer_check = pack_end(self._header, footer, self._offset)
         self._write(end)
-        aligned = {str(a): int((-(-lengths // a) * a).sum()) for a in ALIGNMENTS}
         return {
             "bytes": self._offset,
             "tokens": footer.num_tokens,
             "documents": len(lengths),
             "text_bytes": self._text_bytes,
-            "aligned_tokens": aligned,
+            "aligned_tokens": {str(a): int(aligned(lengths, a).sum()) for a in ALIGNMENTS},
             "footer_xxh3_64": f"{footer_check:016x}",
             "xxh3_128": self._digest.hexdigest(),
         }

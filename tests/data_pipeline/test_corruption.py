@@ -12,7 +12,7 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import Corpus, CorruptDataError, DataError, Loader
+from data_pipeline import Corpus, CorruptDataError, DataError, Loader, evaluation_batches
 from data_pipeline import manifest as manifests
 from data_pipeline.reader import ShardReader
 from data_pipeline.verify import verify
@@ -160,6 +160,33 @@ def test_verify_looks_at_the_documents_too(tokenizer, tmp_path, documents, messa
     (damage,) = verify(tmp_path)[1]
     assert message in damage
     assert "shard-00000.tok" in damage
+
+
+def change_bytes(manifest):
+    manifest["shards"][1]["bytes"] += 8
+
+
+def change_aligned(manifest):
+    manifest["shards"][1]["aligned_tokens"]["64"] -= 64
+
+
+def change_frames(manifest):
+    manifest["frame_tokens"] //= 2
+
+
+@pytest.mark.parametrize("change", [change_bytes, change_aligned, change_frames])
+def test_verify_compares_all_that_a_manifest_says_of_a_shard(copied, change):
+    manifest = manifests.load(copied)
+    change(manifest)
+    manifest["fingerprint"] = manifests.fingerprint(manifest)
+    manifests.save(copied, manifest)
+    damages = verify(copied)[1]
+    assert damages
+    assert all("the manifest gives other counts" in damage for damage in damages)
+    if change is change_aligned:
+        batches = evaluation_batches(Corpus.open(copied), seq_len=64, batch_size=8)
+        with pytest.raises(CorruptDataError, match=r"shard-00001\.tok: .*other aligned_tokens"):
+            list(batches)
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
