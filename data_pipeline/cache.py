@@ -41,7 +41,13 @@ def with_retries(action: Callable[[], T], what: str) -> T:
 
 def read_remote(url: str) -> bytes:
     """The content of a small remote file."""
-    return with_retries(lambda: file_system(url).cat_file(url), url)
+
+    def read() -> bytes:
+        system, path = file_system(url)
+        content: bytes = system.cat_file(path)
+        return content
+
+    return with_retries(read, url)
 
 
 class ShardCache:

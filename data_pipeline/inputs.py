@@ -11,15 +11,22 @@ import gzip
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import zstandard
 
 from data_pipeline.errors import DataError
-from data_pipeline.streams import file_system, is_url, open_bytes, open_decompressed
+from data_pipeline.streams import (
+    file_system,
+    is_url,
+    open_bytes,
+    open_decompressed,
+    remote_errors,
+)
 
 _PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(s + z for s in (".txt", ".jsonl") for z in _PACKED), ".parquet")
@@ -82,52 +89,79 @@ def _utf8(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _address(prefix: str, path: str) -> str:
-    """The URL of a path of a file system; that of HTTP calls its files by their whole URLs."""
-    if is_url(path):
-        return path
-    return prefix + (path if prefix == "file://" else path.lstrip("/"))
+def _address(given: str, path: str) -> str:
+    """The URL of a path of the file system that `given` names; that of HTTP calls its files by
+    their whole URLs. What `given` has after :: (an archive that the path is in) stays there."""
+    first, chain, rest = given.partition("::")
+    if not is_url(path):
+        prefix = first[: first.index("://") + 3]
+        path = prefix + (path if prefix == "file://" else path.lstrip("/"))
+    return path + chain + rest
 
 
-def _find(given: str) -> list[Source]:
-    if is_url(given):
-        system = file_system(given)
-        prefix = given[: given.index("://") + 3]
-        root = system._strip_protocol(given)
+def _find_remote(given: str) -> list[Source]:
+    with remote_errors(given):
+        system, root = file_system(given)
         if system.isdir(root):
-            paths = [path for path in system.find(root) if path.endswith(SUFFIXES)]
+            matches = {root: {"type": "directory"}}
         else:
-            paths, root = system.glob(root), None
-        return [
-            Source(
-                _address(prefix, path),
-                path[len(root) :].lstrip("/") if root else PurePosixPath(path).name,
-                system.size(path),
-            )
-            for path in paths
+            matches = system.glob(root, detail=True)
+        found: dict[str, str] = {}
+        for match in sorted(matches):
+            if matches[match]["type"] != "directory":
+                found.setdefault(match, PurePosixPath(match).name)
+                continue
+            for path in system.find(match):
+                if path.endswith(SUFFIXES):
+                    found.setdefault(path, path[len(match) :].lstrip("/"))
+        sources = []
+        for path, name in found.items():
+            size = system.size(path)
+            if size is None:
+                raise DataError(f"{given}: the server does not say how long it is; copy it here")
+            sources.append(Source(_address(given, path), name, size))
+        return sources
+
+
+def _find_local(given: str) -> list[Source]:
+    matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
+    found: dict[Path, str] = {}
+    for match in map(Path, sorted(matches)):
+        if not match.is_dir():
+            found.setdefault(match, match.name)
+            continue
+        for file in _below(match):
+            # a dead link counts: stat() below says so
+            if file.name.endswith(SUFFIXES) and (file.is_file() or not file.exists()):
+                found.setdefault(file, file.relative_to(match).as_posix())
+    return [Source(str(file), _utf8(name), file.stat().st_size) for file, name in found.items()]
+
+
+def _told_apart(sources: Sequence[Source]) -> list[Source]:
+    """`sources` with as much of their paths before equal names as makes them different."""
+    longest = max(source.path.count("/") for source in sources) + 1
+    for parts in range(2, longest + 1):
+        times = Counter(source.name for source in sources)
+        if max(times.values()) == 1:
+            break
+        sources = [
+            source
+            if times[source.name] == 1
+            else replace(source, name=_utf8("/".join(source.path.split("/")[-parts:])))
+            for source in sources
         ]
-    path = Path(given)
-    if path.is_dir():
-        files = [file for file in _below(path) if file.name.endswith(SUFFIXES)]
-        named = [
-            (file, file.relative_to(path).as_posix())
-            for file in files
-            if file.is_file() or not file.exists()  # a dead link: stat() below says so
-        ]
-    else:
-        matches = [given] if path.is_file() else glob.glob(given, recursive=True)
-        named = [(Path(match), Path(match).name) for match in matches if Path(match).is_file()]
-    return [Source(str(file), _utf8(name), file.stat().st_size) for file, name in named]
+    return list(sources)
 
 
 def find_sources(inputs: Sequence[str]) -> list[Source]:
     """The files that `inputs` (files, folders searched deep, patterns, URLs) mean, by name.
 
+    No two have the same name. A folder that a pattern means is searched like any other.
     DataError for an input that means no file, or a file of a type that is not read.
     """
     found: dict[str, Source] = {}
     for given in inputs:
-        sources = _find(given)
+        sources = _find_remote(given) if is_url(given) else _find_local(given)
         if not sources:
             raise DataError(
                 f"{given}: no input file there ({_TYPES}); name files, folders or patterns"
@@ -137,7 +171,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
                 raise DataError(f"{source.path}: not a type that is read ({_TYPES})")
             key = source.path if is_url(source.path) else str(Path(source.path).resolve())
             found[key] = source
-    return sorted(found.values(), key=lambda source: (source.name, source.path))
+    return sorted(_told_apart(list(found.values())), key=lambda source: (source.name, source.path))
 
 
 def split_source(source: Source, size: int) -> list[Source]:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -243,6 +244,49 @@ def test_files_folders_patterns_and_urls(tmp_path):
     for wrong in (tmp_path / "notes.md", "nothing*", "memory://box/none", "abc://x"):
         with pytest.raises(DataError, match=str(wrong)[:3]):
             names(wrong)
+
+
+def test_a_folder_that_a_pattern_means_is_not_left_out(tmp_path):
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    for name in ("a.txt", "one/b.txt", "one/deep/c.txt", "two/b.txt", "two/notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+        files.pipe(f"/shelf/{name}", name.encode())
+    everything = ["a.txt", "deep/c.txt", "one/b.txt", "two/b.txt"]
+    for place in (f"{tmp_path}/*", "memory://shelf/*", f"file://{tmp_path}/*"):
+        sources = find_sources([place])
+        assert [source.name for source in sources] == everything
+        (document,) = read_source(sources[2])
+        assert document.text == "one/b.txt"
+    deep = find_sources([f"{tmp_path}/one/**"])
+    assert [source.name for source in deep] == ["b.txt", "deep/c.txt"]
+
+
+def test_files_of_one_name_are_told_apart(tokenizer, tmp_path):
+    for name in ("x/1/bad.jsonl", "x/2/bad.jsonl", "y/2/bad.jsonl", "y/2/good.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"text": "some text"}\n?\n')
+    folders = [str(tmp_path / folder) for folder in ("x/1", "x/2", "y/2")]
+    tokenize(folders, tokenizer, tmp_path / "out", max_bad=4)
+    rejects = (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in rejects] == [
+        "1/bad.jsonl",
+        "good.jsonl",
+        "x/2/bad.jsonl",
+        "y/2/bad.jsonl",
+    ]
+
+
+def test_files_in_an_archive(tmp_path):
+    with zipfile.ZipFile(tmp_path / "box.zip", "w") as archive:
+        archive.writestr("in/a.txt", "first")
+        archive.writestr("in/b.jsonl.gz", gzip.compress(b'{"text": "second"}\n'))
+    for place in ("in", "in/*", ""):
+        sources = find_sources([f"zip://{place}::file://{tmp_path}/box.zip"])
+        texts = [document.text for source in sources for document in read_source(source)]
+        assert texts == ["first", "second"]
 
 
 @pytest.fixture
