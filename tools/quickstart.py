@@ -7,8 +7,12 @@ run is only reported on, an interrupted one is resumed.
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline import Corpus, evaluation_batches
@@ -20,6 +24,7 @@ from train.checkpoint import CheckpointStore, open_store
 from train.config import ConfigError, RunConfig, load_config
 from train.evaluate.unigram import count_labels, unigram_loss
 from train.parallel.ranks import Ranks
+from train.redaction import redact
 from train.run_folder import CONFIG, METRICS
 
 CONFIG_FILE = Path("configs/quickstart.yaml")
@@ -47,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         run("tools.generate", config.run_dir, "--prompt", PROMPT, "--max-tokens", 160)
     except subprocess.CalledProcessError as error:
         return error.returncode
-    print("\n" + report(config))
+    print("\n" + report(config, options.overrides))
     return 0
 
 
@@ -59,8 +64,9 @@ def finished(config: RunConfig) -> bool:
     return _tokens(config) >= config.training.total_tokens
 
 
-def report(config: RunConfig) -> str:
-    """The closing table: what was trained, how well, and what to do next."""
+def report(config: RunConfig, overrides: Sequence[str]) -> str:
+    """The closing table: what was trained, how well, and what to do next. Its commands can be typed
+    as they stand here, whether the virtual environment is active or not."""
     store = checkpoints(config)
     plain = store.plain(store.complete()[-1])
     rows = read_metrics(config.run_dir / METRICS)
@@ -84,18 +90,37 @@ def report(config: RunConfig) -> str:
         every = level.update_every_tokens
         period = "every step" if every == "step" else f"every {every:,} tokens"
         lines.append([f"firings of {level.name} ({period})", f"{clock['firings'][level.name]:,}"])
-    uri, _ = tracking_location(config.mlflow, config.run_dir)
+    python = program("python")
+    resume = shlex.join([python, "-m", "train", str(CONFIG_FILE), *overrides, "--resume"])
     return "\n".join(
         [
             table([str(config.run_dir), ""], lines),
             "",
-            f"resume        python -m train {CONFIG_FILE} --resume   (after Ctrl-C)",
-            f"MLflow        mlflow ui --backend-store-uri {uri}",
+            f"resume        {resume}   (after Ctrl-C)",
+            f"MLflow        {mlflow_command(config)}",
             f"loss curve    {config.run_dir / 'plots' / 'loss.png'}",
-            "a bigger one  python -m train configs/small.yaml",
+            f"a bigger one  {python} -m train configs/small.yaml",
             "controls      make compare",
         ]
     )
+
+
+def mlflow_command(config: RunConfig) -> str:
+    """What shows the run in MLflow: a command, or the address of the server that has it."""
+    if not config.mlflow.enabled:
+        return "off (mlflow.enabled)"
+    uri, _ = tracking_location(config.mlflow, config.run_dir)
+    if uri.startswith(("http://", "https://")):
+        return redact(uri)
+    return redact(shlex.join([program("mlflow"), "ui", "--backend-store-uri", uri]))
+
+
+def program(name: str) -> str:
+    """How a program beside our Python is called from here: by name where that is the one found."""
+    path = Path(sys.executable).with_name(name)
+    if shutil.which(name) == str(path):
+        return name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def held_out_unigram(config: RunConfig) -> float:

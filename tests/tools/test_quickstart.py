@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from tools import quickstart
 from tools.generate import main as generate
 from train.__main__ import main as train
 from train.callbacks.metrics import read_metrics
+from train.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,27 @@ def test_the_table_says_what_the_run_did(printed: str, overrides: list[str]) -> 
     assert re.search(r"firings of slow \(every 2,048 tokens\)\s+2", printed)
     for command in ("--resume", "mlflow ui", "configs/small.yaml", "make compare"):
         assert command in printed
+
+
+def test_its_commands_can_be_typed_as_they_stand(
+    printed: str,
+    overrides: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (line,) = (line for line in printed.splitlines() if line.startswith("resume "))
+    resume = shlex.split(line.partition("(after")[0])
+    assert resume[3] == "train"
+    assert train(resume[4:]) == 0
+    assert "all 5,120 tokens of this run are trained already" in capsys.readouterr().err
+    config = load_config(quickstart.CONFIG_FILE, overrides)
+    monkeypatch.setenv("PATH", os.devnull)
+    python, mlflow = quickstart.program("python"), quickstart.mlflow_command(config).split()[0]
+    assert all(os.access(path, os.X_OK) for path in (python, mlflow))
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    assert quickstart.program("python") == "python"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:secret@server/mlflow")
+    assert quickstart.mlflow_command(config) == "https://***@server/mlflow"
 
 
 def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(

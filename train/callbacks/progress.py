@@ -34,6 +34,8 @@ class Progress(Callback):
     def on_start(self, trainer: Trainer) -> None:
         for change in trainer.level_changes:
             self._write(f"resumed: {change}")
+        if trainer.finished:
+            self._write(f"all {trainer.clock.tokens:,} tokens of this run are trained already")
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=trainer.target_tokens,
