@@ -1,4 +1,7 @@
-"""Progress on the terminal: a bar where there is one, a line now and then where there is not."""
+"""Progress on the terminal: a bar where there is one, a line now and then where there is not.
+
+When the levels fire next does not fit beside the bar into 80 columns; it stands below.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ class Progress(Callback):
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._below: Any = None
         self._smooth: float | None = None
         self._last_line = 0.0
 
@@ -45,6 +49,7 @@ class Progress(Callback):
                 dynamic_ncols=True,
                 desc="train",
             )
+            self._below = tqdm(bar_format="{desc}", dynamic_ncols=True, position=1, leave=False)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         smooth = self._smooth
@@ -55,16 +60,20 @@ class Progress(Callback):
             if period > 0
         )
         domain = f"{trainer.domains.name} | " if trainer.domains else ""
-        text = f"{domain}loss {self._smooth:.3f}" + (f" | next: {waits}" if waits else "")
+        loss, levels = f"loss {self._smooth:.3f}", f"next: {waits}" if waits else ""
         if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(record.tokens - self._bar.n)
+            self._bar.set_postfix_str(loss, refresh=False)
+            self._below.set_description_str(domain + levels, refresh=False)
+            if self._bar.update(record.tokens - self._bar.n):
+                self._below.refresh()
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
             left = (trainer.target_tokens - record.tokens) / record.tokens_per_second
             self._write(
                 f"{record.tokens:,}/{trainer.target_tokens:,} tokens | "
-                f"{record.tokens_per_second:,.0f} tok/s | ETA {left:.0f} s | {text}"
+                f"{record.tokens_per_second:,.0f} tok/s | ETA {left:.0f} s | "
+                + domain
+                + " | ".join(filter(None, (loss, levels)))
             )
 
     def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
@@ -100,6 +109,7 @@ class Progress(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         if self._bar is not None:
+            self._below.close()
             self._bar.close()
 
     def _write(self, line: str) -> None:
