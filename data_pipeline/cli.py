@@ -232,7 +232,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-bytes",
         type=at_least(1),
         metavar="N",
-        help="input per shard (a 64th of the whole, but 1 to 256 MiB)",
+        help="input per shard (a 64th of the whole, but 1 to 256 MiB); a file goes into one "
+        "shard as a whole, unless it is a .jsonl that is not compressed",
     )
     tokens.add_argument("--text-field", default="text", metavar="NAME", help=text_help)
     tokens.add_argument("--id-field", metavar="NAME", help="field with the document's name")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import xxhash
+from tqdm import tqdm
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
@@ -33,6 +34,14 @@ def _recipe(
         "sentencepiece_version": sentencepiece.__version__,
         "input_xxh3_128": digest.hexdigest(),
     }
+
+
+def _told(sources: Sequence[Source], text_field: str, bar: Any) -> Iterator[str]:
+    """The texts of `sources`, while `bar` shows how far they were read, and what comes then."""
+    for source in sources:
+        yield from read_texts([source], text_field)
+        bar.update(source.size)
+    bar.set_description("read, now learning")
 
 
 def train_to_file(
@@ -65,7 +74,10 @@ def train_to_file(
             f"{path}: a model made otherwise is there ({', '.join(changed)} differ); "
             "name another --model-out or remove the file"
         )
-    tokenizer = train_tokenizer(read_texts(sources, text_field), vocab_size, kind)
+    total = sum(source.size for source in sources)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="read", disable=None) as bar:
+        texts = _told(sources, text_field, bar)
+        tokenizer = train_tokenizer(texts, vocab_size, kind)
     path.parent.mkdir(parents=True, exist_ok=True)
     note = {**recipe, "sha256": tokenizer.sha256}
     write_whole(recipe_path, json.dumps(note, indent=1).encode() + b"\n")

@@ -1,9 +1,12 @@
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tqdm import tqdm
 
-from data_pipeline import CorruptDataError, DataError, Tokenizer, train_tokenizer
+from data_pipeline import CorruptDataError, DataError, Tokenizer, train_tokenizer, training
 from data_pipeline.training import train_to_file
 from tests.data_pipeline.conftest import write_texts
 
@@ -116,6 +119,20 @@ def test_a_model_file_is_trained_once(text_folder, tmp_path):
     path.write_bytes(first.model + b"\x00")
     with pytest.raises(DataError):
         train_to_file([str(text_folder)], path, 400)
+
+
+def test_training_shows_how_far_it_is(text_folder, tmp_path, monkeypatch):
+    bars = []
+
+    def show(**options):
+        bars.append(tqdm(**{**options, "disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(training, "tqdm", show)
+    train_to_file([str(text_folder)], tmp_path / "a.model", 400)
+    (bar,) = bars
+    size = sum(path.stat().st_size for path in text_folder.rglob("*.txt"))
+    assert (bar.n, bar.total, bar.desc) == (size, size, "read, now learning: ")
 
 
 def test_files_that_are_no_models(tmp_path):
