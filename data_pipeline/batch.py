@@ -24,8 +24,9 @@ class Batch:
     labels           int64 [b, T]: the next token of the same document; IGNORE after a document's
                      last token, on padding, and in rows that only fill up a batch
     document_starts  bool [b, T]: True exactly where a document begins (at its bos token); with
-                     best-fit packing also where the rest of a long document follows other text,
-                     which is where a memory has to be reset as well
+                     best-fit packing also where the rest of a long document follows other text
+                     in its row, or with order "stream" in the row before, which is where a memory
+                     has to be reset as well
     """
 
     tokens: torch.Tensor

@@ -142,3 +142,10 @@ class BestFit:
             (column, start + offset, stop + offset)
             for column, start, stop in pieces[first[row] : first[row + 1]].tolist()
         ]
+
+    def continues(self, window: int) -> bool:
+        """Whether the text of a window goes on where the window before it ended."""
+        if window == 0:
+            return False
+        column, start, _ = self.pieces(window - 1)[-1]
+        return self.pieces(window)[0][1] == start + self._seq_len - column

@@ -104,7 +104,7 @@ class Loader:
         self._num_windows = sum(packing.num_windows for packing in packings)
         self._sampling = make_sampling(order, corpora, packings, weights, seed, batch_size, seq_len)
         self._reader = RowReader(
-            corpora, packings, seq_len, corpora[0].pad_id, on_corrupt == "skip"
+            corpora, packings, seq_len, corpora[0].pad_id, on_corrupt == "skip", order == "stream"
         )
         self._finish = partial(
             make_batch, eos=corpora[0].eos_id, pad=corpora[0].pad_id, pin_memory=pin_memory

@@ -36,6 +36,10 @@ class Packing(Protocol):
 
     def pieces(self, window: int) -> list[Piece]: ...
 
+    def continues(self, window: int) -> bool:
+        """Whether the text of a window goes on where the window before it ended."""
+        ...
+
 
 class Concat:
     def __init__(self, corpus: Corpus, seq_len: int) -> None:
@@ -45,6 +49,9 @@ class Concat:
     def pieces(self, window: int) -> list[Piece]:
         start = window * self._seq_len
         return [(0, start, min(start + self._seq_len + 1, self._tokens))]
+
+    def continues(self, window: int) -> bool:
+        return True
 
 
 class Aligned:
@@ -93,6 +100,9 @@ class Aligned:
                     found.append((max(at - begin, 0), start, stop))
             shard += 1
         return found
+
+    def continues(self, window: int) -> bool:
+        return True
 
 
 def make_packing(name: str, corpus: Corpus, seq_len: int, align: int) -> Packing:

@@ -92,6 +92,22 @@ def test_a_rest_after_other_text_is_a_start(corpus):
     assert rests > 3
 
 
+def test_a_rest_after_another_row_of_the_stream_is_a_start(corpus):
+    options = {"packing": "best-fit", "align": 16, "prefetch": 0, "order": "stream"}
+    loader = Loader(corpus, seq_len=256, batch_size=1, seed=0, **options)
+    packing = BestFit(corpus, 256, 16)
+    rests, ended = 0, -1
+    for window in range(packing.num_windows):
+        starts = next(loader).document_starts[0]
+        pieces = packing.pieces(window)
+        at_bos = corpus.read(pieces[0][1], pieces[0][1] + 1)[0] == corpus.bos_id
+        assert bool(starts[0]) == (at_bos or pieces[0][1] != ended)
+        rests += bool(starts[0]) and not at_bos
+        column, start, stop = pieces[-1]
+        ended = min(stop, start + 256 - column)
+    assert rests > 3
+
+
 def test_counted_ahead_or_when_needed_is_the_same(copied, capsys):
     corpus = Corpus.open(copied)
     before = BestFit(corpus, 256, 16)
