@@ -63,6 +63,7 @@ def _tokenizer_inspect(args: argparse.Namespace) -> int:
 
 def _tokenize(args: argparse.Namespace) -> int:
     from data_pipeline.encoders import choose
+    from data_pipeline.inspecting import LOSSY
     from data_pipeline.tokenizer import Tokenizer
     from data_pipeline.tokenizing import tokenize
 
@@ -84,6 +85,8 @@ def _tokenize(args: argparse.Namespace) -> int:
         print(f"  {rejected} bad records left out, see {Path(args.out) / 'rejects.jsonl'}")
     _say_written(args.out, manifest, written)
     print(f"  encoder      {encoder} ({why})")
+    if not tokenizer.lossless:
+        print(f"  lossy        {LOSSY}")
     return 0
 
 

@@ -12,6 +12,7 @@ from data_pipeline.tokenizer import Tokenizer
 
 _BAR = 40
 _SAMPLE_TOKENS = 60
+LOSSY = "texts do not come back exactly: spaces, newlines or rare characters are changed or lost"
 
 
 def _histogram(lengths: np.ndarray) -> Iterator[str]:
@@ -69,6 +70,8 @@ def describe_tokenizer(tokenizer: Tokenizer, text: str | None) -> Iterator[str]:
         f"eos {tokenizer.eos_id}, pad {tokenizer.pad_id}"
     )
     yield f"  sha256       {tokenizer.sha256}"
+    if not tokenizer.lossless:
+        yield f"  lossy        {LOSSY}"
     if text is not None:
         ids = tokenizer.encode(text)
         pieces = " | ".join(_short(tokenizer.piece(int(i))) for i in ids)

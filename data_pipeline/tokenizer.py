@@ -19,6 +19,7 @@ from data_pipeline.units import SPACE, UnitEncoder, can_cut
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 TYPES = ("bpe", "unigram")
+_EASILY_LOST = "  A\tb\r\n\n \ufb01 e\u0301 \u00bd\u4e00\U0001f642\u0e01 "
 _LINE_CHARS = 4000
 _UNIGRAM_THREADS = 4
 
@@ -27,7 +28,8 @@ class Tokenizer:
     """Text to token ids and back, from the bytes of a SentencePiece model.
 
     Ids and counts: `vocab_size`, `unk_id`, `bos_id`, `eos_id`, `pad_id`; `sha256` names the model.
-    Pickled, it is the bytes of the model.
+    A bos or eos that the model lacks gets an id behind its vocabulary; a pad that it lacks is its
+    eos. Pickled, it is the bytes of the model.
     """
 
     kind = "sentencepiece"
@@ -40,11 +42,14 @@ class Tokenizer:
             raise DataError("these bytes are not a SentencePiece model") from None
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._sp.GetPieceSize()
+        self._in_file: int = self._sp.GetPieceSize()
+        self.vocab_size = self._in_file
         self.unk_id, self.bos_id = self._sp.unk_id(), self._sp.bos_id()
         self.eos_id, self.pad_id = self._sp.eos_id(), self._sp.pad_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise DataError("the SentencePiece model lacks bos or eos: train one with both")
+        if self.bos_id < 0:
+            self.bos_id, self.vocab_size = self.vocab_size, self.vocab_size + 1
+        if self.eos_id < 0:
+            self.eos_id, self.vocab_size = self.vocab_size, self.vocab_size + 1
         if self.pad_id < 0:
             self.pad_id = self.eos_id
         marks = [self._sp.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -115,7 +120,7 @@ class Tokenizer:
     @cached_property
     def never_cut(self) -> str:
         """Why text has to be encoded as a whole, or nothing where units of it may be."""
-        pieces = [self.piece(token) for token in range(self.vocab_size)]
+        pieces = [self.piece(token) for token in range(self._in_file)]
         if can_cut(self.model, pieces):
             return ""
         return "the model is not a lossless byte-pair model whose tokens stay within words"
@@ -125,7 +130,7 @@ class Tokenizer:
         """Texts that another program may take for a special token or a space."""
         special = [
             token
-            for token in range(self.vocab_size)
+            for token in range(self._in_file)
             if self._sp.IsControl(token) or self._sp.IsUnknown(token)
         ]
         return [SPACE, *map(self.piece, special)]
@@ -143,17 +148,24 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens stand for nothing."""
-        return self._sp.DecodeIds([int(i) for i in ids])
+        return self._sp.DecodeIds([int(i) for i in ids if i < self._in_file])
+
+    @property
+    def lossless(self) -> bool:
+        """Whether spaces, newlines and rare characters come back."""
+        return self.decode(self.encode(_EASILY_LOST)) == _EASILY_LOST
 
     def piece(self, token: int) -> str:
         """How the model writes a token: spaces as U+2581, single bytes as <0x41>."""
+        if token >= self._in_file:
+            return {self.bos_id: "<s>", self.eos_id: "</s>"}[token]
         return self._sp.IdToPiece(token)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int64 [vocab_size]: bytes of UTF-8 text that each token stands for; special tokens 0."""
         sizes = np.zeros(self.vocab_size, np.int64)
-        for token in range(self.vocab_size):
+        for token in range(self._in_file):
             if self._sp.IsByte(token):
                 sizes[token] = 1
             elif not (self._sp.IsControl(token) or self._sp.IsUnknown(token)):

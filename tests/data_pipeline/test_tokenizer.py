@@ -2,13 +2,16 @@ import io
 
 import numpy as np
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from data_pipeline import CorruptDataError, DataError, Tokenizer, train_tokenizer, training
+from data_pipeline import CorruptDataError, DataError, Tokenizer, cli, train_tokenizer, training
+from data_pipeline.tokenizing import tokenize
 from data_pipeline.training import train_to_file
-from tests.data_pipeline.conftest import write_texts
+from data_pipeline.verify import verify
+from tests.data_pipeline.conftest import WORDS, write_texts
 
 HARD = [
     "",
@@ -133,6 +136,44 @@ def test_training_shows_how_far_it_is(text_folder, tmp_path, monkeypatch):
     (bar,) = bars
     size = sum(path.stat().st_size for path in text_folder.rglob("*.txt"))
     assert (bar.n, bar.total, bar.desc) == (size, size, "read, now learning: ")
+
+
+def foreign_model(path, **options):
+    """A model as other programs train them: with SentencePiece's own defaults."""
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(WORDS.split("\n")),
+            model_writer=file,
+            vocab_size=400,
+            minloglevel=2,
+            **options,
+        )
+    return Tokenizer.open(path)
+
+
+def test_a_model_without_bos_gets_one_behind_its_vocabulary(text_folder, tmp_path):
+    tokenizer = foreign_model(tmp_path / "a.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    found = (tokenizer.pad_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.bos_id)
+    assert found == (0, 1, 2, 400)
+    assert tokenizer.vocab_size == len(tokenizer.token_bytes) == 401
+    assert tokenizer.piece(400) == "<s>"
+    document = tokenizer.encode_document("def of self")
+    assert (document[0], document[-1]) == (400, 1)
+    assert tokenizer.decode(document) == "def of self"
+    tokenize([str(text_folder)], tokenizer, tmp_path / "out")
+    assert verify(tmp_path / "out")[1] == []
+
+
+def test_a_model_that_loses_text_is_said_to(text_folder, tmp_path, either, capsys):
+    assert either.lossless
+    assert not foreign_model(tmp_path / "a.model").lossless
+    options = {"byte_fallback": True, "normalization_rule_name": "identity"}
+    kept = foreign_model(tmp_path / "b.model", **options, remove_extra_whitespaces=False)
+    assert kept.lossless
+    for name in ("a", "b"):
+        command = ["tokenize", "--input", str(text_folder), "--out", str(tmp_path / name)]
+        assert cli.main([*command, "--tokenizer", str(tmp_path / f"{name}.model")]) == 0
+        assert ("do not come back exactly" in capsys.readouterr().out) == (name == "a")
 
 
 def test_files_that_are_no_models(tmp_path):
