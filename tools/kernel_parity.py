@@ -151,11 +151,13 @@ def ramp_loss(out: Tensor) -> Tensor:
 
 
 def worst(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest error of some tensors, each relative to the largest value of it."""
-    return max(
-        float((a.double() - e).abs().max() / e.abs().max().clamp_min(1e-12))
+    """The largest error of some tensors, each relative to the largest value of it; NaN where one
+    has a NaN."""
+    errors = [
+        (a.double() - e).abs().max() / e.abs().max().clamp_min(1e-12)
         for a, e in zip(actual, expected, strict=True)
-    )
+    ]
+    return float(torch.stack(errors).max())
 
 
 HEADER = ["against float64", "outputs", "gradients", "torch's outputs", "gradients"]

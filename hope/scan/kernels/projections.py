@@ -177,7 +177,8 @@ def project_backward(
             tl.store(dx + at, d_token)
         else:
             if m == 4:
-                given, grad = source, tl.load(d_query + at)
+                given = source
+                grad = tl.load(d_query + at, mask=valid[:, None], other=0.0)
             else:
                 given, d_made = x, dk
                 if m == 1:

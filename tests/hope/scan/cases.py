@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -114,10 +115,12 @@ def everything(problem: Problem, config: ScanConfig) -> dict[str, Tensor]:
 def worst_error(
     expected: dict[str, Tensor], actual: dict[str, Tensor], floor: float = 1e-12
 ) -> tuple[float, str]:
-    """The largest difference of any result, relative to its largest value (at least floor)."""
+    """The largest difference of any result, relative to its largest value (at least floor);
+    infinite where there is a NaN, which max would pass over."""
     assert expected.keys() == actual.keys()
     errors = []
     for name, z in expected.items():
         difference = (z - actual[name].to(z.dtype)).abs().max()
-        errors.append((float(difference / z.abs().max().clamp_min(floor)), name))
+        error = float(difference / z.abs().max().clamp_min(floor))
+        errors.append((math.inf if math.isnan(error) else error, name))
     return max(errors)
