@@ -5,6 +5,7 @@ The tests and `tools.bench_parallel` go through the same table.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -244,8 +245,9 @@ def take_up(
 
 
 def relative(one: float, other: float) -> float:
-    """|one - other| / |other|."""
-    return abs(one - other) / max(abs(other), 1e-12)
+    """|one - other| / |other|; infinite where one is NaN, which max would pass over."""
+    error = abs(one - other) / max(abs(other), 1e-12)
+    return math.inf if math.isnan(error) else error
 
 
 def worst_error(found: list[Trace], expected: Trace) -> float:
@@ -264,7 +266,8 @@ def worst_error(found: list[Trace], expected: Trace) -> float:
         for name, tensor in trace.parameters.items():
             wanted = expected.parameters[name]
             assert tensor.shape == wanted.shape
-            errors.append(float((tensor - wanted).norm() / wanted.norm()))
+            norm = float(wanted.norm())
+            errors.append(relative(norm + float((tensor - wanted).norm()), norm))
         names |= trace.parameters.keys()
     assert names == expected.parameters.keys()
     return max(errors)
