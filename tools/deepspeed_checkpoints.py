@@ -23,7 +23,7 @@ from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
 from train.checkpoint.places import Place
 from train.checkpoint.reading import TensorReader, read_plain
 from train.config import RunConfig, load_config, validate_config
-from train.engines.deepspeed import parameter_groups
+from train.engines.deepspeed import parameter_groups, unused_parameters
 from train.parallel.ranks import Ranks
 from train.zero.library import open_deepspeed, quiet
 from train.zero.partitions import Partitions
@@ -53,7 +53,7 @@ def to_deepspeed(folder: Place, output: Path) -> str:
     model = HopeModel(config.model, seed=None)
     named = dict(model.named_parameters())
     load_parameters(named, {n: reader.stored(n) for n in reader.names("model/")})
-    groups = parameter_groups(config, named)
+    groups = parameter_groups(config, named, unused_parameters(model))
     optimizer = torch.optim.AdamW(
         [{"params": [named[n] for n in g.names], "weight_decay": g.weight_decay} for g in groups],
         lr=config.optimizer.lr,

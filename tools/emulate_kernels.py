@@ -27,8 +27,8 @@ from tools.kernel_parity import HEADER, SCAN_CASES, Call, compared, fused_calls,
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 FUSED = ("gated_norm", "cross_entropy")
 LIMITS = {torch.bfloat16: (0.01, 0.1), torch.float32: (2e-6, 1e-5)}
-"""Errors of outputs and gradients that pass. In bfloat16 the gradients of the gates' biases, sums in
-which much cancels, are the furthest off."""
+"""Errors of outputs and gradients that pass. In bfloat16 the gradients of the gates' biases, sums
+in which much cancels, are the furthest off."""
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -32,7 +32,7 @@ def plain_deepspeed(rank: int, folder: str, raw: dict[str, Any]) -> dict[str, An
     library = open_deepspeed()
     model = HopeModel(config.model, seed=1)
     named = dict(model.named_parameters())
-    groups = [[named[n] for n in one.names] for one in parameter_groups(config, named)]
+    groups = [[named[n] for n in one.names] for one in parameter_groups(config, named, set())]
     optimizer = torch.optim.AdamW([{"params": one} for one in groups], lr=0.1)
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
     with quiet():
