@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zstandard
@@ -20,6 +21,8 @@ from data_pipeline.recent import Recent
 from data_pipeline.shard_format import aligned
 from data_pipeline.streams import is_url
 from data_pipeline.tokenizer import Tokenizer
+
+_T = TypeVar("_T")
 
 _SHARDS_OPEN = 256
 _FRAMES_KEPT = 32
@@ -115,13 +118,7 @@ class Corpus:
         with self._opening:
             reader = self._open.get(number)
             if reader is None:
-                try:
-                    reader = self._open_shard(number)
-                except CorruptDataError:
-                    if self._cache is None:
-                        raise
-                    self._forget(number)
-                    reader = self._open_shard(number)
+                reader = self._good(number, lambda: self._open_shard(number))
                 self._open.put(number, reader)
         return reader
 
@@ -135,22 +132,21 @@ class Corpus:
             raise CorruptDataError(str(path), "the manifest describes another file")
         return reader
 
-    def _forget(self, number: int) -> None:
-        """Remove the local copy of a remote shard that has rotted; opening it fetches it anew."""
-        assert self._cache is not None
-        self._cache.path(self._shards[number]).unlink(missing_ok=True)
-        self._open.drop(number)
-
-    def names(self, shard: int) -> list[str]:
-        """The name of every document of a shard, in order."""
-        reader = self.shard(shard)
+    def _good(self, number: int, read: Callable[[], _T]) -> _T:
+        """What `read` finds in a shard; where the local copy of a remote one has rotted, that goes,
+        and `read` looks again, into one that is fetched anew."""
         try:
-            return reader.names()
+            return read()
         except CorruptDataError:
             if self._cache is None:
                 raise
-            self._forget(shard)
-            return self.shard(shard).names()
+            self._cache.path(self._shards[number]).unlink(missing_ok=True)
+            self._open.drop(number)
+            return read()
+
+    def names(self, shard: int) -> list[str]:
+        """The name of every document of a shard, in order."""
+        return self._good(shard, lambda: self.shard(shard).names())
 
     def keep_frames(self, number: int) -> None:
         """Hold up to `number` decoded frames (8 KB each at 16-bit tokens) for further reads."""
@@ -189,22 +185,14 @@ class Corpus:
                 else:
                     tokens = frames.get((number, frame))
                     if tokens is None:
-                        tokens = self._decode(reader, number, frame, scratch)
+                        tokens = self._decode(number, frame, scratch)
                     out[done : done + take] = tokens[inside : inside + take]
                 done += take
                 at += take
             number += 1
 
-    def _decode(
-        self, reader: ShardReader, shard: int, frame: int, scratch: zstandard.ZstdDecompressor
-    ) -> np.ndarray:
-        try:
-            tokens = reader.frame(frame, scratch)
-        except CorruptDataError:
-            if self._cache is None:
-                raise
-            self._forget(shard)
-            tokens = self.shard(shard).frame(frame, scratch)
+    def _decode(self, shard: int, frame: int, scratch: zstandard.ZstdDecompressor) -> np.ndarray:
+        tokens = self._good(shard, lambda: self.shard(shard).frame(frame, scratch))
         self._frames.put((shard, frame), tokens)
         return tokens
 
