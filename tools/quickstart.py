@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline import Corpus, evaluation_batches
+from data_pipeline.redaction import redact
 from tools.figures import table
 from tools.prepare import prepare_sotu, run
 from train.callbacks.metrics import read_metrics
@@ -24,7 +25,6 @@ from train.checkpoint import CheckpointStore, open_store
 from train.config import ConfigError, RunConfig, load_config
 from train.evaluate.unigram import count_labels, unigram_loss
 from train.parallel.ranks import Ranks
-from train.redaction import redact
 from train.run_folder import CONFIG, METRICS
 
 CONFIG_FILE = Path("configs/quickstart.yaml")

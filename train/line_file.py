@@ -1,4 +1,5 @@
-"""Lines at the end of a file of the run folder, whatever becomes of the disk that it lies on."""
+"""Files of the run folder: lines added to an end, whatever becomes of the disk that they lie on,
+and small texts that are whole at any moment."""
 
 from __future__ import annotations
 
@@ -36,10 +37,18 @@ class LineFile:
 
     def replace(self, text: str) -> None:
         """Put other lines in the place of all; a kill leaves the old ones or the new."""
-        draft = self.path.with_suffix(".draft")
-        draft.write_text(text)
-        os.replace(draft, self.path)
+        write_whole(self.path, text)
         self._kept = b""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small file so that a kill, at any moment, leaves the old text or the new one."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 def tell(line: str) -> None:

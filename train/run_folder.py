@@ -18,6 +18,7 @@ from train.checkpoint.manifest import MARKER
 from train.checkpoint.places import as_place, make_folder, read, write
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
+from train.line_file import write_whole
 from train.optim.config import LevelOptimizerConfig
 from train.optim.levels import periods
 from train.parallel.ranks import Ranks
@@ -245,7 +246,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _goes_on(config: RunConfig) -> bool:
     """Whether what a run computes does not depend on where it ends."""
-    names = ("fast", *(level.name for level in config.model.cms.levels))
+    names = periods(config.model)
     constant = all(config.optimizer.level(name).schedule.name == "constant" for name in names)
     return constant and config.mode == "pretrain" and not config.training.flush
 
@@ -263,13 +264,3 @@ def _is_free(key: str, free: set[str]) -> bool:
 def save_config(config: RunConfig) -> None:
     """Write the resolved configuration into the run folder."""
     write_whole(config.run_dir / CONFIG, dump_config(config))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a kill, at any moment, leaves the old text or the new one."""
-    draft = path.with_name(f"{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)

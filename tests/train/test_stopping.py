@@ -15,8 +15,9 @@ from tests.train.test_trainer import assert_same_run, store_of
 from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.checkpoint.manifest import position
 from train.config import ConfigError
+from train.line_file import write_whole
 from train.parallel.ranks import Ranks
-from train.run_folder import RunFolderError, claim, write_whole
+from train.run_folder import RunFolderError, claim
 from train.signals import REQUEUE, SAME_REQUEST_S, agreed_status, stop_signals, walltime_deadline
 
 ALONE = Ranks.alone()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.redaction import redact
-from train.line_file import LineFile, tell
-from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT, write_whole
+from train.line_file import LineFile, tell, write_whole
+from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
 
 AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
