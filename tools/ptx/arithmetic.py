@@ -108,6 +108,7 @@ SIMPLE: dict[str, Callable[..., Array]] = {
     "rsqrt": lambda a: (1 / np.sqrt(a)).astype(a.dtype), "mov": lambda a: a,
 }  # fmt: skip
 """Instructions whose operands and result all have the type that the name ends with."""
+ONE_OPERAND = ("neg", "abs", "not", "mov", "ex2", "lg2", "sqrt", "rcp", "tanh", "rsqrt")
 
 
 def _fused(a: Array, b: Array, c: Array) -> Array:
@@ -136,9 +137,8 @@ def _convert(to: str, source: str, flags: list[str], values: list[Array]) -> Arr
 Operation = Callable[..., Array]
 
 
-def operation(name: str) -> tuple[Operation, list[str], str] | None:
-    """(function, the operands' types, the result's type) of an instruction; None if it is none of
-    these."""
+def operation(name: str) -> tuple[Operation, list[str]] | None:
+    """(function, the operands' types) of an instruction; None if it is none of these."""
     base, *flags = name.split(".")
     kind = flags[-1] if flags else ""
     if base == "cvt":
@@ -151,36 +151,31 @@ def operation(name: str) -> tuple[Operation, list[str], str] | None:
         def convert(*values: Array) -> Array:
             return _convert(to, source, rest, list(values))
 
-        return convert, sources, typed.get(to, to)
+        return convert, sources
     if kind in ("bf16", "bf16x2"):
         return _in_bfloat16(base, kind)
     if kind not in TYPES:
         return None
     if base in SIMPLE:
-        function = SIMPLE[base]
-        if kind == "pred" and base == "not":
-            function = np.logical_not
-        count = {"neg": 1, "abs": 1, "not": 1, "mov": 1, "ex2": 1, "lg2": 1, "sqrt": 1, "rcp": 1,
-                 "tanh": 1, "rsqrt": 1}.get(base, 2)  # fmt: skip
-        return function, [kind] * count, kind
+        return SIMPLE[base], [kind] * (1 if base in ONE_OPERAND else 2)
     if base == "fma" or (base == "mad" and kind[0] == "f"):
-        return _fused, [kind] * 3, kind
+        return _fused, [kind] * 3
     if base in ("mul", "mad"):
         return _product(base, flags, kind)
     if base == "setp":
-        return (lambda a, b: _compare(flags, a, b)), [kind, kind], "pred"
+        return (lambda a, b: _compare(flags, a, b)), [kind, kind]
     if base == "selp":
-        return (lambda a, b, p: np.where(p, a, b)), [kind, kind, "pred"], kind
+        return (lambda a, b, p: np.where(p, a, b)), [kind, kind, "pred"]
     if base in ("shl", "shr"):
-        return (lambda a, by: _shift(a, by, base == "shl")), [kind, "u32"], kind
+        return (lambda a, by: _shift(a, by, base == "shl")), [kind, "u32"]
     if base == "bfe":
-        return _extract, [kind, "u32", "u32"], kind
+        return _extract, [kind, "u32", "u32"]
     if base == "prmt":
-        return _permute, ["b32"] * 3, "b32"
+        return _permute, ["b32"] * 3
     return None
 
 
-def _in_bfloat16(base: str, kind: str) -> tuple[Operation, list[str], str] | None:
+def _in_bfloat16(base: str, kind: str) -> tuple[Operation, list[str]] | None:
     """Arithmetic on bfloat16, or on pairs of them: in float32, then rounded."""
     functions = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
@@ -195,25 +190,23 @@ def _in_bfloat16(base: str, kind: str) -> tuple[Operation, list[str], str] | Non
         wide = [from_bfloat16(np.ascontiguousarray(z).view(np.uint16)) for z in parts]
         return bfloat16(functions[base](*wide)).view(TYPES[held])
 
-    return compute, [held] * {"neg": 1, "fma": 3}.get(base, 2), held
+    return compute, [held] * {"neg": 1, "fma": 3}.get(base, 2)
 
 
-def _product(base: str, flags: list[str], kind: str) -> tuple[Operation, list[str], str]:
+def _product(base: str, flags: list[str], kind: str) -> tuple[Operation, list[str]]:
     """mul and mad of integers (lo, hi, wide), mul of floats."""
     if kind[0] == "f":
-        return np.multiply, [kind, kind], kind
+        return np.multiply, [kind, kind]
     wide, high = "wide" in flags, "hi" in flags
-    bits = TYPES[kind](0).itemsize * 8
 
     def multiply(a: Array, b: Array, *c: Array) -> Array:
-        if wide:
-            a, b = a.astype(TYPES[WIDER[kind]]), b.astype(TYPES[WIDER[kind]])
-        elif high:
-            big: Array = a.astype(TYPES[WIDER[kind]]) * b.astype(TYPES[WIDER[kind]])
-            product = (big >> big.dtype.type(bits)).astype(a.dtype)
-            return product + c[0] if c else product
-        product = a * b
+        if wide or high:
+            product: Array = a.astype(TYPES[WIDER[kind]]) * b.astype(TYPES[WIDER[kind]])
+            if high:
+                product = (product >> product.dtype.type(8 * a.itemsize)).astype(a.dtype)
+        else:
+            product = a * b
         return product + c[0] if c else product
 
-    result = WIDER[kind] if wide else kind
-    return multiply, [kind, kind, *([result] if base == "mad" else [])], result
+    added = [WIDER[kind] if wide else kind] if base == "mad" else []
+    return multiply, [kind, kind, *added]

@@ -112,6 +112,11 @@ class Group:
             return np.full(1, -1, f"i{dtype(0).itemsize}").view(dtype)
         return constant(operand, kind)
 
+    def every(self, operand: str, kind: str) -> Array:
+        """The same [threads], also of a number."""
+        value = self.value(operand, kind)
+        return np.ascontiguousarray(np.broadcast_to(value, self.slot.shape))
+
     def assign(self, name: str, value: Array, active: Array | None) -> None:
         """Set a register, of the active threads only."""
         if name == "_":
@@ -139,6 +144,10 @@ class Group:
 
     def barrier(self) -> None:
         self.interval += 1
+
+    def publish(self) -> None:
+        """fence.proxy.async: what was written to shared memory is there for wgmma."""
+        self.shared.fence += 1
 
 
 def constant(text: str, kind: str) -> Array:

@@ -17,6 +17,9 @@ from tools.ptx.memory import AccessError, GlobalMemory
 from tools.ptx.parsing import Kernel
 from tools.ptx.statements import step
 
+TOGETHER = 32
+"""Programs of a group, at most: more take more memory, and little less time."""
+
 
 class Machine:
     """A kernel ready to run."""
@@ -31,7 +34,6 @@ class Machine:
         arguments: list[Any],
         shared: int,
         memory: GlobalMemory,
-        together: int = 32,
     ) -> int:
         """Run all programs of a grid; returns the statements run, counted once a group.
 
@@ -40,8 +42,8 @@ class Machine:
         """
         programs = np.arange(grid[0] * grid[1] * grid[2])
         done = 0
-        for start in range(0, programs.size, together):
-            group = Group(self.kernel, grid, programs[start : start + together], shared, memory)
+        for start in range(0, programs.size, TOGETHER):
+            group = Group(self.kernel, grid, programs[start : start + TOGETHER], shared, memory)
             for (name, kind), value in zip(self.kernel.parameters, arguments, strict=True):
                 dtype = TYPES[kind]
                 bits = np.array([value], dtype).view(TYPES[f"u{8 * dtype(0).itemsize}"])

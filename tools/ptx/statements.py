@@ -14,10 +14,11 @@ from tools.ptx.memory import AccessError, Array
 from tools.ptx.parsing import Instruction
 
 Step = Callable[[Group], "str | None"]
-IGNORED = ("cp.async.commit_group", "fence", "wgmma.fence", "wgmma.commit_group", "bar.warp.sync")
+WITHOUT_EFFECT = ("fence", "wgmma.fence", "wgmma.commit_group", "bar.warp.sync")
+"""Here, where a warp's threads are never apart and every product is waited for."""
 
 
-def ordered(instruction: Instruction) -> tuple[str, list[str]]:
+def words_of(instruction: Instruction) -> tuple[str, list[str]]:
     """The instruction's first word and its modifiers, without hints for caches."""
     base, *flags = instruction.name.replace("::cta", "").split(".")
     return base, [f for f in flags if not f.startswith(("L1", "L2"))]
@@ -25,7 +26,7 @@ def ordered(instruction: Instruction) -> tuple[str, list[str]]:
 
 def step(instruction: Instruction) -> Step:
     """What a statement does to a group; it returns a label where it jumps."""
-    base, flags = ordered(instruction)
+    base, flags = words_of(instruction)
     name, operands = instruction.name, instruction.operands
 
     def active(group: Group) -> Array | None:
@@ -37,8 +38,12 @@ def step(instruction: Instruction) -> Step:
         return lambda group: operands[0]
     if base == "ret":
         return lambda group: ""
-    if name.startswith(IGNORED):
-        return _ordering(name)
+    if name.startswith("fence.proxy.async"):
+        return lambda group: group.publish()
+    if name.startswith("cp.async.commit_group"):
+        return lambda group: group.copies.append([])
+    if name.startswith(WITHOUT_EFFECT):
+        return lambda group: None
     if base in ("bar", "barrier"):
         if operands[1:]:
             raise NotImplementedError("a barrier of a part of the program")
@@ -59,27 +64,19 @@ def step(instruction: Instruction) -> Step:
     if name.startswith("wgmma.mma_async"):
         return lambda group: _group_product(group, flags, operands)
     if name.startswith("wgmma.wait_group"):
-        return lambda group: _products_done(group)
+        if operands != ("0",):
+            raise NotImplementedError("wgmma.wait_group for some of the products")
+        return lambda group: group.pending.clear()
     if base == "mov" and any(o.startswith("{") for o in operands):
         return lambda group: _pack(group, flags[-1], operands, active(group))
     found = operation(name)
     if found is None:
         raise NotImplementedError(f"{instruction.where()}: the machine does not have it")
-    function, kinds, _ = found
+    function, kinds = found
 
     def run(group: Group) -> None:
         values = [group.value(o, k) for o, k in zip(operands[1:], kinds, strict=True)]
         group.assign(operands[0], np.asarray(function(*values)), active(group))
-
-    return run
-
-
-def _ordering(name: str) -> Step:
-    def run(group: Group) -> None:
-        if name.startswith("cp.async"):
-            group.copies.append([])
-        elif name.startswith("fence.proxy.async"):
-            group.shared.fence += 1
 
     return run
 
@@ -90,9 +87,8 @@ def _shuffle(
     """shfl.sync among whole warps."""
     if operands[3] != "31":
         raise NotImplementedError("shfl within parts of a warp")
-    a, b = group.value(operands[1], "b32"), group.value(operands[2], "u32")
-    a = np.broadcast_to(a, group.slot.shape).reshape(-1, WARP)
-    b = np.broadcast_to(b, group.slot.shape).reshape(-1, WARP)
+    a = group.every(operands[1], "b32").reshape(-1, WARP)
+    b = group.every(operands[2], "u32").reshape(-1, WARP)
     lane = np.arange(WARP)[None, :]
     source = {"bfly": lane ^ b, "idx": b & 31, "up": lane - b, "down": lane + b}[flags[1]]
     source = np.where((source < 0) | (source > 31), lane, source).astype(np.int64)
@@ -106,12 +102,11 @@ def _pack(group: Group, kind: str, operands: tuple[str, ...], active: Array | No
     parts = listed(target if target.startswith("{") else source)
     narrow = f"b{wide // len(parts)}"
     if target.startswith("{"):
-        whole = np.ascontiguousarray(np.broadcast_to(group.value(source, kind), group.slot.shape))
-        split = whole.view(TYPES[narrow]).reshape(-1, len(parts))
+        split: Array = group.every(source, kind).view(TYPES[narrow]).reshape(-1, len(parts))
         for i, part in enumerate(parts):
             group.assign(part, split[:, i], active)
     else:
-        values = [np.broadcast_to(group.value(p, narrow), group.slot.shape) for p in parts]
+        values = [group.every(part, narrow) for part in parts]
         group.assign(target, np.stack(values, 1).view(TYPES[kind])[:, 0], active)
 
 
@@ -161,7 +156,7 @@ def _move(
         lanes = group.lanes(active(group))
         if not lanes.size:
             return
-        values = [np.broadcast_to(group.value(n, kind), group.slot.shape) for n in names]
+        values = [group.every(name, kind) for name in names]
         words = np.stack(values, 1).view(np.uint16)[lanes]
         if space == "global":
             group.memory.write(group.address(operands[0], "u64")[lanes], words, group.access(lanes))
@@ -197,7 +192,7 @@ def _copy(group: Group, operands: tuple[str, ...], active: Array | None) -> None
     source = group.address(operands[1], "u64")[lanes]
     given = np.full(lanes.size, size)
     if len(operands) > 3:
-        given = np.broadcast_to(group.value(operands[3], "u32"), group.slot.shape)[lanes]
+        given = group.every(operands[3], "u32")[lanes]
     if not np.isin(given, (0, size)).all():
         raise NotImplementedError("cp.async of a part of what it copies")
     copy = Copy(lanes, target, source, given > 0, np.zeros((lanes.size, size // 2), np.uint16))
@@ -243,15 +238,9 @@ def _matrices(group: Group, base: str, flags: list[str], operands: tuple[str, ..
         for i, name in enumerate(names):
             group.assign(name, matrices.from_matrix(rows[:, i], transposed), None)
     else:
-        parts = [matrices.to_matrix(_whole(group, name), transposed) for name in names]
+        parts = [matrices.to_matrix(group.every(name, "b32"), transposed) for name in names]
         _untouched(group, index)
         group.shared.write(index, np.stack(parts, 1).reshape(-1, 8), group.access(lanes))
-
-
-def _whole(group: Group, name: str) -> Array:
-    """A register [threads], also where it is a number."""
-    value = group.value(name, "b32")
-    return np.ascontiguousarray(np.broadcast_to(value, group.slot.shape))
 
 
 def _product(group: Group, flags: list[str], operands: tuple[str, ...]) -> None:
@@ -260,10 +249,10 @@ def _product(group: Group, flags: list[str], operands: tuple[str, ...]) -> None:
     if shape not in ("m16n8k16", "m16n8k8") or flags[-3] not in ("bf16", "tf32"):
         raise NotImplementedError(f"mma of {shape} in {flags[-3]}")
     bf16 = flags[-3] == "bf16"
-    d, a, b, c = ([*listed(o)] for o in operands)
-    left = matrices.left_fragment([_whole(group, r) for r in a], bf16)
-    right = matrices.right_fragment([_whole(group, r) for r in b], bf16)
-    total = left @ right + matrices.sums([_whole(group, r) for r in c], 8)
+    d, a, b, c = (listed(o) for o in operands)
+    left = matrices.left_fragment([group.every(r, "b32") for r in a], bf16)
+    right = matrices.right_fragment([group.every(r, "b32") for r in b], bf16)
+    total = left @ right + matrices.sums([group.every(r, "b32") for r in c], 8)
     for name, value in zip(d, matrices.scatter_sums(total), strict=True):
         group.assign(name, value, None)
 
@@ -277,21 +266,20 @@ def _group_product(group: Group, flags: list[str], operands: tuple[str, ...]) ->
         raise NotImplementedError(f"wgmma in {flags[-1]}")
     bf16 = flags[-1] == "bf16"
     d, a = listed(operands[0]), operands[1]
-    scale = group.value(operands[3], "pred")
+    added = group.every(operands[3], "pred").reshape(-1, WARP)[:, 0]
     signs = [int(o) for o in operands[4:6]]
     turns = [int(o) for o in operands[6:]]
     if signs != [1, 1]:
         raise NotImplementedError("wgmma with a sign")
     if a.startswith("{"):
-        left = matrices.left_fragment([_whole(group, r) for r in listed(a)], bf16)
+        left = matrices.left_fragment([group.every(r, "b32") for r in listed(a)], bf16)
         left = left.reshape(-1, 64, left.shape[-1])
     else:
         left = _operand(group, a, 64, bf16, turns)
     right = _operand(group, operands[2], columns, bf16, turns).swapaxes(1, 2)
     total = (left @ right).reshape(-1, 16, columns)
-    added = np.broadcast_to(scale, group.slot.shape).reshape(-1, WARP)[:, 0]
     if added.any():
-        before = matrices.sums([_whole(group, r) for r in d], columns)
+        before = matrices.sums([group.every(r, "b32") for r in d], columns)
         total = np.where(added[:, None, None], total + before, total)
     for name, value in zip(d, matrices.scatter_sums(total), strict=True):
         group.assign(name, value, None)
@@ -317,8 +305,3 @@ def _operand(group: Group, register: str, rows: int, bf16: bool, turns: list[int
         z = matrices.from_bfloat16(words) if bf16 else matrices.cut(words.view(np.uint32))
         found.append(z.reshape(rows, -1))
     return np.stack(found)
-
-
-def _products_done(group: Group) -> None:
-    """wgmma.wait_group: taken as waiting for all, which is what Triton asks for here."""
-    group.pending = []
