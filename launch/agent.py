@@ -51,11 +51,11 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         return result
 
-    def _shutdown(self, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+    def _shutdown(self, death_sig: Any = None, **timeout: int) -> None:  # type: ignore[override]
         # Slurm signals every process of a step, ranks too, and a rank dies of a second signal of
         # the same kind: a request to stop is passed on as the other one.
         other = PASSED_ON.get(death_sig, death_sig) if death_sig is not None else signal.SIGTERM
-        super()._shutdown(other, timeout)
+        super()._shutdown(other, **timeout)  # torch 2.11 has no timeout
 
 
 def hide_what_we_say(record: logging.LogRecord) -> bool:

@@ -3,22 +3,26 @@
 Four parts, in this order (--parts): parity of the kernels in float32 and bfloat16 against float64
 on the same device; microseconds of each kernel beside its floor (tools.kernel_costs); one layer;
 the 340M, 760M and 1.3B sizes with their loss. Layers and models take one step's forward and
-backward of 32K tokens, in rows of 2K to 32K, in bfloat16: Hope, eager and as a CUDA graph,
-Hope-Attention, a compiled Transformer++, and flash-linear-attention's Gated DeltaNet where it is
-installed. Prints tables and writes docs/gpu/NAME.json with the chip, date and versions, after every
-size what there is so far.
+backward of 32K tokens, in rows of 2K to 32K, in bfloat16: Hope, Hope-Attention and a Transformer++,
+each eager, as a CUDA graph, and as one of compiled layers, and flash-linear-attention's Gated
+DeltaNet where it is installed. What does not fit is run in 2, 4, ... micro-batches. Prints tables
+and writes docs/gpu/NAME.json with the chip, date and versions, after every size what there is so
+far.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
+import gc
 import importlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,18 +33,25 @@ from torch import Tensor, nn
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from hope.init import initialise
 from hope.layer import HopeLayer
+from hope.model import num_parameters
 from tools.figures import table
 from tools.gpu_kernels import kernels, parity
 from tools.kernel_costs import PEAK_FLOPS
 from tools.kernel_parity import Figures
 from train.config import load_config
 from train.evaluate.perplexity import summed_loss
+from train.parallel.activations import compile_layers
 
 STEP_TOKENS = 32_768
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
-MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8544}
+MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8624}
 """Hidden width of the Transformer++ of equal parameters; the files in configs/ say the same."""
 PARTS = ("parity", "kernels", "layer", "models")
+KINDS = ("eager", "graph", "compiled")
+"""How a step is run; compiled: every layer by torch.compile, the step as a graph."""
+GATED_DELTANET_HEAD = 128
+"""Width of its keys; a layer has so many that they are 3/4 of its width, as its authors say."""
+COLUMNS = ["tokens/s", "MFU", "GiB", "micro-batches"]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--sizes", nargs="+", choices=MLP_OF_TWIN, default=list(MLP_OF_TWIN))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--repetitions", type=int, default=10, help="steps timed (%(default)s)")
     parser.add_argument("--name", default="bench_gpu", help="of the file in docs/gpu (%(default)s)")
     options = parser.parse_args(arguments)
@@ -80,10 +92,10 @@ def parts(options: argparse.Namespace) -> Iterator[Figures]:
         yield kernels(options.repetitions)
     if "layer" in options.parts:
         for length in options.lengths:
-            yield layers(length, options.repetitions)
+            yield layers(length, options.kinds, options.repetitions)
     if "models" in options.parts:
         for size, length in itertools.product(options.sizes, options.lengths):
-            yield models(size, length, options.repetitions)
+            yield models(size, length, options.kinds, options.repetitions)
 
 
 def versions() -> dict[str, str]:
@@ -103,9 +115,8 @@ def versions() -> dict[str, str]:
 
 
 def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Median time of a call on the device, after three to warm up."""
-    for _ in range(3):
-        call()
+    """Median time of a call on the device, after one to warm up."""
+    call()
     times = []
     for _ in range(repetitions):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -132,11 +143,10 @@ def step_of(module: nn.Module, x: Tensor) -> Callable[[], None]:
 
 
 def as_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """The same work captured once and replayed."""
+    """The same work captured once and replayed; the step before it compiles what it needs."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -145,30 +155,60 @@ def as_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def measure(
-    key: str, make: Callable[[], nn.Module], x: Tensor, flops: float, repetitions: int, graph: bool
+    key: str,
+    make: Callable[[], nn.Module],
+    x: Tensor,
+    flops: float,
+    repetitions: int,
+    kinds: Sequence[str],
 ) -> tuple[Figures, list[list[str]]]:
-    """Tokens a second, model FLOPs utilisation and peak GiB; a size that does not fit says so."""
+    """Tokens a second, model FLOPs utilisation and peak GiB of a module on x [rows, ...], for each
+    kind of run; what does not fit at once is run in twice as many micro-batches."""
     figures: Figures = {}
     rows = []
-    for kind in ("eager", "graph") if graph else ("eager",):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        try:
-            step = step_of(make(), x)
-            elapsed = milliseconds(as_graph(step) if kind == "graph" else step, repetitions)
-        except torch.OutOfMemoryError:
-            rows.append([f"{key}, {kind}", "out of memory", "", ""])
-            continue
-        rate = STEP_TOKENS / elapsed * 1e3
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        utilisation = rate * flops / PEAK_FLOPS
-        figures |= {
-            f"tokens_per_second_{key}_{kind}": rate,
-            f"mfu_{key}_{kind}": utilisation,
-            f"gib_{key}_{kind}": peak,
-        }
-        rows.append([f"{key}, {kind}", f"{rate:,.0f}", f"{utilisation:.1%}", f"{peak:.1f}"])
+    for kind in kinds:
+        name, parts = f"{key}_{kind}", 1
+        while not (found := timed(make, x[: len(x) // parts], repetitions, kind)):
+            if parts >= len(x):
+                break
+            parts *= 2
+        if found is None:
+            row = [name, "out of memory", "", "", ""]
+        else:
+            elapsed, peak = found
+            rate = STEP_TOKENS / parts / elapsed * 1e3
+            utilisation = rate * flops / PEAK_FLOPS
+            figures |= {
+                f"tokens_per_second_{name}": rate,
+                f"mfu_{name}": utilisation,
+                f"gib_{name}": peak,
+                f"micro_batches_{name}": parts,
+            }
+            row = [name, f"{rate:,.0f}", f"{utilisation:.1%}", f"{peak:.1f}", str(parts)]
+        print(" ".join(row), file=sys.stderr, flush=True)
+        rows.append(row)
     return figures, rows
+
+
+def timed(
+    make: Callable[[], nn.Module], x: Tensor, repetitions: int, kind: str
+) -> tuple[float, float] | None:
+    """Milliseconds and peak GiB of a step on x, or None if they do not fit."""
+    gc.collect()
+    torch.compiler.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        module = make()
+        if kind == "compiled":
+            compile_layers(module) if hasattr(module, "layers") else module.compile()
+        step = step_of(module, x.detach().requires_grad_(x.is_floating_point()))
+        if kind == "eager":
+            step()  # compiles and tunes what it needs
+        elapsed = milliseconds(step if kind == "eager" else as_graph(step), repetitions)
+        return elapsed, torch.cuda.max_memory_allocated() / 2**30
+    except torch.OutOfMemoryError:
+        return None
 
 
 def variants(config: HopeConfig, mlp: int) -> dict[str, HopeConfig]:
@@ -178,7 +218,7 @@ def variants(config: HopeConfig, mlp: int) -> dict[str, HopeConfig]:
     return {"hope": config, "hope_attention": attention, "transformer": plain}
 
 
-def layers(length: int, repetitions: int) -> Figures:
+def layers(length: int, kinds: Sequence[str], repetitions: int) -> Figures:
     """One layer of the 340M size, in rows of that length."""
     config = load_config("configs/340m.yaml").model
     figures: Figures = {}
@@ -188,69 +228,81 @@ def layers(length: int, repetitions: int) -> Figures:
         def make(one: HopeConfig = one) -> nn.Module:
             layer = HopeLayer(one, one.mixers[0])
             initialise(layer, seed=0)
-            layer.to("cuda", torch.bfloat16)
-            return torch.compile(layer) if one.mixer == "attention" else layer  # type: ignore
+            return layer.to("cuda", torch.bfloat16)
 
         flops = sum(HopeLayer(one, one.mixers[0]).flops_per_token(length, executed=False))
-        x = torch.randn(STEP_TOKENS // length, length, one.dim, device="cuda")
-        x = x.bfloat16().requires_grad_()
-        more, lines = measure(
-            f"layer_{name}_t{length}", make, x, flops, repetitions, one.mixer == "titans"
-        )
+        x = torch.randn(STEP_TOKENS // length, length, one.dim, device="cuda").bfloat16()
+        more, lines = measure(f"layer_{name}_t{length}", make, x, flops, repetitions, kinds)
         figures |= more
         rows += lines
-    print(table(["layer, 32K tokens a step", "tokens/s", "MFU", "GiB"], rows), flush=True)
+    print(table(["layer, 32K tokens a step", *COLUMNS], rows), flush=True)
     return figures
 
 
-def models(size: str, length: int, repetitions: int) -> Figures:
+@lru_cache(maxsize=1)
+def on_host(size: str) -> dict[str, HopeModel]:
+    """The models of a size, in bfloat16 on the CPU: their start takes longer than their steps."""
+    config = load_config(f"configs/{size}.yaml").model
+    found = variants(config, MLP_OF_TWIN[size])
+    return {name: HopeModel(one).to(torch.bfloat16) for name, one in found.items()}
+
+
+def models(size: str, length: int, kinds: Sequence[str], repetitions: int) -> Figures:
     """Whole models of a size in rows of that length, and Gated DeltaNet of their width and depth
     where it is installed."""
     config = load_config(f"configs/{size}.yaml").model
     figures: Figures = {}
     rows = []
     tokens = torch.randint(config.vocab_size or 1, (STEP_TOKENS // length, length)).cuda()
-    for name, one in variants(config, MLP_OF_TWIN[size]).items():
+    for name, host in on_host(size).items():
+        flops = sum(host.flops_per_token(length, executed=False))
 
-        def make(one: HopeConfig = one) -> nn.Module:
-            model = HopeModel(one).to("cuda", torch.bfloat16)
-            return torch.compile(model) if one.mixer == "attention" else model  # type: ignore
+        def make(host: nn.Module = host) -> nn.Module:
+            return copy.deepcopy(host).cuda()
 
-        with torch.device("meta"):
-            flops = sum(HopeModel(one, seed=None).flops_per_token(length, executed=False))
-        more, lines = measure(
-            f"{size}_{name}_t{length}", make, tokens, flops, repetitions, one.mixer == "titans"
-        )
+        more, lines = measure(f"{size}_{name}_t{length}", make, tokens, flops, repetitions, kinds)
         figures |= more
         rows += lines
     try:
-        make_peer = gated_deltanet(config)
-        flops = 6.0 * sum(p.numel() for p in make_peer().parameters())
+        make_peer, parameters = gated_deltanet(config)
         key = f"{size}_gated_deltanet_t{length}"
-        more, lines = measure(key, make_peer, tokens, flops, repetitions, False)
+        more, lines = measure(key, make_peer, tokens, 6.0 * parameters, repetitions, ["eager"])
         figures |= more
         rows += lines
     except ImportError as error:
-        rows.append([f"{size}_gated_deltanet_t{length}", str(error), "", ""])
-    print(table(["model, 32K tokens a step", "tokens/s", "MFU", "GiB"], rows), flush=True)
+        rows.append([f"{size}_gated_deltanet_t{length}", str(error), "", "", ""])
+    print(table(["model, 32K tokens a step", *COLUMNS], rows), flush=True)
     return figures
 
 
-def gated_deltanet(config: HopeConfig) -> Callable[[], nn.Module]:
-    """flash-linear-attention's language model of the same width, depth and vocabulary.
+def gated_deltanet(config: HopeConfig) -> tuple[Callable[[], nn.Module], int]:
+    """flash-linear-attention's language model of the same width, depth, vocabulary and (its MLPs
+    are as wide as that takes) size, with its parameters. Its kernels tune themselves, for minutes.
 
     Raises ImportError where it is not installed.
     """
     fla = importlib.import_module("fla.models")
-    settings = fla.GatedDeltaNetConfig(
-        hidden_size=config.dim,
-        num_hidden_layers=config.num_layers,
-        num_heads=config.num_heads,
-        head_dim=config.dim // config.num_heads,
-        vocab_size=config.vocab_size,
-        fuse_cross_entropy=False,
-    )
-    return lambda: fla.GatedDeltaNetForCausalLM(settings).to("cuda", torch.bfloat16)
+
+    def make(mlp: int, device: str = "cuda") -> nn.Module:
+        settings = fla.GatedDeltaNetConfig(
+            hidden_size=config.dim,
+            num_hidden_layers=config.num_layers,
+            num_heads=3 * config.dim // (4 * GATED_DELTANET_HEAD),
+            head_dim=GATED_DELTANET_HEAD,
+            intermediate_size=mlp,
+            vocab_size=config.vocab_size,
+            tie_word_embeddings=config.tie_embeddings,
+            fuse_cross_entropy=False,
+        )
+        with torch.device(device):
+            return fla.GatedDeltaNetForCausalLM(settings).to(torch.bfloat16)
+
+    def size(mlp: int) -> int:
+        return sum(parameter.numel() for parameter in make(mlp, "meta").parameters())
+
+    each = (size(128) - size(64)) // 64
+    mlp = 64 + (num_parameters(config) - size(64)) // each // 64 * 64
+    return partial(make, mlp), size(mlp)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import yaml
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-from launch.agent import main
+from launch.agent import Agent, main
 from train.callbacks.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +101,16 @@ def test_a_signal_to_all_processes_at_once_leaves_ranks_time_to_save(
     process.send_signal(number)
     status, _, lines = finish(process, tmp_path)
     assert (status, lines) == (128 + number, ["0 0", "0 saved", "1 0", "1 saved"])
+
+
+def test_a_torch_that_takes_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2.11's agent ends its ranks without saying how long they have."""
+    sent: list[signal.Signals] = []
+    monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda _, death_sig: sent.append(death_sig))
+    agent = object.__new__(Agent)
+    agent._shutdown(signal.SIGTERM)
+    agent._shutdown()
+    assert sent == [signal.SIGINT, signal.SIGTERM]
 
 
 def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def load_decays(frame, C: tl.constexpr):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def make_frames(
     q, k, eta, log_alpha, frames,
     q_stride, q_first, tokens, length, first_token, first, first_block, frame_blocks,

@@ -254,7 +254,7 @@ def starts_again(reset, row, end, chunks, CHUNK: tl.constexpr):
     return tl.load(reset + row * chunks + chunk, mask=inside, other=0) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def write_forward(
     q, out, k, v, eta, frames, base, fresh, state, frozen, deltas, work, reset,
     q_stride, q_first, tokens, length, first_token, first, first_block, blocks, frame_blocks,

@@ -265,7 +265,7 @@ def keep_gradients(
         tl.store(rows + 3 * C, along_act)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block"])
 def write_backward(
     q, d_out, dq, k, v, eta, frames, dk, dv, d_log_eta, d_log_alpha,
     base, d_base, d_state, frozen, deltas, work, scratch, reset,
