@@ -48,6 +48,15 @@ def _nothing_left() -> None:
     """The second half of a backward pass that the first half has done."""
 
 
+class _Stage(PipelineStage):
+    """A stage that does not send to its own rank, as torch 2.11 does before the first step where a
+    V turns and gloo can't."""
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        rank = dist.get_rank()
+        return [one for one in super()._get_init_p2p_neighbors_ops() if one.peer != rank]
+
+
 class Pipeline:
     """This rank's stages in the schedule that the configuration names.
 
@@ -79,7 +88,7 @@ class Pipeline:
         rows = config.batch_rows // layout.dp // parallel.micro_batches
         length = config.data.seq_len // layout.cp
         stages = [
-            PipelineStage(
+            _Stage(
                 part,
                 index,
                 self._total,
