@@ -146,6 +146,7 @@ class Corpus:
 
     def names(self, shard: int) -> list[str]:
         """The name of every document of a shard, in order."""
+        self.shard(shard)  # what can't be opened has been fetched twice by then
         return self._good(shard, lambda: self.shard(shard).names())
 
     def keep_frames(self, number: int) -> None:

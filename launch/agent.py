@@ -51,7 +51,9 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         return result
 
-    def _shutdown(self, death_sig: Any = None, **timeout: int) -> None:  # type: ignore[override]
+    def _shutdown(  # type: ignore[override]
+        self, death_sig: signal.Signals | None = None, **timeout: int
+    ) -> None:
         # Slurm signals every process of a step, ranks too, and a rank dies of a second signal of
         # the same kind: a request to stop is passed on as the other one.
         other = PASSED_ON.get(death_sig, death_sig) if death_sig is not None else signal.SIGTERM

@@ -168,10 +168,10 @@ def measure(
     rows = []
     for kind in kinds:
         name, parts = f"{key}_{kind}", 1
-        while not (found := timed(make, x[: len(x) // parts], repetitions, kind)):
-            if parts >= len(x):
-                break
+        found = timed(make, x, repetitions, kind)
+        while found is None and parts < len(x):
             parts *= 2
+            found = timed(make, x[: len(x) // parts], repetitions, kind)
         if found is None:
             row = [name, "out of memory", "", "", ""]
         else:
@@ -200,8 +200,10 @@ def timed(
     torch.cuda.reset_peak_memory_stats()
     try:
         module = make()
-        if kind == "compiled":
-            compile_layers(module) if hasattr(module, "layers") else module.compile()
+        if kind == "compiled" and isinstance(module, HopeModel):
+            compile_layers(module)
+        elif kind == "compiled":
+            module.compile()
         step = step_of(module, x.detach().requires_grad_(x.is_floating_point()))
         if kind == "eager":
             step()  # compiles and tunes what it needs

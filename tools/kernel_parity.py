@@ -90,10 +90,9 @@ def scan_call(
     leaves = [x, q, *weights]
     if case.state:
         for w in weights[:2]:
-            moved = w[:, None].expand(-1, rows, -1, -1, -1) * torch.linspace(
-                0.9, 1.1, w.shape[-1], device=device
-            )
-            leaves.append(moved.to(device).detach().requires_grad_())
+            ramp = torch.linspace(0.9, 1.1, w.shape[-1], device=device)
+            moved = w[:, None].expand(-1, rows, -1, -1, -1) * ramp
+            leaves.append(moved.detach().requires_grad_())
     reset = None
     if case.resets:
         reset = torch.zeros(rows, tokens, dtype=torch.bool, device=device)

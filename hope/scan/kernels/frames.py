@@ -15,6 +15,7 @@ from hope.scan.kernels.primitives import (
     decay_after,
     decay_ratio,
     dot,
+    launched,
     load_rows,
     log_before,
     lost,
@@ -51,7 +52,7 @@ def load_decays(frame, C: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@launched
 def make_frames(
     q, k, eta, log_alpha, frames,
     q_stride, q_first, tokens, length, first_token, first, first_block, frame_blocks,

@@ -11,6 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+launched = triton.jit(do_not_specialize=["first_block"])
+"""Marks a kernel that is launched chunk by chunk. Triton would compile it for a first_block of 0, a
+segment's first chunk, and once more for those of all others."""
+
 NORM_EPS = tl.constexpr(1e-6)
 STEP_FLOOR = tl.constexpr(0.01)
 AHEAD = tl.constexpr(2)

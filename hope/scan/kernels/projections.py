@@ -16,6 +16,7 @@ from hope.scan.kernels.primitives import (
     dot,
     gelu,
     inverse_length,
+    launched,
     log_sigmoid,
     tile_at,
     unit_backward,
@@ -40,7 +41,7 @@ def read_scalar(
     return logit
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@launched
 def project_forward(
     x, source, k, v, eta, log_alpha, query, readout, bias, frozen,
     tokens, length, first_token, first, first_block, opened, heads, eta_max,
@@ -129,7 +130,7 @@ def sum_over(pointer, at, stride, memories: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@launched
 def project_backward(
     x, source, dx, d_query, dk, dv, d_log_eta, d_log_alpha, d_state,
     readout, d_readout, bias, d_bias, frozen,

@@ -37,6 +37,7 @@ from hope.scan.kernels.primitives import (
     exact_dot,
     gelu,
     inverse_length,
+    launched,
     load_rows,
     operand,
     store_rows,
@@ -254,7 +255,7 @@ def starts_again(reset, row, end, chunks, CHUNK: tl.constexpr):
     return tl.load(reset + row * chunks + chunk, mask=inside, other=0) != 0
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@launched
 def write_forward(
     q, out, k, v, eta, frames, base, fresh, state, frozen, deltas, work, reset,
     q_stride, q_first, tokens, length, first_token, first, first_block, blocks, frame_blocks,

@@ -23,6 +23,7 @@ from hope.scan.kernels.primitives import (
     STEP_FLOOR,
     dot,
     exact_dot,
+    launched,
     load_rows,
     log_decay_gradient,
     operand,
@@ -265,7 +266,7 @@ def keep_gradients(
         tl.store(rows + 3 * C, along_act)
 
 
-@triton.jit(do_not_specialize=["first_block"])
+@launched
 def write_backward(
     q, d_out, dq, k, v, eta, frames, dk, dv, d_log_eta, d_log_alpha,
     base, d_base, d_state, frozen, deltas, work, scratch, reset,
