@@ -10,6 +10,8 @@ wanted:
     False   what the mathematics needs, for fair comparisons and for model FLOPs utilisation: the
             causal half of attention, nothing twice
 
+A scan that is left to choose its implementation counts as the native one does.
+
 Importing this module registers the scan's operators, and torch's softmax attention on a CPU, with
 FlopCounterMode, which otherwise counts them as nothing.
 """
@@ -33,6 +35,7 @@ from torch.utils.flop_counter import (
 from hope.scan import ScanConfig
 from hope.scan.chunked import _KEEP_TOKENS
 from hope.scan.closed_form import _INVERSE_LEAF, block_length
+from hope.scan.native.flops import call_products
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
 _READERS = 4
@@ -104,6 +107,9 @@ def _call_flops(
     config: ScanConfig, head_dim: int, hidden: int, memories: int, tokens: int, executed: bool
 ) -> Flops:
     """One call of the scan: one head of one row, over `tokens` tokens."""
+    if config.implementation in ("auto", "native"):
+        once, back, again = call_products(config, head_dim, hidden, memories, tokens)
+        return Flops(2 * once, 2 * (back + again * executed))
     size, segment = config.projection_chunk, config.segment_chunks
     keep = segment * size <= _KEEP_TOKENS
     forward = backward = 0
@@ -239,6 +245,7 @@ def _scan_call(
     """All heads and rows of a call of one of the scan's operators."""
     bound = _bound(operator, args, kwargs)
     options = {f.name: bound[f.name] for f in fields(ScanConfig) if f.name in bound}
+    options["implementation"] = "native" if "native" in operator.__name__ else "chunked"
     rows, heads, tokens, width = bound["x"].shape
     memories, _, _, hidden = bound["w1"].shape
     call = _call_flops(ScanConfig(**options), width, hidden, memories, tokens, executed)
@@ -268,6 +275,8 @@ def _register() -> None:
             hope.scan_chunked_backward,
             _formula(hope.scan_chunked_backward, _scan_call, True),
         ),
+        (hope.scan_native, _formula(hope.scan_native, _scan_call, False)),
+        (hope.scan_native_backward, _formula(hope.scan_native_backward, _scan_call, True)),
         (hope.scan_triton, _formula(hope.scan_triton, _triton_call, False)),
         (hope.scan_triton_backward, _formula(hope.scan_triton_backward, _triton_call, True)),
         (aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop),

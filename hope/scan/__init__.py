@@ -16,6 +16,7 @@ from hope.scan.contract import (
     initial_state,
     no_autocast,
 )
+from hope.scan.native.operators import scan_native, why_not_native
 from hope.scan.reference import scan_reference
 from hope.scan.triton import scan_triton, warn_once, why_not
 
@@ -63,4 +64,14 @@ def scan(
                 )
             if not torch.compiler.is_compiling():
                 warn_once(reason)
+        if config.implementation == "native" or (config.implementation == "auto" and x.is_cpu):
+            reason = why_not_native(x)
+            if not reason:
+                return scan_native(x, q, weights, config, state, reset)
+            if config.implementation == "native":
+                raise ValueError(
+                    f"scan: implementation=native can't be used: {reason}; take auto or chunked"
+                )
+            if not torch.compiler.is_compiling():
+                warn_once(reason, "native")
         return scan_chunked(x, q, weights, config, state, reset)

@@ -7,6 +7,7 @@ compilers and activation checkpointing see a single node; backward is another.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -260,8 +261,15 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    return backward_by(_scan_chunked_backward, ctx, d_outputs)
+
+
+def backward_by(
+    operator: Callable[..., list[Tensor]], ctx: Any, d_outputs: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """The gradient of every input of the forward operator, from a backward operator's."""
     num_options = len(ctx.options) + 1
-    grads = _scan_chunked_backward(*d_outputs[:3], *ctx.saved_tensors, *ctx.options)
+    grads = operator(*d_outputs[:3], *ctx.saved_tensors, *ctx.options)
     states = grads[8:] or (None, None)
     return (*grads[:8], *states, None, *([None] * num_options))
 
@@ -287,9 +295,22 @@ def scan_chunked(
     Shapes as in `hope.scan.scan`; inputs are expected to have passed
     `hope.scan.contract.check_inputs`. Differentiable once, in every tensor but reset.
     """
+    return scan_by(_scan_chunked, x, q, weights, config, state, reset)
+
+
+def scan_by(
+    operator: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    q: Tensor,
+    weights: ScanWeights,
+    config: ScanConfig,
+    state: MemoryState | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, MemoryState]:
+    """The scan by an operator that takes and returns what `hope::scan_chunked` does."""
     tensors = [x, q, *weights, *(state or ())]
     save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
-    out, final1, final2, _, _ = _scan_chunked(
+    out, final1, final2, _, _ = operator(
         x,
         q,
         *weights,

@@ -75,9 +75,9 @@ def padded(size: int) -> int:
 
 
 @cache
-def warn_once(reason: str) -> None:
-    """Say once that "auto" takes the slower implementation on a GPU, and why."""
-    warnings.warn(f"scan: chunked instead of triton: {reason}", stacklevel=3)
+def warn_once(reason: str, instead_of: str = "triton") -> None:
+    """Say once that "auto" takes the slower implementation, instead of which, and why."""
+    warnings.warn(f"scan: chunked instead of {instead_of}: {reason}", stacklevel=3)
 
 
 def _config(options: tuple[Any, ...]) -> ScanConfig:

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.flops import Flops, scan_flops
 from hope.scan import ScanConfig, scan
+from hope.scan.contract import Implementation
 from tests.hope.counting import executed_flops
-from tests.hope.scan.cases import make_problem
+from tests.hope.scan.cases import IMPLEMENTATIONS, make_problem
 
 TOLERANCE = 0.02
 LEVELS = (LevelConfig(name="a", hidden_size=48), LevelConfig(name="b", hidden_size=80))
@@ -22,7 +23,7 @@ BASE = HopeConfig(
     dim=64,
     num_layers=1,
     num_heads=2,
-    titans=TitansConfig(scan=ScanConfig(16, 32)),
+    titans=TitansConfig(scan=ScanConfig(16, 32, implementation="chunked")),
     cms=CMSConfig(levels=LEVELS),
 )
 MODELS = {
@@ -73,6 +74,7 @@ def test_the_scan_at_other_sizes(
 def check_scan(
     config: ScanConfig, tokens: int, width: int, expansion: int = 1, memories: int = 5
 ) -> None:
+    config = replace(config, implementation="chunked")
     p = make_problem(2, 1, tokens, width, expansion, memories, with_state=False).to(torch.float32)
     executed = executed_flops(lambda: scan(p.x, p.q, p.weights, config)[0])
     declared = scan_flops(config, 1, width, expansion * width, memories, tokens)
@@ -129,9 +131,16 @@ def test_what_is_needed_is_less_than_what_runs() -> None:
     assert level.flops_per_token(seq_len) == Flops(2 * 3 * 64 * 128, 4 * 3 * 64 * 128)
 
 
-def test_a_plain_counter_sees_the_scan_and_attention() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_plain_counter_sees_the_scan_and_attention(implementation: Implementation) -> None:
     """FlopCounterMode as a user has it: custom operators and the CPU's attention count too."""
+    hybrid = MODELS["hybrid"]
+    scan_config = ScanConfig(64, 128, implementation=implementation)
+    model = HopeModel(replace(hybrid, titans=replace(hybrid.titans, scan=scan_config)))
+    executed = executed_flops(lambda: model(torch.randint(0, 101, (1, 200)))[0], inside=False)
+    assert_close(Flops(*(200 * flops for flops in model.flops_per_token(200))), executed)
     with FlopCounterMode(display=False) as counter:
-        HopeModel(MODELS["hybrid"])(torch.randint(0, 101, (1, 64)))
+        model(torch.randint(0, 101, (1, 64)))
     counted = {str(name) for name in counter.get_flop_counts()["Global"]}
-    assert {"hope.scan_chunked", "aten._scaled_dot_product_flash_attention_for_cpu"} <= counted
+    attention = "aten._scaled_dot_product_flash_attention_for_cpu"
+    assert {f"hope.scan_{implementation}", attention} <= counted

@@ -181,13 +181,15 @@ def test_live_bytes_see_tensors_come_and_go() -> None:
     assert counted.live == 0
 
 
-def test_the_scans_own_buffers_are_counted() -> None:
-    """Twice the head's width: what the scan keeps inside grows, what it returns does too."""
+@pytest.mark.parametrize(("implementation", "growth"), [("chunked", 2), ("auto", 1.3)])
+def test_the_scans_own_buffers_are_counted(implementation: str, growth: float) -> None:
+    """Memories four times as wide: what the scan keeps inside grows, what it returns does too."""
     peaks = []
     for expansion in (1, 4):
-        config = make_config("hope", **{"model.titans.memory_expansion": expansion})
-        peaks.append(dry_run(config, 1, 0).memory.activations)
-    assert peaks[1] > 2 * peaks[0]
+        changes: dict[str, Any] = {"model.titans.memory_expansion": expansion}
+        changes["model.titans.scan.implementation"] = implementation
+        peaks.append(dry_run(make_config("hope", **changes), 1, 0).memory.activations)
+    assert peaks[1] > growth * peaks[0]
 
 
 def test_peak_of_a_schedule_by_hand() -> None:

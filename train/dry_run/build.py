@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hope.model import num_parameters
+from hope.scan.native.build import why_not
 from hope.state import ModelState
 from train.config import RunConfig
 from train.dry_run.memory import (
@@ -194,7 +195,9 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
     piped = layout.pp > 1
     halves = piped and in_halves(parallel, part)
     inputs = (x, torch.arange(rows), starts)
-    return trace_part(part, inputs, loss, device, given, released, halves, piped)
+    native = device == "cpu" and config.model.titans.scan.implementation in ("auto", "native")
+    scan = "native" if native and not why_not() else device
+    return trace_part(part, inputs, loss, scan, given, released, halves, piped)
 
 
 def _before(config: RunConfig, mesh: Mesh, layers: range, rows: int) -> ModelState | None:

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hope.attention import Attention
 from hope.scan import chunked
+from hope.scan.native import operators
 from hope.scan.run import Run
 from train.parallel.part import Part
 
@@ -32,14 +33,14 @@ _SEGMENTS = 2
 class LiveBytes(TorchDispatchMode):
     """Bytes of all storages made within this context that are still alive, and their peak.
 
-    scan_device: of which device type the scan is to be, "cpu" or another. ignored: tensors whose
-    storages don't count.
+    scan: "native", or of which device type PyTorch's scan is to be, "cpu" or another. ignored:
+    tensors whose storages don't count.
     """
 
-    def __init__(self, scan_device: str = "cpu", ignored: Iterable[Tensor] = ()) -> None:
+    def __init__(self, scan: str = "cpu", ignored: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._scan_device = scan_device
+        self._scan = scan
         self._known: Any = WeakIdKeyDictionary()
         self._references: set[Any] = set()
         for tensor in ignored:
@@ -55,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
         if func._schema.name in _THE_SAME:
             return args[0]
         if func._schema.name in _BODIES:
-            inside = scan_scratch(func._schema.name, args, self._scan_device)
+            inside = scan_scratch(func._schema.name, args, self._scan)
             self.peak = max(self.peak, self.live + inside)
         result = func(*args, **(kwargs or {}))
         for one in tree_leaves(result):
@@ -89,21 +90,32 @@ _BODIES: dict[str, Any] = {
 _scratch_of: dict[Any, int] = {}
 
 
-def scan_scratch(name: str, args: tuple[Any, ...], device: str) -> int:
-    """Bytes that a call of one of the scan's operators has at its peak, its results included.
+_NATIVE_BODIES = {
+    "hope::scan_chunked": operators._scan_native._init_fn,
+    "hope::scan_chunked_backward": operators._scan_native_backward._init_fn,
+}
 
-    Its buffers are used again for every chunk and slice of heads, so that a slice and two segments
-    tell of all; the results are as long as the sequence.
+
+def scan_scratch(name: str, args: tuple[Any, ...], scan: str) -> int:
+    """Bytes that a call of one of the scan's operators has at its peak, its results included; scan
+    as of `LiveBytes`.
+
+    PyTorch's buffers are used again for every chunk and slice of heads, so that a slice and two
+    segments tell of all; the results are as long as the sequence.
     """
-    key = (name, device, tree_map(_shape_of, args))
+    key = (name, scan, tree_map(_shape_of, args))
+    if key not in _scratch_of and scan == "native":
+        with torch.no_grad(), LiveBytes() as counted:
+            _NATIVE_BODIES[name](*args)
+        _scratch_of[key] = counted.peak
     if key not in _scratch_of:
         operator = torch.ops.hope.scan_chunked.default._schema
         if name.endswith("backward"):
             operator = torch.ops.hope.scan_chunked_backward.default._schema
         bound = dict(zip([a.name for a in operator.arguments], args, strict=False))
         whole = _results(name, bound)
-        some = _first_heads_and_segments(bound, device)
-        with torch.no_grad(), LiveBytes(device) as counted:
+        some = _first_heads_and_segments(bound, scan)
+        with torch.no_grad(), LiveBytes() as counted:
             _BODIES[name](*some.values())
         _scratch_of[key] = max(0, counted.peak - _results(name, some)) + whole
     return _scratch_of[key]
@@ -198,7 +210,7 @@ def trace_part(
     part: Part,
     inputs: tuple[Any, ...],
     loss: Callable[[Tensor], Tensor] | None,
-    scan_device: str,
+    scan: str,
     given: Iterable[Tensor] = (),
     released: Callable[[str], bool] | None = None,
     halves: bool = False,
@@ -206,10 +218,11 @@ def trace_part(
 ) -> PartBytes:
     """Run one micro-batch of a part on the meta device, twice.
 
-    inputs: of `part`; loss: of its logits where the model ends here; given: more tensors that are
-    not to be counted; released: the names of parameters whose gradients don't stay (FSDP2 takes a
-    layer's as soon as it is done); halves: backward by the inputs first, then by the parameters;
-    piped: what goes out, logits too, is held until backward is over, as torch's schedules do.
+    inputs: of `part`; loss: of its logits where the model ends here; scan: as of `LiveBytes`;
+    given: more tensors that are not to be counted; released: the names of parameters whose
+    gradients don't stay (FSDP2 takes a layer's as soon as it is done); halves: backward by the
+    inputs first, then by the parameters; piped: what goes out, logits too, is held until backward
+    is over, as torch's schedules do.
     """
     parameters = dict(part.model.named_parameters())
     ignored = [_local(p) for p in parameters.values()]
@@ -223,7 +236,7 @@ def trace_part(
     for module in part.model.modules():
         if isinstance(module, Attention):
             module.flash = FusedAttention()  # type: ignore[assignment]
-    with LiveBytes(scan_device, ignored) as counted:
+    with LiveBytes(scan, ignored) as counted:
         for _ in range(2):
             before = counted.live
             counted.reset_peak()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hope.flash import load_flash
+from hope.scan.native.operators import why_not_native
 from hope.scan.triton import why_not
 from hope.triton import why_no_kernels
 from train.config import ConfigError, RunConfig
@@ -44,12 +45,17 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     model, titans = config.model, config.model.titans
     dtype = PRECISIONS[config.parallel.precision] or torch.float32
     x = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
-    if "titans" in model.mixers and titans.scan.implementation == "triton":
-        hidden = titans.memory_expansion * model.head_dim
-        reason = why_not(x, hidden, titans.scan) if titans.writes else why_no_kernels(x)
+    asked = titans.scan.implementation
+    if "titans" in model.mixers and asked in ("native", "triton"):
+        if asked == "native":
+            reason = why_not_native(x)
+        elif titans.writes:
+            reason = why_not(x, titans.memory_expansion * model.head_dim, titans.scan)
+        else:
+            reason = why_no_kernels(x)
         if reason:
             raise ConfigError(
-                f"model.titans.scan.implementation=triton can't be used: {reason}; take auto or "
+                f"model.titans.scan.implementation={asked} can't be used: {reason}; take auto or "
                 "chunked"
             )
     if "attention" in model.mixers:

@@ -5,10 +5,20 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
+from hope.scan.native.build import why_not
+
+IMPLEMENTATIONS = [
+    "chunked",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(bool(why_not()), reason=f"no native scan: {why_not()}")
+    ),
+]
+"""Those for a CPU that have a backward of their own."""
 
 
 class Problem(NamedTuple):

@@ -12,17 +12,26 @@ from torch import Tensor
 
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
 from hope.scan.closed_form import block_length, gelu, gelu_curvature, gelu_slope, unit_lower_inverse
+from hope.scan.contract import Implementation
 from hope.scan.products import Scratch
 from hope.scan.tiles import TILE, chunk_shape
-from tests.hope.scan.cases import Problem, everything, make_problem, worst_error
+from tests.hope.scan.cases import (
+    IMPLEMENTATIONS,
+    Problem,
+    everything,
+    make_problem,
+    worst_error,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-def check_parity(problem: Problem, config: ScanConfig, floor: float = 1e-12) -> None:
+def check_parity(
+    problem: Problem, config: ScanConfig, implementation: Implementation, floor: float = 1e-12
+) -> None:
     expected = everything(problem, replace(config, implementation="reference"))
     for dtype, tolerance in TOLERANCE.items():
-        actual = everything(problem.to(dtype), replace(config, implementation="chunked"))
+        actual = everything(problem.to(dtype), replace(config, implementation=implementation))
         error, name = worst_error(expected, actual, floor)
         assert error < tolerance, f"{name} is off by {error:.1e} in {dtype}"
 
@@ -31,12 +40,15 @@ def check_parity(problem: Problem, config: ScanConfig, floor: float = 1e-12) -> 
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 @pytest.mark.parametrize("memories", [5, 6])
-def test_every_option(rule: str, decay_to: str, read: str, memories: int) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_option(
+    implementation: Implementation, rule: str, decay_to: str, read: str, memories: int
+) -> None:
     eta_max = 0.5 if rule in ("normalised", "target") else 0.1
     config = ScanConfig(4, 8, eta_max, rule, decay_to, read, checkpoint_chunks=2)
     for with_state in (True, False):
         problem = make_problem(memories=memories, with_state=with_state, resets=((0, 8), (1, 0)))
-        check_parity(problem, config)
+        check_parity(problem, config, implementation)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +65,26 @@ def test_every_option(rule: str, decay_to: str, read: str, memories: int) -> Non
         (128, 128, 1, {"rows": 1, "heads": 2, "tokens": 150, "width": 8}),
         (70, 70, 1, {"rows": 1, "heads": 1, "tokens": 80, "width": 4}),
         (67, 67, 1, {"rows": 1, "heads": 1, "tokens": 70, "width": 4}),
+        (16, 32, 4, {"rows": 2, "heads": 1, "tokens": 150, "width": 16, "resets": ((1, 96),)}),
+        (24, 48, 9, {"rows": 1, "heads": 2, "tokens": 300, "width": 17, "expansion": 2}),
+        (40, 200, 2, {"rows": 1, "heads": 1, "tokens": 430, "width": 6}),
     ],
 )
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shapes_and_chunks(
-    memory_chunk: int, projection_chunk: int, checkpoint_chunks: int | None, shape: dict
+    implementation: Implementation,
+    memory_chunk: int,
+    projection_chunk: int,
+    checkpoint_chunks: int | None,
+    shape: dict,
 ) -> None:
     config = ScanConfig(memory_chunk, projection_chunk, checkpoint_chunks=checkpoint_chunks)
-    check_parity(make_problem(**shape), config)
+    check_parity(make_problem(**shape), config, implementation)
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_random_problems(seed: int) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_random_problems(implementation: Implementation, seed: int) -> None:
     rng = random.Random(seed)
     memory_chunk, multiple = rng.randint(1, 6), rng.randint(1, 4)
     projection_chunk = memory_chunk * multiple
@@ -91,14 +112,17 @@ def test_random_problems(seed: int) -> None:
         tuple(resets),
         seed,
     )
-    check_parity(problem, config)
+    check_parity(problem, config, implementation)
 
 
 @pytest.mark.parametrize("rule", ["normalised", "target"])
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
-def test_gradcheck(rule: str, decay_to: str) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradcheck(implementation: Implementation, rule: str, decay_to: str) -> None:
     problem = make_problem(1, 1, 7, 2, memories=6, resets=((0, 4),))
-    config = ScanConfig(2, 4, 0.4, rule, decay_to, checkpoint_chunks=1, implementation="chunked")
+    config = ScanConfig(
+        2, 4, 0.4, rule, decay_to, checkpoint_chunks=1, implementation=implementation
+    )
 
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
         weights, state = ScanWeights(*leaves[2:8]), MemoryState(*leaves[8:])
@@ -109,15 +133,16 @@ def test_gradcheck(rule: str, decay_to: str) -> None:
 
 
 @pytest.mark.parametrize("which", ["out", "w1", "w2"])
-def test_gradient_from_one_result_alone(which: str) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_from_one_result_alone(implementation: Implementation, which: str) -> None:
     problem, config = make_problem(tokens=17), ScanConfig(4, 8, checkpoint_chunks=1)
     gradients = []
-    for implementation in ("reference", "chunked"):
+    for one in ("reference", implementation):
         out, state = scan(
             problem.x,
             problem.q,
             problem.weights,
-            replace(config, implementation=implementation),
+            replace(config, implementation=one),
             problem.state,
         )
         result = {"out": out, "w1": state.w1, "w2": state.w2}[which]
@@ -129,28 +154,31 @@ def test_gradient_from_one_result_alone(which: str) -> None:
 
 
 @pytest.mark.parametrize(("b_eta", "b_alpha"), [(-200.0, 3.0), (0.0, -200.0), (60.0, 60.0)])
-def test_saturated_gates(b_eta: float, b_alpha: float) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_saturated_gates(implementation: Implementation, b_eta: float, b_alpha: float) -> None:
     """Steps of exactly zero, decays that underflow, and neither: finite, and the loop's values."""
     problem = make_problem(tokens=17)
     weights = problem.weights._replace(
         b_eta=torch.full_like(problem.weights.b_eta, b_eta).requires_grad_(),
         b_alpha=torch.full_like(problem.weights.b_alpha, b_alpha).requires_grad_(),
     )
-    check_parity(problem._replace(weights=weights), ScanConfig(4, 8), floor=1.0)
+    check_parity(problem._replace(weights=weights), ScanConfig(4, 8), implementation, floor=1.0)
 
 
-def test_slow_decay_keeps_its_precision() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_slow_decay_keeps_its_precision(implementation: Implementation) -> None:
     """At alpha = 0.99999 with a carried state, M_0 matters through a sum of tiny terms only."""
     problem = make_problem(rows=1, tokens=48, width=8)
     weights = problem.weights._replace(
         w_alpha=(0.1 * problem.weights.w_alpha).detach().requires_grad_(),
         b_alpha=torch.full_like(problem.weights.b_alpha, 12.0).requires_grad_(),
     )
-    check_parity(problem._replace(weights=weights), ScanConfig(8, 16))
+    check_parity(problem._replace(weights=weights), ScanConfig(8, 16), implementation)
 
 
 def test_head_slices_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem, config = make_problem(heads=3, resets=((1, 8),)), ScanConfig(4, 8)
+    problem = make_problem(heads=3, resets=((1, 8),))
+    config = ScanConfig(4, 8, implementation="chunked")
     whole = everything(problem, config)
     monkeypatch.setattr("hope.scan.run._CPU_SLICE", 1)
     error, name = worst_error(whole, everything(problem, config))

@@ -11,9 +11,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hope.scan import MemoryState, ScanConfig, scan
-from tests.hope.scan.cases import Problem, everything, make_problem, run, worst_error
+from hope.scan.contract import Implementation
+from tests.hope.scan.cases import (
+    IMPLEMENTATIONS,
+    Problem,
+    everything,
+    make_problem,
+    run,
+    worst_error,
+)
 
-IMPLEMENTATIONS = ["reference", "chunked"]
+ALL = ["reference", *IMPLEMENTATIONS]
 CONFIG = ScanConfig(memory_chunk=4, projection_chunk=8, checkpoint_chunks=2)
 
 
@@ -23,9 +31,11 @@ def piece(problem: Problem, start: int, end: int, state: MemoryState | None) -> 
     return problem._replace(x=x, q=q, state=state, reset=reset)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
-def test_pieces_with_carried_state_equal_the_whole(implementation: str, read: str) -> None:
+def test_pieces_with_carried_state_equal_the_whole(
+    implementation: Implementation, read: str
+) -> None:
     config = replace(CONFIG, implementation=implementation, read=read)
     problem = make_problem(tokens=27, memories=6, resets=((1, 16),))
     out, final = run(problem, config)
@@ -43,9 +53,9 @@ def test_pieces_with_carried_state_equal_the_whole(implementation: str, read: st
     torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
-def test_a_reset_starts_a_separate_sequence(implementation: str, decay_to: str) -> None:
+def test_a_reset_starts_a_separate_sequence(implementation: Implementation, decay_to: str) -> None:
     config = replace(CONFIG, implementation=implementation, decay_to=decay_to)
     problem = make_problem(tokens=29, resets=((0, 16), (1, 16)))
     out, final = run(problem, config)
@@ -60,8 +70,8 @@ def test_a_reset_starts_a_separate_sequence(implementation: str, decay_to: str) 
     torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_rows_are_independent(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ALL)
+def test_rows_are_independent(implementation: Implementation) -> None:
     config = replace(CONFIG, implementation=implementation)
     problem = make_problem(rows=3).to(torch.float32)
     other = make_problem(rows=3, seed=9).to(torch.float32)
@@ -86,11 +96,11 @@ def test_rows_are_independent(implementation: str) -> None:
     assert torch.equal(gradient[1:], torch.zeros_like(gradient[1:]))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_output_depends_on_a_later_token(
-    implementation: str, read: str, dtype: torch.dtype
+    implementation: Implementation, read: str, dtype: torch.dtype
 ) -> None:
     config = replace(CONFIG, implementation=implementation, read=read)
     problem = make_problem(tokens=22, memories=6, with_state=False).to(torch.float32)
@@ -106,8 +116,8 @@ def test_no_output_depends_on_a_later_token(
         assert not torch.equal(later[:, :, token], out[:, :, token])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_a_token_sees_of_its_own_chunk(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ALL)
+def test_what_a_token_sees_of_its_own_chunk(implementation: Implementation) -> None:
     problem = make_problem(tokens=16, with_state=False).to(torch.float32)
     x = problem.x.detach().clone()
     x[:, :, 9] += 1
@@ -122,18 +132,22 @@ def test_what_a_token_sees_of_its_own_chunk(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("memories", [5, 6])
-def test_every_weight_of_every_memory_gets_a_gradient(memories: int) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_weight_of_every_memory_gets_a_gradient(
+    implementation: Implementation, memories: int
+) -> None:
     problem = make_problem(tokens=24, memories=memories, with_state=False)
-    out, _ = run(problem, CONFIG)
+    out, _ = run(problem, replace(CONFIG, implementation=implementation))
     gradients = torch.autograd.grad(out.square().sum(), list(problem.weights))
     for gradient in gradients:
         assert gradient.abs().flatten(1 if gradient.dim() == 4 else 0).amax(-1).min() > 1e-8
         assert (gradient != 0).double().mean() > 0.99
 
 
-def test_bfloat16_activations() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_activations(implementation: Implementation) -> None:
     """bfloat16 in and out, float32 inside: the error is that of rounding the inputs and outputs."""
-    config = replace(CONFIG, implementation="chunked")
+    config = replace(CONFIG, implementation=implementation)
     rounded = make_problem(tokens=40).to(torch.bfloat16)
     state = None if rounded.state is None else MemoryState(*(z.float() for z in rounded.state))
     out, final = run(rounded._replace(state=state), config)
@@ -146,31 +160,36 @@ def test_bfloat16_activations() -> None:
     assert all(z.dtype == torch.bfloat16 and z.isfinite().all() for z in gradients)
 
 
-def test_autocast_does_not_reach_the_fast_weights() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_does_not_reach_the_fast_weights(implementation: Implementation) -> None:
     problem = make_problem(tokens=20).to(torch.float32)
-    plain = everything(problem, CONFIG)
+    config = replace(CONFIG, implementation=implementation)
+    plain = everything(problem, config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = everything(problem, CONFIG)
+        inside = everything(problem, config)
     assert worst_error(plain, inside)[0] == 0
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(guard: type) -> None:
-    problem = make_problem()
-    out, state = run(problem, CONFIG)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_gradients(implementation: Implementation, guard: type) -> None:
+    problem, config = make_problem(), replace(CONFIG, implementation=implementation)
+    out, state = run(problem, config)
     with guard():
-        plain_out, plain_state = run(problem, CONFIG)
+        plain_out, plain_state = run(problem, config)
     assert torch.equal(out, plain_out)
     assert torch.equal(state.w1, plain_state.w1)
     assert not plain_out.requires_grad
 
 
-def test_activation_checkpointing() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_activation_checkpointing(implementation: Implementation) -> None:
     problem = make_problem().to(torch.float32)
+    config = replace(CONFIG, implementation=implementation)
     leaves = list(problem.leaves().values())
 
     def call(x: Tensor) -> Tensor:
-        out, final = run(problem._replace(x=x), CONFIG)
+        out, final = run(problem._replace(x=x), config)
         return out.square().sum() + final.w1.sum()
 
     plain = torch.autograd.grad(call(problem.x), leaves)
@@ -180,12 +199,14 @@ def test_activation_checkpointing() -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
-def test_torch_compile_makes_one_graph() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_torch_compile_makes_one_graph(implementation: Implementation) -> None:
     problem = make_problem(resets=((1, 8),)).to(torch.float32)
+    config = replace(CONFIG, implementation=implementation)
     leaves = list(problem.leaves().values())
 
     def call(x: Tensor, reset: Tensor | None) -> Tensor:
-        out, final = run(problem._replace(x=2 * x, reset=reset), CONFIG)
+        out, final = run(problem._replace(x=2 * x, reset=reset), config)
         return out.square().sum() + final.w2.sum()
 
     plain = call(problem.x, problem.reset)
@@ -195,19 +216,23 @@ def test_torch_compile_makes_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled, leaves), expected)
 
 
-def test_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_double_backward_is_refused(implementation: Implementation) -> None:
     problem = make_problem(tokens=8)
-    out, _ = run(problem, CONFIG)
+    out, _ = run(problem, replace(CONFIG, implementation=implementation))
     (gradient,) = torch.autograd.grad(out.square().sum(), problem.x, create_graph=True)
     with pytest.raises(RuntimeError, match="scan: no second derivative"):
         gradient.sum().backward()
 
 
 @pytest.mark.parametrize("every", [1, 2, 4, 7])
-def test_states_kept_for_backward_follow_checkpoint_chunks(every: int) -> None:
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_states_kept_for_backward_follow_checkpoint_chunks(
+    implementation: Implementation, every: int
+) -> None:
     chunks = 8
     problem = make_problem(tokens=8 * chunks, with_state=False)
-    config = replace(CONFIG, checkpoint_chunks=every)
+    config = replace(CONFIG, checkpoint_chunks=every, implementation=implementation)
     saved: list[Tensor] = []
 
     def keep(z: Tensor) -> Tensor:
@@ -271,8 +296,8 @@ def test_the_target_rule_stays_bounded_at_full_strength(stream: str, gain: float
     torch.testing.assert_close(state.w2, weights.w2[:, None].expand_as(state.w2))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_writes_switched_off_leave_the_initial_memory(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ALL)
+def test_writes_switched_off_leave_the_initial_memory(implementation: Implementation) -> None:
     problem = make_problem(tokens=20, with_state=False)
     config = replace(CONFIG, implementation=implementation, eta_max=0)
     out, state = run(problem, config)
