@@ -235,8 +235,9 @@ def _parser() -> argparse.ArgumentParser:
         "--shard-bytes",
         type=at_least(1),
         metavar="N",
-        help="input per shard (a 64th of the whole, but 1 to 256 MiB); a file goes into one "
-        "shard as a whole, unless it is a .jsonl that is not compressed",
+        help="input per shard, as stored (a 64th of the whole, but 1 to 256 MiB). A .txt is one "
+        "document and goes into one shard; a .gz, and what is one frame of a .zst or one row group "
+        "of a .parquet, is cut into no parts smaller than an eighth of the whole",
     )
     tokens.add_argument("--text-field", default="text", metavar="NAME", help=text_help)
     tokens.add_argument("--id-field", metavar="NAME", help="field with the document's name")

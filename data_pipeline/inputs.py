@@ -7,12 +7,13 @@ Types by suffix: .txt (a document per file), .jsonl (a document per line), both 
 from __future__ import annotations
 
 import glob
-import gzip
+import io
 import json
 import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,9 +23,11 @@ import zstandard
 from data_pipeline.errors import DataError
 from data_pipeline.streams import (
     file_system,
+    is_packed,
     is_url,
     open_bytes,
     open_decompressed,
+    open_unpacked,
     remote_errors,
 )
 
@@ -32,13 +35,18 @@ _PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(s + z for s in (".txt", ".jsonl") for z in _PACKED), ".parquet")
 _TYPES = ", ".join(SUFFIXES)
 _READ_BYTES = 1 << 20
+PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Source:
-    """An input file, or the lines of a .jsonl file that begin in the bytes start .. stop.
+    """An input file, or a piece of one, start .. stop: rows of a .parquet file, or the lines that
+    begin in what these stored bytes hold.
 
-    `name` is its path below the input that it was found in, `size` its bytes as stored.
+    `name` is its path below the input that it was found in, `size` its bytes as stored. A piece of
+    a compressed file is read from the stored byte `enter` on, which has `skipped` bytes of content
+    before it; `file_xxh3_128` is the checksum of the whole file, where what a piece holds depends
+    on more of it than start .. stop.
     """
 
     path: str
@@ -46,6 +54,9 @@ class Source:
     size: int
     start: int = 0
     stop: int | None = None
+    enter: int = 0
+    skipped: int = 0
+    file_xxh3_128: str = ""
 
 
 @dataclass(frozen=True)
@@ -174,17 +185,6 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
     return sorted(_told_apart(list(found.values())), key=lambda source: (source.name, source.path))
 
 
-def split_source(source: Source, size: int) -> list[Source]:
-    """`source` as pieces of about `size` bytes, where its type can be entered in the middle."""
-    if not source.name.endswith(".jsonl") or source.size <= size:
-        return [source]
-    starts = range(0, source.size, size)
-    return [
-        Source(source.path, source.name, min(size, source.size - at), at, at + size)
-        for at in starts
-    ]
-
-
 def _txt(source: Source) -> Iterator[Document | Reject]:
     with open_decompressed(source.path) as file:
         data = file.read()
@@ -232,30 +232,62 @@ def _parse(data: bytes, text_field: str, id_field: str | None, place: str) -> Do
     return _document(record, text_field, id_field, place)
 
 
-def _lines_before(path: str, stop: int) -> int:
+def _newlines_before(path: str, stop: int) -> int:
+    """Newlines in the first `stop` bytes of the content."""
     lines = 0
-    with open_bytes(path) as file:
+    with open_decompressed(path) as file:
         while stop > 0 and (block := file.read(min(stop, _READ_BYTES))):
             lines += block.count(b"\n")
             stop -= len(block)
     return lines
 
 
-def _jsonl(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
-    with open_decompressed(source.path) as file:
-        first = at = source.start
+def _lines(source: Source) -> Iterator[tuple[int, bytes]]:
+    """The lines of a source, each with the byte of the file at which it begins."""
+    if is_packed(source.path):
+        yield from _unpacked_lines(source)
+        return
+    with open_bytes(source.path) as file:
+        at = source.start
         if source.start:
             file.seek(source.start - 1)
-            first = at = source.start - 1 + len(file.readline())
-        for line, data in enumerate(file, 1):
+            at = source.start - 1 + len(file.readline())
+        for line in file:
             if source.stop is not None and at >= source.stop:
                 return
-            record = _parse(data, text_field, id_field, f"{source.name}@{at}")
-            at += len(data)
-            if isinstance(record, str):
-                yield Reject(source.name, _lines_before(source.path, first) + line, record)
-            elif record is not None:
-                yield record
+            yield at, line
+            at += len(line)
+
+
+def _unpacked_lines(source: Source) -> Iterator[tuple[int, bytes]]:
+    """As `_lines`; of the content of a piece that does not begin the file, the first byte belongs
+    to the piece before, for whether a line begins there shows in what comes before it."""
+    marks = [mark for mark in (source.start, source.stop) if mark]
+    with open_unpacked(source.path, source.enter, marks) as unpacked:
+        at = source.skipped + (unpacked.skip_to(source.start) if source.start else 0)
+        file = io.BufferedReader(unpacked, _READ_BYTES)
+        if source.start:
+            at += len(file.readline())
+        for line in file:
+            end = unpacked.reached.get(source.stop) if source.stop else None
+            if end is not None and at > source.skipped + end:
+                return
+            yield at, line
+            at += len(line)
+
+
+def _jsonl(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
+    before: int | None = None
+    for number, (at, line) in enumerate(_lines(source), 1):
+        if number == 1:
+            first = at
+        record = _parse(line, text_field, id_field, f"{source.name}@{at}")
+        if isinstance(record, str):
+            if before is None:
+                before = _newlines_before(source.path, first)
+            yield Reject(source.name, before + number, record)
+        elif record is not None:
+            yield record
 
 
 def _rows(batch: Any) -> Iterator[dict[str, Any] | None]:
@@ -270,35 +302,60 @@ def _rows(batch: Any) -> Iterator[dict[str, Any] | None]:
                 yield None
 
 
-def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
+@contextmanager
+def open_parquet(path: str) -> Iterator[Any]:
+    """The pyarrow.parquet.ParquetFile of a path or URL.
+
+    DataError where pyarrow is missing, or the file turns out to be damaged while it is open.
+    """
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        raise DataError(f"{source.path}: reading .parquet needs `pip install pyarrow`") from None
-    columns = [text_field, *([id_field] if id_field else [])]
-    with open_bytes(source.path) as file:
+        raise DataError(f"{path}: reading .parquet needs `pip install pyarrow`") from None
+    with open_bytes(path) as file:
         try:
-            table = parquet.ParquetFile(file, page_checksum_verification=True)
-            missing = [name for name in columns if name not in table.schema_arrow.names]
-            if missing:
-                raise DataError(
-                    f"{source.path}: no column {', '.join(missing)}; "
-                    f"it has {', '.join(table.schema_arrow.names)}"
-                )
-            row = 0
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for record in _rows(batch):
-                    found = (
-                        "not UTF-8"
-                        if record is None
-                        else _document(record, text_field, id_field, f"{source.name}@{row}")
-                    )
-                    row += 1
-                    yield Reject(source.name, row, found) if isinstance(found, str) else found
-            if row != table.metadata.num_rows:
-                raise ArrowException(f"{row} rows, not {table.metadata.num_rows}")
+            yield parquet.ParquetFile(file, page_checksum_verification=True)
         except (ArrowException, OSError) as error:
-            raise DataError(f"{source.path}: not a whole .parquet file ({error})") from None
+            raise DataError(f"{path}: not a whole .parquet file ({error})") from None
+
+
+def _groups(metadata: Any, source: Source) -> tuple[list[int], int, int]:
+    """The row groups that a source has rows in, the first row of these, and the row behind them."""
+    ends = [0]
+    for group in range(metadata.num_row_groups):
+        ends.append(ends[-1] + metadata.row_group(group).num_rows)
+    if ends[-1] != metadata.num_rows:
+        raise OSError(f"{ends[-1]} rows, not {metadata.num_rows}")
+    stop = ends[-1] if source.stop is None else source.stop
+    groups = [n for n in range(len(ends) - 1) if ends[n] < stop and ends[n + 1] > source.start]
+    return (groups, ends[groups[0]], ends[groups[-1] + 1]) if groups else ([], 0, 0)
+
+
+def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
+    columns = [text_field, *([id_field] if id_field else [])]
+    with open_parquet(source.path) as table:
+        missing = [name for name in columns if name not in table.schema_arrow.names]
+        if missing:
+            raise DataError(
+                f"{source.path}: no column {', '.join(missing)}; "
+                f"it has {', '.join(table.schema_arrow.names)}"
+            )
+        groups, row, end = _groups(table.metadata, source)
+        for batch in table.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
+            before = min(max(source.start - row, 0), batch.num_rows)
+            row += before
+            for record in _rows(batch.slice(before)):
+                if row == source.stop:
+                    return
+                found = (
+                    "not UTF-8"
+                    if record is None
+                    else _document(record, text_field, id_field, f"{source.name}@{row}")
+                )
+                row += 1
+                yield Reject(source.name, row, found) if isinstance(found, str) else found
+        if row != end:
+            raise OSError(f"{row} rows, not {end}")
 
 
 def read_source(
@@ -317,7 +374,7 @@ def read_source(
             yield from _jsonl(source, text_field, id_field)
         else:
             yield from _parquet(source, text_field, id_field)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
             f"{source.path}: the compressed data is damaged or cut off ({error}); get it again"
         ) from None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gzip
 import io
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
@@ -86,43 +86,102 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
             yield file
 
 
-class _Zstandard(io.RawIOBase):
-    """Reads Zstandard frames one after the other, and complains if the last one is cut off."""
+class Unpacked(io.RawIOBase):
+    """Reads Zstandard frames or gzip members one after the other, from where one begins on, and
+    complains if the last one is cut off.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._rest = file, b""
+    `at` is the position of the file, and `marks` are later ones, in rising order. For each mark
+    that was passed `reached` holds how many bytes of content the stored bytes between give: all
+    that can be decoded of gzip; in Zstandard, marks have to stand between blocks.
+    """
+
+    def __init__(self, file: BinaryIO, gzipped: bool, at: int, marks: Sequence[int]) -> None:
+        self._file, self._gzipped = file, gzipped
+        self._at, self._marks = at, list(marks)
+        self._rest, self._begun = b"", False
         self._object: Any = None
         self._ready = memoryview(b"")
+        self._content = 0
+        self.reached: dict[int, int] = {}
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            packed = self._rest or self._file.read(_READ_BYTES)
-            if not packed:
-                if self._object is not None:
-                    raise EOFError("the last frame is incomplete")
-                return 0
-            if self._object is None:
-                self._object = zstandard.ZstdDecompressor().decompressobj()
-            self._ready, self._rest = memoryview(self._object.decompress(packed)), b""
+    def _stored(self) -> bytes:
+        """Stored bytes that are still to be unpacked, none of them behind the next mark."""
+        if self._rest:
+            return self._rest
+        if self._marks and self._at == self._marks[0]:
+            self.reached[self._marks.pop(0)] = self._content
+        size = min(_READ_BYTES, self._marks[0] - self._at) if self._marks else _READ_BYTES
+        packed = self._file.read(size)
+        self._at += len(packed)
+        return packed
+
+    def _unpack(self) -> bool:
+        """Unpack some more; False at the end."""
+        packed = self._stored()
+        if not packed:
+            if self._object is not None:
+                raise EOFError("the last frame is incomplete")
+            return False
+        if self._object is None and self._gzipped and self._begun:
+            packed = packed.lstrip(b"\0")  # zeros may follow a member
+        self._rest = b""
+        if packed:
+            self._object = self._object or self._decompressor()
+            self._begun = True
+            self._ready = memoryview(self._object.decompress(packed))
+            self._content += len(self._ready)
             if self._object.eof:
                 self._rest, self._object = self._object.unused_data, None
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._unpack():
+                return 0
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
 
+    def _decompressor(self) -> Any:
+        if self._gzipped:
+            return zlib.decompressobj(16 + zlib.MAX_WBITS)
+        return zstandard.ZstdDecompressor().decompressobj()
+
+    def skip_to(self, mark: int) -> int:
+        """Leave out the content before a mark; how many bytes that was."""
+        while (self._at < mark or self._rest) and self._unpack():
+            self._ready = memoryview(b"")
+        return self._content
+
+
+def is_packed(path: str) -> bool:
+    """Whether the suffix of a path or URL, .gz or .zst, says that the file is compressed."""
+    return _inner_name(path).endswith((".gz", ".zst"))
+
+
+def _inner_name(path: str) -> str:
+    return path.partition("::")[0] if is_url(path) else path
+
+
+@contextmanager
+def open_unpacked(path: str, enter: int = 0, marks: Sequence[int] = ()) -> Iterator[Unpacked]:
+    """The content of a compressed file from the stored byte `enter` on, where a frame begins."""
+    with open_bytes(path) as file:
+        if enter:
+            file.seek(enter)
+        yield Unpacked(file, _inner_name(path).endswith(".gz"), enter, marks)
+
 
 @contextmanager
 def open_decompressed(path: str) -> Iterator[BinaryIO]:
     """The content of a file whose suffix, .gz or .zst, says how it is compressed, if it is."""
-    name = path.partition("::")[0] if is_url(path) else path
-    with open_bytes(path) as file:
-        if name.endswith(".gz"):
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=file))
-        elif name.endswith(".zst"):
-            yield cast(BinaryIO, io.BufferedReader(_Zstandard(file), _READ_BYTES))
-        else:
+    if is_packed(path):
+        with open_unpacked(path) as unpacked:
+            yield cast(BinaryIO, io.BufferedReader(unpacked, _READ_BYTES))
+    else:
+        with open_bytes(path) as file:
             yield file

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from data_pipeline import manifest as manifests
 from data_pipeline.building import PROGRESS, REJECTS, refuse_foreign, shard_name
+from data_pipeline.cutting import split_source
 from data_pipeline.encoders import DocumentEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.files import file_checksum, only_writer, remove_temporaries, write_whole
-from data_pipeline.inputs import Reject, Source, find_sources, read_source, split_source
+from data_pipeline.inputs import Reject, Source, find_sources, read_source
 from data_pipeline.processes import each
 from data_pipeline.streams import open_bytes
 from data_pipeline.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ from data_pipeline.writer import write_shard
 
 _READ_BYTES = 1 << 20
 _SMALLEST, _LARGEST, _SHARDS = 1 << 20, 256 << 20, 64
+_READ_AGAIN = 8
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,17 @@ class Job:
 def plan(sources: Sequence[Source], shard_bytes: int | None) -> list[Job]:
     """Cut `sources` into shards of about `shard_bytes` of text, in order.
 
-    None takes a 64th of the input, but at least 1 MiB and at most 256 MiB.
+    None takes a 64th of the input, but at least 1 MiB and at most 256 MiB. Pieces that need what is
+    before them in their file have at least an eighth of the input, so that a file that can only be
+    decompressed as a whole is decompressed up to eight times, and not in part where there are as
+    many files of its size.
     """
     total = sum(source.size for source in sources)
     target = shard_bytes or min(max(total // _SHARDS, _SMALLEST), _LARGEST)
+    limit = max(target, -(-total // _READ_AGAIN))
     groups: list[list[Source]] = [[]]
     filled = 0
-    for source in (piece for whole in sources for piece in split_source(whole, target)):
+    for source in (piece for whole in sources for piece in split_source(whole, target, limit)):
         if filled >= target:
             groups.append([])
             filled = 0
@@ -87,6 +93,9 @@ def _input_checksum(job: Job, recipe: Recipe) -> str:
     digest = xxhash.xxh3_128(repr(settings).encode())
     for source in job.sources:
         digest.update(f"\0{source.name}\0{source.start}\0".encode())
+        if source.file_xxh3_128:
+            digest.update(f"{source.stop}\0{source.file_xxh3_128}".encode())
+            continue
         with open_bytes(source.path) as file:
             file.seek(source.start)
             left, block = source.size, b""

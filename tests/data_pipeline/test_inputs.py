@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_pipeline import DataError
+from data_pipeline import DataError, inputs
+from data_pipeline.cutting import split_source
 from data_pipeline.inputs import (
     Document,
     Reject,
@@ -20,7 +21,6 @@ from data_pipeline.inputs import (
     find_sources,
     read_source,
     read_texts,
-    split_source,
 )
 from data_pipeline.tokenizing import tokenize
 from tests.data_pipeline.plain_reader import read_corpus
@@ -209,7 +209,7 @@ def test_pieces_of_a_file_hold_what_the_file_holds(tmp_path_factory, texts, size
     path = tmp_path_factory.mktemp("pieces") / "a.jsonl"
     path.write_bytes(between.join(json.dumps({"text": text}).encode() for text in texts))
     whole = list(read_source(one(path)))
-    pieces = split_source(one(path), size)
+    pieces = split_source(one(path), size, size)
     assert sum(piece.size for piece in pieces) == path.stat().st_size
     assert [record for piece in pieces for record in read_source(piece)] == whole
     assert [record.text for record in whole] == texts
@@ -218,8 +218,18 @@ def test_pieces_of_a_file_hold_what_the_file_holds(tmp_path_factory, texts, size
 
 def test_lines_are_counted_from_the_beginning_of_the_file(write):
     path = write("a.jsonl", b'{"text": "ok"}\n' * 50 + b"bad\n" + b'{"text": "ok"}\n' * 50)
-    found = [r for piece in split_source(one(path), 100) for r in read_source(piece)]
+    found = [r for piece in split_source(one(path), 100, 100) for r in read_source(piece)]
     assert [r.line for r in found if isinstance(r, Reject)] == [51]
+
+
+def test_what_is_before_a_piece_is_read_once_for_all_its_bad_lines(write, monkeypatch):
+    path = write("a.jsonl", b"bad\n" * 100)
+    piece = split_source(one(path), 200, 200)[1]
+    calls = []
+    count = inputs._newlines_before
+    monkeypatch.setattr(inputs, "_newlines_before", lambda *a: calls.append(a) or count(*a))
+    assert [record.line for record in read_source(piece)] == list(range(51, 101))
+    assert len(calls) == 1
 
 
 def test_files_folders_patterns_and_urls(tmp_path):
