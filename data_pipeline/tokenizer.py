@@ -21,6 +21,7 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 TYPES = ("bpe", "unigram")
 _EASILY_LOST = "  A\tb\r\n\n \ufb01 e\u0301 \u00bd\u4e00\U0001f642\u0e01 "
 _LINE_CHARS = 4000
+# Part of what a unigram model becomes, and written into every model: never the number of cores.
 _UNIGRAM_THREADS = 4
 
 
