@@ -2,10 +2,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from data_pipeline import DataError
+from data_pipeline import DataError, blend
 from data_pipeline.blend import Blend, quotas
 
 WEIGHTS = st.lists(st.integers(0, 300), min_size=1, max_size=7).filter(any)
@@ -61,8 +61,54 @@ def test_exact_to_one_sample_where_no_short_period_has_the_ratios(weights, posit
                 assert abs(int(drawn[slot]) - (start + slot) * share) < 1
 
 
+SKEWED = st.lists(st.one_of(st.integers(1, 5), st.integers(1, 900)), min_size=2, max_size=9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(SKEWED, st.integers(1, 40))
+def test_exact_to_one_sample_with_tiny_weights(weights, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blend, "LONGEST_WAIT", 12)
+        patch.setattr(blend, "_LONGEST_PERIOD", 12)
+        patch.setattr(blend, "_BLOCK_SLOTS", block)
+        try:
+            made = Blend(weights)
+        except DataError:
+            reject()
+        total = sum(made.shares)
+        which, nth = made.slots(np.arange(total + 99))
+        for k, share in enumerate(made.shares):
+            drawn = np.concatenate([[0], np.cumsum(which == k)])
+            assert (np.abs(drawn * total - np.arange(total + 100) * share) < total).all()
+            assert nth[which == k].tolist() == list(range(int(drawn[-1])))
+            for position in (1, block, total // 3, total, total + 98):
+                assert made.counts(position)[k] == drawn[position]
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.3, 1e-9], [1e-9, 3e-8, 1, 0.3, 2e-6], [1, 1e-15]])
+def test_a_weight_of_a_thousand_millionth(weights):
+    made = Blend(weights)
+    exact = [Fraction(str(weight)) for weight in weights]
+    tiny = exact.index(min(exact))
+    for draws in range(3):
+        low, high = (-(-draw * sum(exact) // exact[tiny]) for draw in (draws, draws + 1))
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if made.counts(middle)[tiny] > draws else (middle, high)
+        for start in (low - 2000, low * 2):
+            counts = made.counts(start)
+            which, nth = made.slots(np.arange(start, start + 4000))
+            for k, weight in enumerate(exact):
+                drawn = counts[k] + np.concatenate([[0], np.cumsum(which == k)])
+                assert nth[which == k].tolist() == list(range(counts[k], drawn[-1]))
+                for slot in range(4001):
+                    assert abs(int(drawn[slot]) - (start + slot) * weight / sum(exact)) < 1
+        assert made.slots(np.array([low]))[0] == tiny
+        assert made.slots(np.array([low]))[1] == draws
+
+
 @pytest.mark.parametrize(
-    "weights", [[], [0, 0], [-1, 2], [float("nan")], [float("inf"), 1], [10**9, 1, 10**9 + 7]]
+    "weights", [[], [0, 0], [-1, 2], [float("nan")], [float("inf"), 1], [10**9, 1, 10**9, 10**-6]]
 )
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(DataError, match="weight"):
