@@ -11,11 +11,13 @@ import io
 import json
 import os
 import zlib
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from stat import S_ISREG
 from typing import Any
 
 import zstandard
@@ -142,9 +144,11 @@ def _find_local(given: str) -> list[Source]:
             found.setdefault(match, match.name)
             continue
         for file in _below(match):
-            # a dead link counts: stat() below says so
-            if file.name.endswith(SUFFIXES) and (file.is_file() or not file.exists()):
+            if file.name.endswith(SUFFIXES):
                 found.setdefault(file, file.relative_to(match).as_posix())
+    for file in found:
+        if not S_ISREG(file.stat().st_mode):
+            raise DataError(f"{file}: a pipe or a device; write what comes from it to a file")
     return [Source(str(file), _utf8(name), file.stat().st_size) for file, name in found.items()]
 
 
@@ -281,7 +285,8 @@ def _jsonl(source: Source, text_field: str, id_field: str | None) -> Iterator[Do
     for number, (at, line) in enumerate(_lines(source), 1):
         if number == 1:
             first = at
-        record = _parse(line, text_field, id_field, f"{source.name}@{at}")
+        data = line.removeprefix(BOM_UTF8) if at == 0 else line
+        record = _parse(data, text_field, id_field, f"{source.name}@{at}")
         if isinstance(record, str):
             if before is None:
                 before = _newlines_before(source.path, first)

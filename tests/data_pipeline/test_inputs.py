@@ -149,6 +149,23 @@ def test_a_document_named_by_half_of_a_surrogate_pair(write):
     assert document.name == "x"
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_record(write):
+    marked = b"\xef\xbb\xbf" + LINES
+    assert texts_of(write("a.jsonl", marked)) == TEXTS
+    assert texts_of(write("a.jsonl.gz", gzip.compress(marked))) == TEXTS
+    assert len(texts_of(write("b.txt", marked))[0].encode()) == len(marked)
+    second, *_ = read_source(one(write("c.jsonl", b"\n" + marked)))
+    assert second == Reject("c.jsonl", 2, "not JSON")
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    (tmp_path / "b.txt").write_text("text")
+    for place in (tmp_path, tmp_path / "a.jsonl", tmp_path / "*"):
+        with pytest.raises(DataError, match=r"a\.jsonl: a pipe"):
+            find_sources([str(place)])
+
+
 def test_a_file_name_that_is_not_utf8(tokenizer, tmp_path):
     (tmp_path / "in").mkdir()
     Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/caf\xe9.txt")).write_text("text")
