@@ -18,7 +18,7 @@ import zstandard
 from tqdm import tqdm
 
 from data_pipeline.inputs import PARQUET_ROWS, Source, open_parquet
-from data_pipeline.streams import open_bytes
+from data_pipeline.streams import open_bytes, zstd_decompressor
 
 _READ_BYTES = 1 << 20
 _LARGEST_HEADER = 18
@@ -79,7 +79,7 @@ def _header(file: BinaryIO, start: int) -> _Header:
 def _content(file: BinaryIO, start: int, stop: int) -> int:
     """Bytes of content of the frame start .. stop, which does not tell them."""
     file.seek(start)
-    decompressor, size = zstandard.ZstdDecompressor().decompressobj(), 0
+    decompressor, size = zstd_decompressor(), 0
     for at in range(start, stop, _READ_BYTES):
         size += len(decompressor.decompress(file.read(min(_READ_BYTES, stop - at))))
     return size

@@ -14,6 +14,7 @@ import zstandard
 from data_pipeline.errors import DataError
 
 _READ_BYTES = 1 << 18
+_LONGEST_WINDOW = 1 << 31
 
 
 def is_url(path: str) -> bool:
@@ -86,6 +87,11 @@ def open_bytes(path: str) -> Iterator[BinaryIO]:
             yield file
 
 
+def zstd_decompressor() -> Any:
+    """For one Zstandard frame, with a window as large as `zstd --long=31` makes it."""
+    return zstandard.ZstdDecompressor(max_window_size=_LONGEST_WINDOW).decompressobj()
+
+
 class Unpacked(io.RawIOBase):
     """Reads Zstandard frames or gzip members one after the other, from where one begins on, and
     complains if the last one is cut off.
@@ -147,9 +153,7 @@ class Unpacked(io.RawIOBase):
         return count
 
     def _decompressor(self) -> Any:
-        if self._gzipped:
-            return zlib.decompressobj(16 + zlib.MAX_WBITS)
-        return zstandard.ZstdDecompressor().decompressobj()
+        return zlib.decompressobj(16 + zlib.MAX_WBITS) if self._gzipped else zstd_decompressor()
 
     def skip_to(self, mark: int) -> int:
         """Leave out the content before a mark; how many bytes that was."""

@@ -108,6 +108,19 @@ def test_a_piece_is_entered_at_its_frame(tmp_path, monkeypatch, told):
     assert data[int(later[5].name.split("@")[1]) :].startswith(b'{"text"')
 
 
+def test_frames_with_windows_of_2_gib(tmp_path):
+    """As `zstd --long=31` makes them, in which large corpora are kept: byte 5 is (31 - 10) * 8."""
+    packed = b""
+    for seed in range(3):
+        made = zstandard.ZstdCompressor().compressobj()
+        frame = made.compress(lines(seed, 99)) + made.flush()
+        packed += frame[:5] + bytes([(31 - 10) * 8]) + frame[6:]
+    assert zstandard.get_frame_parameters(packed).window_size == 1 << 31
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(packed)
+    assert len(check_pieces(one(path), len(packed) // 4, len(packed))) == 3
+
+
 @pytest.mark.parametrize("groups", [700, 5000, 10_000_000])
 def test_pieces_of_parquet_files(tmp_path, groups):
     rng = random.Random(groups)
