@@ -17,13 +17,14 @@ import xxhash
 import zstandard
 from tqdm import tqdm
 
-from data_pipeline.inputs import PARQUET_ROWS, Source, open_parquet
+from data_pipeline.inputs import Source, open_parquet
 from data_pipeline.streams import open_bytes, zstd_decompressor
 
 _READ_BYTES = 1 << 20
 _LARGEST_HEADER = 18
 _SKIPPABLE = range(0x184D2A50, 0x184D2A60)
 _RUN_LENGTH = 1
+_PLACES = 64
 
 
 class _Place(NamedTuple):
@@ -107,14 +108,14 @@ def _zst_places(file: BinaryIO, size: int) -> Iterator[_Place]:
 
 
 def _parquet_places(source: Source) -> Iterator[_Place]:
-    """The beginnings of row groups, and rows in between."""
+    """The beginnings of row groups, and some rows in between."""
     with open_parquet(source.path) as table:
         first = stored = 0
         for number in range(table.metadata.num_row_groups):
             group = table.metadata.row_group(number)
             columns = range(group.num_columns)
             size = sum(group.column(column).total_compressed_size for column in columns)
-            for row in range(0, group.num_rows, PARQUET_ROWS):
+            for row in range(0, group.num_rows, max(1, group.num_rows // _PLACES)):
                 yield _Place(first + row, stored + size * row // group.num_rows, first)
             first += group.num_rows
             stored += size

@@ -37,7 +37,7 @@ _PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(s + z for s in (".txt", ".jsonl") for z in _PACKED), ".parquet")
 _TYPES = ", ".join(SUFFIXES)
 _READ_BYTES = 1 << 20
-PARQUET_ROWS = 1024
+_PARQUET_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[
                 f"it has {', '.join(table.schema_arrow.names)}"
             )
         groups, row, end = _groups(table.metadata, source)
-        for batch in table.iter_batches(PARQUET_ROWS, row_groups=groups, columns=columns):
+        for batch in table.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=columns):
             before = min(max(source.start - row, 0), batch.num_rows)
             row += before
             for record in _rows(batch.slice(before)):

@@ -135,6 +135,13 @@ def test_pieces_of_parquet_files(tmp_path, groups):
         assert fewest <= len(pieces) <= parts + 1
 
 
+def test_a_parquet_file_of_few_long_rows(tmp_path):
+    texts = [random.Random(n).randbytes(9000).hex() for n in range(40)]
+    parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    source = one(tmp_path / "a.parquet")
+    assert len(check_pieces(source, source.size // 9, source.size // 8)) >= 7
+
+
 def test_files_that_are_not_whole_are_told_by_their_name(tmp_path, tokenizer):
     table = io.BytesIO()
     parquet.write_table(pyarrow.table({"text": ["some text"] * 20_000}), table, row_group_size=999)
