@@ -94,7 +94,7 @@ def _below(folder: Path) -> Iterator[Path]:
             seen.add((status.st_dev, status.st_ino))
             folders.sort()
             waiting += [Path(at, name) for name in folders if os.path.islink(Path(at, name))]
-            yield from (Path(at, name) for name in files)
+            yield from (Path(at, name) for name in sorted(files))
 
 
 def _utf8(name: str) -> str:

@@ -7,6 +7,7 @@ Which documents a shard holds follows from the input alone. Each finished shard 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -260,7 +261,9 @@ def tokenize(
     """
     folder = Path(out)
     recipe = Recipe(tokenizer, text_field, id_field, max_bad, encoder)
-    jobs = plan(find_sources(inputs), shard_bytes)
+    ours = str(folder.resolve() / REJECTS)
+    sources = [one for one in find_sources(inputs) if os.path.realpath(one.path) != ours]
+    jobs = plan(sources, shard_bytes)
     manifest = manifests.load(folder) if (folder / manifests.MANIFEST).exists() else None
     if manifest is not None:
         _check_manifest(folder, manifest, jobs, recipe)

@@ -187,6 +187,21 @@ def test_links_in_a_folder(tmp_path):
         find_sources([str(tmp_path / "in")])
 
 
+def test_names_do_not_depend_on_the_order_of_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "m.txt").write_text("text")
+    for name in ("z.txt", "b.txt", "a.txt", "y.txt"):
+        (tmp_path / name).symlink_to("m.txt")
+    walk, found = os.walk, set()
+    for order in (list, reversed, sorted):
+        monkeypatch.setattr(
+            os,
+            "walk",
+            lambda *a, _o=order, **b: ((x, y, _o(sorted(z))) for x, y, z in walk(*a, **b)),
+        )
+        found.add(tuple(source.name for source in find_sources([str(tmp_path)])))
+    assert len(found) == 1
+
+
 def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path, monkeypatch):
     (tmp_path / "in/closed").mkdir(parents=True)
     (tmp_path / "in/a.txt").write_text("text")
@@ -328,6 +343,15 @@ def mixed(tmp_path):
     (folder / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(good + b"[]\n"))
     (folder / "c.txt").write_text("plain")
     return folder
+
+
+def test_the_list_of_rejects_is_no_input(mixed, tokenizer, tmp_path):
+    out = mixed / "out"
+    with pytest.raises(DataError, match="bad records"):
+        tokenize([str(mixed)], tokenizer, out)
+    manifest, _ = tokenize([str(mixed)], tokenizer, out, max_bad=3)
+    assert manifest["documents"] == 401
+    assert tokenize([str(mixed)], tokenizer, out, max_bad=3)[1] == 0
 
 
 def test_rejects_are_counted_listed_and_limited(mixed, tokenizer, tmp_path):
