@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from heapq import heapify, heappop, heappush
-from math import gcd, isfinite, lcm
+from math import gcd, lcm
 from typing import NamedTuple
 
 import numpy as np
@@ -53,8 +53,10 @@ def quotas(weights: Sequence[float]) -> list[int]:
     DataError where they are no shares, or one is so small, beside others that are small, that
     finding a slot would take long.
     """
-    finite = all(isfinite(weight) for weight in weights)
-    exact = [Fraction(str(weight)) for weight in weights] if finite else []
+    try:
+        exact = [Fraction(str(weight)) for weight in weights]
+    except ValueError:  # nan and inf among others
+        exact = []
     if not exact or min(exact) < 0 or sum(exact) == 0:
         raise DataError(f"weights {list(weights)}: give numbers >= 0 of which one is above 0")
     scale = lcm(*(weight.denominator for weight in exact))
@@ -238,8 +240,8 @@ class Curriculum:
         self.starts = [start for start, _ in stages]
         if not stages or self.starts[0] != 0 or self.starts != sorted(set(self.starts)):
             raise DataError(
-                f"the stages of the weights begin at {self.starts}: "
-                "they must begin at 0 and come in rising order"
+                f"the stages of the weights begin at the rows {self.starts} of the stream: "
+                "they must begin at 0 and come in rising order, a row or more apart"
             )
         self.blends = [Blend(weights) for _, weights in stages]
         counts = [np.zeros(len(self.blends[0].shares), np.int64)]

@@ -25,6 +25,7 @@ from data_pipeline.sampling import Sampling, Weights, make_sampling
 
 STATE_VERSION = 1
 _PLANNED_ROWS = 512
+_END = 1 << 62
 
 
 def rows_of_rank(batch_size: int, dp_rank: int, dp_size: int) -> tuple[int, int]:
@@ -154,8 +155,8 @@ class Loader:
 
     def seek(self, position: int) -> None:
         """Go to a position in rows of all ranks, in O(1): the next batch begins with that row."""
-        if position < 0:
-            raise DataError(f"position {position} must be at least 0")
+        if not 0 <= position < _END:
+            raise DataError(f"position {position} must be at least 0 and below 2^62")
         self.close()
         self._position = position
 
@@ -193,7 +194,8 @@ class Loader:
             for name, mine in identity.items()
             if name not in state or state[name] != mine
         ]
-        if not isinstance(position, int) or isinstance(position, bool) or position < 0:
+        count = isinstance(position, int) and not isinstance(position, bool)
+        if not count or not 0 <= position < _END:
             wrong.append(f"position {position!r} is not a count of rows")
         if wrong or position is None:
             raise DataError("the loader state belongs to another stream: " + "; ".join(wrong))

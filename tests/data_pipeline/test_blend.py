@@ -108,7 +108,17 @@ def test_a_weight_of_a_thousand_millionth(weights):
 
 
 @pytest.mark.parametrize(
-    "weights", [[], [0, 0], [-1, 2], [float("nan")], [float("inf"), 1], [10**9, 1, 10**9, 10**-6]]
+    "weights",
+    [
+        [],
+        [0, 0],
+        [-1, 2],
+        [float("nan")],
+        [float("inf"), 1],
+        [10**9, 1, 10**9, 10**-6],
+        [None, 1],
+        [True, 1],
+    ],
 )
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(DataError, match="weight"):

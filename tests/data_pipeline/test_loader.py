@@ -272,7 +272,7 @@ def test_a_state_of_another_corpus_or_blend_is_refused(corpus, second_folder):
         make(corpus, order="stream", batch_size=5).load_state_dict(
             make(corpus, order="stream").state_dict()
         )
-    for position in (None, -1, 1.5, "7", True):
+    for position in (None, -1, 1.5, "7", True, 10**30):
         with pytest.raises(DataError, match="position"):
             make(corpus).load_state_dict({**make(corpus).state_dict(), "position": position})
 
