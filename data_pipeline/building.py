@@ -148,7 +148,10 @@ def build_corpus(
                 bar.update()
         result = manifests.build(tokenizer, [made[number][0] for number in range(len(jobs))])
         if result["tokens"] == 0:
-            raise DataError(f"{folder}: there are no documents to write")
+            raise DataError(
+                f"{folder}: there are no documents to write; "
+                "give more of them, or split with another --holdout"
+            )
         if result != manifest:
             manifests.save(folder, result)
         shutil.rmtree(folder / PROGRESS)

@@ -263,12 +263,12 @@ def tokenize(
     recipe = Recipe(tokenizer, text_field, id_field, max_bad, encoder)
     ours = str(folder.resolve() / REJECTS)
     sources = [one for one in find_sources(inputs) if os.path.realpath(one.path) != ours]
-    jobs = plan(sources, shard_bytes)
     manifest = manifests.load(folder) if (folder / manifests.MANIFEST).exists() else None
+    if manifest is None:
+        refuse_foreign(folder)
+    jobs = plan(sources, shard_bytes)
     if manifest is not None:
         _check_manifest(folder, manifest, jobs, recipe)
-    else:
-        refuse_foreign(folder)
     with only_writer(folder):
         remove_temporaries(folder)
         (folder / PROGRESS).mkdir(exist_ok=True)

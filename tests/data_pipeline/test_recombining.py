@@ -78,7 +78,7 @@ def test_what_cannot_be_combined_is_refused(corpus_folder, text_folder, texts, t
     tokenize([str(text_folder)], train_tokenizer(texts.values(), 400), tmp_path / "other")
     with pytest.raises(DataError, match="another tokenizer"):
         merge([corpus_folder, tmp_path / "other"], tmp_path / "m")
-    with pytest.raises(DataError, match="no documents"):
+    with pytest.raises(DataError, match=r"no documents .* another --holdout"):
         split(corpus_folder, tmp_path / "s", 10**9)
     with pytest.raises(DataError, match="--holdout 1"):
         split(corpus_folder, tmp_path / "s", 1)
