@@ -7,15 +7,21 @@ which nodes came.
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+
+from train.signals import REQUEUE
+
+if __name__ == "__main__":  # until ranks are started nothing can be lost: torchrun listens then
+    signal.signal(signal.SIGUSR1, lambda *_: os._exit(REQUEUE))
+
 import argparse
 import copy
 import json
 import logging
-import os
 import shlex
-import signal
 import socket
-import sys
 import uuid
 from typing import Any
 
@@ -32,10 +38,9 @@ from torch.distributed.launcher.api import LaunchConfig
 from torch.distributed.run import config_from_args
 from torch.distributed.run import parse_args as parse_torchrun
 
-from train.signals import REQUEUE
-
 BAD, FAILED = 2, 1
 PROCESS_LOG = "torch.distributed.elastic.multiprocessing.api"
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 PASSED_ON = {signal.SIGTERM: signal.SIGINT, signal.SIGINT: signal.SIGTERM}
 # Exit statuses of a rank that another attempt here would not change: bad input, SIGINT, SIGTERM,
 # and the walltime, which is over for all attempts: it is the scheduler that starts the job again.
@@ -69,7 +74,8 @@ def launch(args: argparse.Namespace, job: str, this_node: int | None, stores: li
     """Start the ranks of this node, once the others are there; returns the exit status.
 
     job: the rendezvous of the training itself; this_node: its number, where known; stores: keeps
-    what this process hosts alive for the other nodes.
+    what this process hosts alive for the other nodes. Raises SignalException on a signal to this
+    process, once the ranks have ended of it.
     """
     config, command, command_args = config_from_args(args)
     seconds = int(config.rdzv_configs.get("join_timeout", 600))
@@ -120,8 +126,6 @@ def launch(args: argparse.Namespace, job: str, this_node: int | None, stores: li
         result = agent.run()
         if result is not None:  # None: other nodes closed the rendezvous
             ended = status_of(result, host)
-    except SignalException as stop:
-        return 128 + int(stop.sigval)
     except RendezvousTimeoutError:
         ended = _complain(
             f"{config.min_nodes} nodes did not come together at {config.rdzv_endpoint} within "
@@ -192,7 +196,8 @@ def for_preflight(args: argparse.Namespace, more: list[str]) -> argparse.Namespa
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: the training's; 2 when a check fails or a node does not come; 1 else."""
+    """Exit status: the training's; 2 when a check fails or a node does not come; 75 on SIGUSR1 and
+    128 + n on another signal n to this process, which the ranks get too; 1 else."""
     own = argparse.ArgumentParser(
         prog="python -m launch.agent",
         description="torchrun with checks before the start; other options are torchrun's",
@@ -211,16 +216,20 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torchrun warns that it is not set
     if wrong := impossible(args):
         own.error(wrong)
+    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)  # torchrun's, and SIGUSR1
     # With the shared store (seen in torch 2.13) the survivors of a lost node never tell its
     # replacement where rank 0 is, and both wait until they time out.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.getLogger(PROCESS_LOG).addFilter(hide_what_we_say)
     stores: list[Store] = []
-    if not options.no_preflight:
-        checks = for_preflight(args, shlex.split(options.preflight_args))
-        if status := launch(checks, args.rdzv_id, options.this_node, stores):
-            return status
-    return launch(args, args.rdzv_id, options.this_node, stores)
+    try:
+        if not options.no_preflight:
+            checks = for_preflight(args, shlex.split(options.preflight_args))
+            if status := launch(checks, args.rdzv_id, options.this_node, stores):
+                return status
+        return launch(args, args.rdzv_id, options.this_node, stores)
+    except SignalException as stop:
+        return REQUEUE if stop.sigval == signal.SIGUSR1 else 128 + int(stop.sigval)
 
 
 if __name__ == "__main__":

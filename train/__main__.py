@@ -5,6 +5,18 @@ With --dry-run --world-size N [--rank R]: say what a rank would hold and send, a
 
 from __future__ import annotations
 
+from train.signals import (
+    StoppedError,
+    StopSignals,
+    agreed_status,
+    stop_signals,
+    walltime_deadline,
+)
+
+if __name__ == "__main__":  # at once: the imports below take seconds
+    listening = StopSignals()
+    listening.listen()
+
 import argparse
 import dataclasses
 import errno
@@ -35,13 +47,6 @@ from train.parallel.ranks import Ranks
 from train.records import Corpora, NonFiniteError
 from train.redaction import redact_logging
 from train.run_folder import RunFolderError, claim, continues, goes_back_to, save_config, went_back
-from train.signals import (
-    StoppedError,
-    StopSignals,
-    agreed_status,
-    stop_signals,
-    walltime_deadline,
-)
 from train.trainer import Trainer
 from train.watchdog import HANG, Watchdog
 
@@ -51,9 +56,12 @@ DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 DISK_HINT = "what was saved before is whole, and --resume goes on from it"
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, signals: StopSignals | None = None) -> int:
     """Exit status: 0 done; 2 bad input (one line on stderr); 128 + n on signal n, but 75 (start me
-    again) on SIGUSR1 and at the walltime; 76 a rank hangs or was lost; 1 failed otherwise."""
+    again) on SIGUSR1 and at the walltime; 76 a rank hangs or was lost; 1 failed otherwise.
+
+    signals: those that are listened to already; None: from the beginning of a run to its end.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train",
         description="Train a model of the Hope family from a YAML configuration.",
@@ -93,6 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run and options.resume_from is not None:
         parser.error("--dry-run trains nothing, and --resume-from belongs to a run")
     redact_logging()
+    if options.dry_run and signals is not None:
+        signals.let_through()
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
@@ -102,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         named = options.resume_from
         resume = options.resume or named is not None
-        return train(config, resume, options.resume_or_start, named)
+        return train(config, resume, options.resume_or_start, named, signals)
     except SaveError as error:
         return _tell(error, FAILED)
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
@@ -129,15 +139,17 @@ def train(
     resume: bool,
     or_start: bool = False,
     resume_from: str | None = None,
+    signals: StopSignals | None = None,
 ) -> int:
     """Run `config` to its end or until it is asked to stop; returns the exit status.
 
     resume: continue the run in run_dir; or_start: where it has a checkpoint, else begin.
     resume_from: the name of the checkpoint to resume from; None: the newest that verifies.
+    signals: those that are listened to already; None: from here to the end.
     """
     prepare_torch(config.num_threads)
     with ExitStack() as stack:
-        signals = stack.enter_context(stop_signals())
+        signals = signals or stack.enter_context(stop_signals())
         training = config.training
         signals.deadline = walltime_deadline(training.walltime_s, training.walltime_margin_s)
         ranks = stack.enter_context(Ranks())
@@ -279,4 +291,4 @@ def with_total_tokens(config: RunConfig, corpora: Corpora) -> RunConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(signals=listening))

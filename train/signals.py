@@ -1,7 +1,8 @@
 """SIGINT, SIGTERM, SIGUSR1 and the walltime as a request to stop at the next safe place.
 
 Exit statuses: 128 + n on SIGINT and SIGTERM; 75 (EX_TEMPFAIL) on SIGUSR1 and at the walltime, with
-which a scheduler starts the job again.
+which a scheduler starts the job again. Imports next to nothing: what comes before everything else
+is to listen.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
-
-from train.section import ConfigError
 
 if TYPE_CHECKING:
     from train.parallel.ranks import Ranks
@@ -39,10 +38,39 @@ class StoppedError(Exception):
 
 @dataclass
 class StopSignals:
-    """What asked this process to stop: a signal's number, or a deadline by time.monotonic()."""
+    """What asked this process to stop: a signal's number, or a deadline by time.monotonic().
+
+    While it listens, the first signal is remembered instead of being died of. A further SIGINT or
+    SIGTERM has its usual effect at once when it comes two seconds later or more: what comes sooner
+    is the same request, passed on by a launcher.
+    """
 
     received: int | None = None
     deadline: float | None = None
+    _first: float = 0.0
+    _usual: dict[int, Any] = field(default_factory=dict)
+
+    def listen(self) -> None:
+        """Take the signals from here on, until `release`."""
+        self._usual = {number: signal.signal(number, self._remember) for number in HANDLED}
+
+    def release(self) -> None:
+        """Let signals have the effect that they had before."""
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+
+    def let_through(self) -> None:
+        """Release, and let the one that came meanwhile have its effect too."""
+        self.release()
+        if self.received is not None:
+            os.kill(os.getpid(), self.received)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._first = number, time.monotonic()
+        elif number != signal.SIGUSR1 and time.monotonic() - self._first >= SAME_REQUEST_S:
+            signal.signal(number, self._usual[number])
+            os.kill(os.getpid(), number)
 
     @property
     def reason(self) -> int | None:
@@ -70,6 +98,8 @@ def walltime_deadline(walltime_s: float | Literal["slurm"] | None, margin_s: flo
     if walltime_s is None:
         return None
     if walltime_s == "slurm":
+        from train.section import ConfigError
+
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if not end.isdigit():
             raise ConfigError(
@@ -82,25 +112,10 @@ def walltime_deadline(walltime_s: float | Literal["slurm"] | None, margin_s: flo
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Remember the first signal instead of dying of it.
-
-    A further SIGINT or SIGTERM has its usual effect at once when it comes two seconds later or
-    more: what comes sooner is the same request, passed on by a launcher.
-    """
+    """Listen meanwhile."""
     signals = StopSignals()
-    first = 0.0
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if signals.received is None:
-            signals.received, first = number, time.monotonic()
-        elif number != signal.SIGUSR1 and time.monotonic() - first >= SAME_REQUEST_S:
-            signal.signal(number, previous[number])
-            os.kill(os.getpid(), number)
-
-    previous: dict[int, Any] = {number: signal.signal(number, remember) for number in HANDLED}
+    signals.listen()
     try:
         yield signals
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        signals.release()

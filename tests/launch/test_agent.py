@@ -103,6 +103,36 @@ def test_a_signal_to_all_processes_at_once_leaves_ranks_time_to_save(
     assert (status, lines) == (128 + number, ["0 0", "0 saved", "1 0", "1 saved"])
 
 
+def test_sigusr1_to_an_agent_is_the_ranks_own_and_its_status(tmp_path: Path) -> None:
+    body = f"""
+        from train.signals import stop_signals
+        with stop_signals() as signals:
+            open({str(tmp_path / "ready")!r} + rank, 'w').close()
+            while signals.received is None:
+                time.sleep(0.02)
+            open({str(tmp_path / "log")!r}, 'a').write(f'{{rank}} got {{int(signals.received)}}\\n')
+        sys.exit(75)
+    """
+    process = agent(tmp_path, body, "--max-restarts", "3")
+    wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)))
+    process.send_signal(signal.SIGUSR1)
+    status, _, lines = finish(process, tmp_path)
+    told = int(signal.SIGUSR1)
+    assert (status, lines) == (75, ["0 0", f"0 got {told}", "1 0", f"1 got {told}"])
+
+
+def test_sigusr1_before_there_are_ranks_starts_none(tmp_path: Path) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "launch.agent", "--standalone"]
+    command += ["-m", "train", str(tmp_path / "config.yaml")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.split()[-1] == "argparse" for line in process.stderr)
+        process.send_signal(signal.SIGUSR1)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "error" not in errors.lower()
+
+
 def test_a_torch_that_takes_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """2.11's agent ends its ranks without saying how long they have."""
     sent: list[signal.Signals] = []

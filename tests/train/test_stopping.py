@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,12 +23,10 @@ from train.run_folder import RunFolderError, claim
 from train.signals import REQUEUE, SAME_REQUEST_S, agreed_status, stop_signals, walltime_deadline
 
 ALONE = Ranks.alone()
+STATUSES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, REQUEUE)]
 
 
-@pytest.mark.parametrize(
-    ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, REQUEUE)],
-)
+@pytest.mark.parametrize(("number", "status"), STATUSES)
 def test_a_signal_that_comes_twice_at_once_is_one_request(number: int, status: int) -> None:
     before = signal.getsignal(number)
     with stop_signals() as signals:
@@ -37,6 +37,31 @@ def test_a_signal_that_comes_twice_at_once_is_one_request(number: int, status: i
         os.kill(os.getpid(), signal.SIGUSR1)
         assert agreed_status(signals, ALONE) == status  # the first one counts
     assert signal.getsignal(number) is before
+
+
+def signalled_early(number: int, *arguments: str) -> int:
+    """Exit status of `python -m train` that got a signal among its first imports."""
+    command = [sys.executable, "-X", "importtime", "-m", "train", *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any(line.split()[-1] == "argparse" for line in process.stderr)
+        process.send_signal(number)
+        process.communicate(timeout=120)
+    return process.returncode
+
+
+@pytest.mark.parametrize(("number", "status"), STATUSES)
+def test_a_signal_that_comes_before_torch_is_a_request_too(
+    raw_config, tmp_path: Path, number: int, status: int
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    assert signalled_early(number, str(path)) == status
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_dry_run_has_nothing_to_save_and_dies_of_it() -> None:
+    assert signalled_early(signal.SIGTERM, "configs/340m.yaml", "--dry-run") == -signal.SIGTERM
 
 
 def test_a_later_ctrl_c_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
