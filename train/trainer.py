@@ -14,7 +14,7 @@ from torch import Tensor
 from data_pipeline import Corpus, DataError, Loader, evaluation_batches
 from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
-from train.checkpoint import CheckpointError, open_store
+from train.checkpoint import CheckpointError, SaveError, open_store
 from train.checkpoint.levels import describe_levels, map_levels
 from train.clock import TokenClock
 from train.code_version import code_version
@@ -331,9 +331,12 @@ class Trainer:
         """Continue, to the bit, from the checkpoint of that name, or the newest that verifies.
 
         Later ones are set aside. Raises CheckpointError when there is none, when the one that was
-        named is damaged, and when its levels can't become this model's.
+        named is damaged, and when its levels can't become this model's; SaveError where later ones
+        can't be set aside, which another resume would find.
         """
         self.load(self.store.newest() if name is None else self.store.find(name))
+        if self.store.still_there is not None:
+            raise SaveError(f"can't set aside what is after it: {self.store.still_there}")
 
     def load(self, folder: Any) -> None:
         """Take up what a checkpoint holds, whatever this one is in; set later ones aside."""
@@ -349,11 +352,9 @@ class Trainer:
         except (LookupError, TypeError, AttributeError) as error:
             reason = f"it does not hold what a run needs ({type(error).__name__}: {error})"
             raise CheckpointError(f"{folder} can't be resumed: {reason}") from error
-        later = self.store.rewind_to(folder)
-        if later and self.ranks.is_first:
-            warnings.warn(
-                f"set aside what is after {folder.name}: {', '.join(later)}", stacklevel=2
-            )
+        if later := self.store.rewind_to(folder):
+            when = f" at the next save ({self.store.still_there})" if self.store.still_there else ""
+            told.append(f"set aside what is after {folder.name}{when}: {', '.join(later)}")
         if (code := plain.get("code")) != code_version():
             told.append(f"the checkpoint was written by other code: {code}")
         for line in told if self.ranks.is_first else ():

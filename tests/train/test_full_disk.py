@@ -32,6 +32,25 @@ def test_lines_wait_for_the_disk(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err.count("No space left on device; training goes on") == 1
 
 
+def test_lines_that_take_the_place_of_all_wait_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = LineFile(tmp_path / "lines.jsonl")
+    lines.add("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        lines.replace("new\n")
+        lines.add("more")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert lines.path.read_text() == "old\n"
+    assert lines.text() == "new\nmore\n"
+    assert capsys.readouterr().err.count("training goes on") == 1
+    lines.add("last")
+    assert lines.path.read_text() == lines.text() == "new\nmore\nlast\n"
+
+
 @pytest.mark.filterwarnings("ignore:checkpoint tokens")
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_a_run_goes_on_while_its_disk_is_full(

@@ -3,6 +3,11 @@ been there."""
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,8 @@ from tests.train.test_skipping import count_batches, leave_out, losses_and_skips
 from tests.train.test_trainer import final_tensors, store_of
 from tools.processes import run
 from train.__main__ import main, open_corpora, train, with_vocabulary
-from train.callbacks.metrics import read_metrics
+from train.callbacks.metrics import Metrics, read_metrics
+from train.checkpoint import store as store_module
 from train.config import validate_config
 from train.engines import open_engine
 from train.engines.deepspeed import DeepSpeedEngine
@@ -180,24 +186,74 @@ def test_too_many_rollbacks_and_none_possible(
     assert (kinds.count("rollback"), kinds.count("skip")) == (0, 1)
 
 
-def fit(rank: int, raw: dict[str, Any]) -> list:
+@contextmanager
+def full_disk(calls: range) -> Iterator[None]:
+    """This process can't write or rename anything in those calls of `Trainer.step`, from 1."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    honest, renamed, number = Trainer.step, store_module.rename, 0
+
+    def step(self: Trainer) -> Any:
+        nonlocal number
+        number += 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 if number in calls else soft, hard))
+        return honest(self)
+
+    def rename(old: Any, new: Any) -> None:
+        if number in calls:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        renamed(old, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", step)
+        patch.setattr(store_module, "rename", rename)
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore:checkpoint tokens", "ignore:set aside")
+def test_a_full_disk_does_not_keep_a_run_from_going_back(make_config, tmp_path: Path) -> None:
+    """The spike is in call 13 of step; the save after call 19 fails, that after call 23 does not.
+    Until then metrics.jsonl and the checkpoints on the disk are those of the past undone."""
+    action = {**SPIKES, "action": "rollback"}
+    with pytest.MonkeyPatch.context() as patch:
+        spike(patch, {12})
+        straight = make_config(**CHANGES, run_dir=str(tmp_path / "straight"), spikes=action)
+        assert train(straight, resume=False) == 0
+        config = make_config(run_dir=str(tmp_path / "full"))
+        with full_disk(range(12, 20)):
+            assert train(config, resume=False) == 0
+    same(straight, config)
+    assert losses_and_skips(straight) == losses_and_skips(config)
+    assert sorted(path.name for path in (config.run_dir / "checkpoints").iterdir()) == [
+        "aside-tokens-000000000003072",
+        "tokens-000000000004608",
+        "tokens-000000000005632",
+    ]
+
+
+def fit(rank: int, raw: dict[str, Any], full: range = range(0)) -> list:
     config = validate_config(raw, "test")
     corpora = open_corpora(config)
     config = with_vocabulary(config, corpora)
-    with pytest.MonkeyPatch.context() as patch:
+    callbacks = [Metrics(config.run_dir)] if rank == 0 else []
+    with pytest.MonkeyPatch.context() as patch, full_disk(full if rank == 0 else range(0)):
         if rank == 1:
             spike(patch, {12})
         engine = open_engine(config, Ranks())
-        trainer = Trainer(config, corpora, StopSignals(), engine)
+        trainer = Trainer(config, corpora, StopSignals(), engine, callbacks)
         assert trainer.fit() is None
     sums = {name: float(p.detach().double().sum()) for name, p in engine.parameters.items()}
     trainer.loader.close()
     return [trainer.clock.state_dict(), trainer.spikes.state_dict(), sums]
 
 
-def test_all_ranks_go_back_together(make_config, raw_config) -> None:
+def test_all_ranks_go_back_together(make_config, raw_config, tmp_path: Path) -> None:
     make_config(**CHANGES, spikes={**SPIKES, "threshold": 6.0, "action": "rollback"})
     one, two = run(2, fit, raw_config)
     assert one == two
+    make_config(run_dir=str(tmp_path / "full"))
+    assert run(2, fit, raw_config, range(12, 20)) == [one, two]
     assert one[0]["skipped_steps"] == 2
     assert one[1]["rollbacks"] == 1

@@ -72,10 +72,12 @@ class CheckpointStore:
         self._under_way: Target | None = None
         self._described: list[Described] | None = None
         self._owners: Owners = {}
+        self.still_there: str | None = None  # why `rewind_to` could not set everything aside
+        self._undone: list[str] = []  # what it could not, first rank
 
     def complete(self) -> list[Any]:
         """Checkpoints whose marker stands, oldest first: paths, or what stands for them in URLs."""
-        return retention.complete(self.folder)
+        return [one for one in retention.complete(self.folder) if one.name not in self._undone]
 
     def save(
         self,
@@ -192,17 +194,28 @@ class CheckpointStore:
     def rewind_to(self, folder: Any) -> list[str]:
         """Set aside every checkpoint after this one, as `aside-NAME`; the names of those.
 
-        The run goes on from here, and another past must not be found by a later resume.
+        The run goes on from here, and another past must not be found by a later resume. Where the
+        disk does not let them be moved they count no longer, `still_there` says why, and each save
+        begins with another try.
         """
-        moved: list[str] = []
+        later: list[str] = []
+        answer: dict[str, Any] = {}
         if self.ranks.is_first:
-            for one in self.complete():
-                if (position(one.name) or (0, 0)) > (position(folder.name) or (0, 0)):
-                    aside = self.folder / f"aside-{one.name}"
-                    remove(aside)
-                    rename(one, aside)
-                    moved.append(one.name)
-        return list(self.ranks.broadcast(moved))
+            here = position(folder.name) or (0, 0)
+            later = [o.name for o in self.complete() if (position(o.name) or (0, 0)) > here]
+            self._undone += later
+            answer = attempt(self._set_aside)
+        later, self.still_there = self.ranks.broadcast((later, answer.get("error")))
+        return later
+
+    def _set_aside(self) -> None:
+        """On the first rank: move what was gone back on out of the way."""
+        while self._undone:
+            old, aside = self.folder / self._undone[0], self.folder / f"aside-{self._undone[0]}"
+            remove(aside)
+            if old.exists():
+                rename(old, aside)
+            del self._undone[0]
 
     def plain(self, folder: Any) -> dict[str, Any]:
         """Everything of a checkpoint that is not a tensor."""
@@ -221,6 +234,7 @@ class CheckpointStore:
 
     def _begin(self, tokens: int, replace: bool) -> tuple[str, str, bool]:
         """(final folder, draft folder, whether there is nothing to do), on the first rank."""
+        self._set_aside()
         name = f"tokens-{tokens:015d}"
         there = [position(one) for one in names(self.folder)]
         generations = [found[1] for found in there if found is not None and found[0] == tokens]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import yaml
 
 from data_pipeline import DataError
 from tests.conftest import tiny_config
+from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
 from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.checkpoint import CheckpointError, CheckpointStore, open_store
+from train.checkpoint import store as store_module
 from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
@@ -71,6 +75,51 @@ def test_back_to_one_by_name_and_on_to_the_same_end(straight: RunConfig, tmp_pat
     assert [one.name for one in store_of(run).complete()] == [
         named(tokens) for tokens in (512, 1024, 1536, 2048)
     ]
+
+
+def refuse(*_: Any) -> None:
+    """To rename, on a disk that takes nothing."""
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def test_what_can_not_be_set_aside_counts_no_longer_and_is_before_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path, keep_last=9)
+    for tokens in (1, 2, 3):
+        store.save(tokens, state({"fast": tokens}), PLAIN)
+    first, _, last = store.complete()
+
+    monkeypatch.setattr(store_module, "rename", refuse)
+    assert store.rewind_to(first) == [named(n) for n in (2, 3)]
+    assert store.still_there == "OSError: Read-only file system"
+    assert store.newest() == first
+    with pytest.warns(UserWarning, match="Read-only file system; training goes on"):
+        assert store.save(2, state({"fast": 9}), PLAIN) is None
+    monkeypatch.undo()
+    shutil.rmtree(last)  # by hand
+    store.save(2, state({"fast": 9}), PLAIN)
+    assert_equal(store.tensors(store.newest()), state({"fast": 9}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"aside-{named(2)}",
+        named(1),
+        named(2),
+    ]
+    assert store.rewind_to(first) == [named(2)]
+    assert store.still_there is None
+
+
+def test_a_resume_that_can_not_set_aside_what_is_later_is_refused(
+    straight: RunConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = copy_of(straight, tmp_path)
+    monkeypatch.setattr(store_module, "rename", refuse)
+    assert main([config_file(run, tmp_path), "--resume-from", named(1024)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: can't set aside what is after it: OSError: Read-only file system"
 
 
 def test_the_newest_that_verifies_is_resumed(
