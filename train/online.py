@@ -22,6 +22,7 @@ from train.clock import TokenClock
 from train.optim.build import build_cadence
 from train.optim.cadence import Cadence
 from train.optim.config import OptimizerConfig, ScheduleConfig
+from train.optim.finite import OverflowedError
 from train.parallel.ranks import Ranks
 from train.parallel.reduction import GradientReduction
 
@@ -150,9 +151,16 @@ class OnlineAdapter:
             self.cadence.drop()
             self.clock.skip(self.segment)
             return losses.detach()
-        self.state = after
+        before = self.clock.state_dict()
         firing = self.clock.advance(self.segment)
-        self.cadence.step(firing, losses.numel(), self._rate, self.clock.tokens)
+        try:
+            self.cadence.step(firing, losses.numel(), self._rate, self.clock.tokens)
+        except OverflowedError:
+            self.clock.load_state_dict(before)
+            self.cadence.drop()
+            self.clock.skip(self.segment)
+            return losses.detach()
+        self.state = after
         return losses.detach()
 
     def _rate(self, level: str) -> float:

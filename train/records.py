@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import Corpus
-from train.optim.cadence import NonFinite
+from train.optim.finite import NonFinite, Overflow
 from train.spikes import LeftOut, Spike
 
 
@@ -38,7 +38,7 @@ class NothingCounts:
         return "no token of its batch counts in the loss"
 
 
-Problem = NonFinite | Spike | LeftOut | NothingCounts
+Problem = NonFinite | Overflow | Spike | LeftOut | NothingCounts
 """Why a step was skipped."""
 
 

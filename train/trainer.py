@@ -22,18 +22,12 @@ from train.config import RunConfig
 from train.continual import DomainStream, open_loader
 from train.engines.parts import Engine
 from train.evaluate.perplexity import EvaluationInterruptedError, HeldOut, evaluate
+from train.optim.finite import OverflowedError
 from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
 from train.parallel.placement import Stored
-from train.records import (
-    Corpora,
-    NonFiniteError,
-    NothingCounts,
-    Problem,
-    SkippedStep,
-    StepRecord,
-)
+from train.records import Corpora, NonFiniteError, NothingCounts, Problem, SkippedStep, StepRecord
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
 from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
@@ -102,12 +96,18 @@ class Trainer:
         (loss_sum, valid, _), problem = self.cadence.agree(told)
         if not problem and not valid:
             return self._skip(position, NothingCounts())
+        before = self.clock.state_dict(), self.spikes.state_dict()
         if unfit := problem or self.spikes.check(loss_sum / valid):
             return self._skip(position, unfit)
         pulse.enter("optimizer")
-        self.carried = carried
         firing = self.clock.advance(self.config.training.batch_tokens)
-        report = self.cadence.step(firing, int(valid), self._rate, self.clock.tokens)
+        try:
+            report = self.cadence.step(firing, int(valid), self._rate, self.clock.tokens)
+        except OverflowedError as error:
+            self.clock.load_state_dict(before[0])
+            self.spikes.load_state_dict(before[1])
+            return self._skip(position, error.problem)
+        self.carried = carried
         seconds = time.perf_counter() - started
         self.trained_seconds += seconds
         return StepRecord(

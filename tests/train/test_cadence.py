@@ -15,6 +15,7 @@ from hope.scan import ScanConfig
 from train.optim.build import build_cadence, decays
 from train.optim.cadence import Cadence
 from train.optim.config import LevelOptimizerConfig, OptimizerConfig
+from train.optim.finite import OverflowedError
 from train.optim.levels import group_by_level
 
 TOKENS = 64
@@ -260,3 +261,56 @@ def test_gradients_whose_squares_overflow_are_clipped_like_any_other(size: float
         after.append(weights(model))
     for name, value in after[0].items():
         torch.testing.assert_close(after[1][name], value, rtol=1e-5, atol=1e-7)
+
+
+def enlarge(model: nn.Module, where: str, size: float) -> None:
+    for name, parameter in model.named_parameters():
+        if where in name and parameter.grad is not None:
+            parameter.grad.fill_(size)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("firing", [{"fast", "l0"}, {"fast", "l0", "l1"}])
+def test_a_step_whose_sum_overflows_is_as_if_it_had_not_been(
+    firing: set[str], resumed: bool
+) -> None:
+    """Of a level that goes on to accumulate, and of one that fires on the sum."""
+    config = config_with("step", 1000)
+    after = []
+    for overflows in (True, False):
+        model = HopeModel(config)
+        cadence = build_cadence(model, config, OPTIMIZER)
+        backward(model, 0)
+        enlarge(model, ".cms.levels.1.", 2e38)
+        cadence.step({"fast", "l0"}, TOKENS, constant)
+        if resumed:
+            tensors, plain = copy.deepcopy(cadence.state_dict())
+            cadence = build_cadence(model, config, OPTIMIZER)
+            cadence.load_state_dict(tensors, plain)
+        if overflows:
+            backward(model, 1)
+            enlarge(model, ".cms.levels.1.", 2e38)
+            with pytest.raises(OverflowedError, match="finite gradients overflowed, of level l1:"):
+                cadence.step(firing, TOKENS, constant)
+            cadence.drop()
+        backward(model, 2)
+        cadence.step({"fast", "l0"}, TOKENS, constant)
+        assert cadence.pending_tokens == {"fast": 0, "l0": 0, "l1": 2 * TOKENS}
+        after.append(weights(model) | cadence.state_dict()[0])
+    for name, value in after[0].items():
+        assert torch.equal(value, after[1][name]), name
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_a_norm_that_float32_does_not_hold_moves_nothing(clip_norm: float | None) -> None:
+    config = config_with("step")
+    level = {"l0": LevelOptimizerConfig(clip_norm=clip_norm)}
+    model = HopeModel(config)
+    cadence = build_cadence(model, config, OPTIMIZER.model_copy(update={"levels": level}))
+    before = weights(model)
+    backward(model, 0)
+    enlarge(model, ".cms.levels.0.", 3e38)
+    with pytest.raises(OverflowedError, match="of level l0:"):
+        cadence.step({"fast", "l0"}, 1, constant)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())

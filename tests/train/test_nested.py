@@ -16,6 +16,7 @@ from train.clock import TokenClock
 from train.optim.build import build_cadence
 from train.optim.cadence import Cadence
 from train.optim.config import LevelOptimizerConfig, OptimizerConfig
+from train.optim.finite import OverflowedError
 from train.optim.level import Level
 from train.optim.levels import periods
 from train.parallel.ranks import Ranks
@@ -251,6 +252,29 @@ def test_a_gradient_that_is_not_finite_leaves_the_starts_alone() -> None:
     with pytest.raises(FloatingPointError):
         cadence.step({"fast", "l0", "l1"}, TOKENS, constant)
     assert all(torch.equal(cadence.state[p]["accumulated_grad"], h) for p, h in held.items())
+    assert cadence.levels[1].start.tokens == TOKENS
+
+
+def test_a_sum_that_overflows_leaves_the_starts_alone() -> None:
+    """l0's own sum fits, for it fires on each step; that of its start does not."""
+    config = nested_with("step", 10 * TOKENS)
+    model = HopeModel(config)
+    cadence = build_cadence(model, config, OPTIMIZER)
+    backward(model, 0)
+    for step in range(2):
+        for name, parameter in model.named_parameters():
+            if ".cms.levels.0." in name:
+                parameter.grad = torch.full_like(parameter, 2e38)
+        if step == 0:
+            cadence.step({"fast", "l0"}, TOKENS, constant)
+            held = {p: s["accumulated_grad"].clone() for p, s in cadence.state.items()}
+            before = weights(model)
+    with pytest.raises(OverflowedError, match="of level l0:"):
+        cadence.step({"fast", "l0"}, TOKENS, constant)
+    assert held
+    assert all(torch.equal(cadence.state[p]["accumulated_grad"], h) for p, h in held.items())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert cadence.levels[1].start is not None
     assert cadence.levels[1].start.tokens == TOKENS
 
 

@@ -236,6 +236,28 @@ def test_a_segment_that_is_not_finite_teaches_nothing() -> None:
     )
 
 
+def test_a_segment_whose_gradient_overflows_what_waits_teaches_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second and the third of four segments: finite gradients, too large beside the first."""
+    model, config = make()
+    adapter = OnlineAdapter(model, config, {"a": 16, "c": 48}, lr=LR)
+    agree, segments = adapter.cadence.agree, []
+
+    def enlarged(numbers: list[float]) -> Any:
+        segments.append(len(segments))
+        for parameter in adapter.cadence.levels[1].parameters.values():
+            assert parameter.grad is not None
+            parameter.grad.fill_(2e38 if segments[-1] < 3 else 0.0)
+        return agree(numbers)
+
+    monkeypatch.setattr(adapter.cadence, "agree", enlarged)
+    assert adapter.feed(stream(65)).isfinite().all()
+    assert (adapter.clock.tokens, adapter.clock.skipped_tokens) == (32, 32)
+    assert adapter.cadence.pending_tokens["c"] == 2 * 32  # of two rows
+    assert all(value.isfinite().all() for value in weights(model).values())
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({}, "choose at least one CMS level"),
     ({"z": 8}, r"no CMS level \['z'\]; the model has \['a', 'b', 'c'\]"),

@@ -19,9 +19,11 @@ from train.callbacks.metrics import read_metrics
 from train.config import validate_config
 from train.engines import open_engine
 from train.engines.native import NativeEngine
+from train.optim.newton_schulz import local
 from train.parallel.ranks import Ranks
 from train.signals import StopSignals
 from train.trainer import Trainer
+from train.zero.cadence import Published
 
 POISONS = ("gradient", "loss")
 
@@ -159,26 +161,90 @@ def test_too_many_in_a_row_stop_with_a_checkpoint(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_sum_that_overflows_is_one_line(
-    make_config, raw_config, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    """Level c fires on five gradients, finite ones, of which two together are not."""
-    make_config()
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(raw_config))
-    honest = NativeEngine.forward_backward
+def enlarge(patch: pytest.MonkeyPatch, batches: set[int], size: float = 2e38) -> None:
+    """The gradients of level c over these batches are finite, and two together are not."""
+    honest, last_read = NativeEngine.forward_backward, count_batches(patch)
 
     def huge(self: NativeEngine, batch: Any, carried: Any) -> Any:
         result = honest(self, batch, carried)
-        next(p for n, p in self.parameters.items() if "cms.levels.2." in n).grad.fill_(2e38)
+        if last_read() in batches:
+            for name, parameter in self.parameters.items():
+                if "cms.levels.2." in name and parameter.grad is not None:
+                    parameter.grad.fill_(size)
         return result
 
+    patch.setattr(NativeEngine, "forward_backward", huge)
+
+
+def test_a_sum_that_overflows_skips_its_step(make_config, tmp_path: Path) -> None:
+    """Level c accumulates over batches 5 to 11 but the skipped ones; 10 would have fired it."""
+    changes = {**STREAM, "spikes.action": "skip"}
+    skipping = make_config(**changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(NativeEngine, "forward_backward", huge)
+        enlarge(patch, {5, 6, 8, 11})
+        assert train(skipping, resume=False) == 0
+    without = make_config(run_dir=str(tmp_path / "without"))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch, {6, 8, 11})
+        enlarge(patch, {5})
+        assert train(without, resume=False) == 0
+    first, second = final_tensors(skipping), final_tensors(without)
+    assert first.keys() == second.keys()
+    for name in first:
+        if not name.startswith("stream/"):
+            assert torch.equal(first[name], second[name]), name
+    steps = [[r for r in losses_and_skips(c) if r[0] == "step"] for c in (skipping, without)]
+    assert steps[0] == steps[1]
+    skips = [r for r in read_metrics(skipping.run_dir / "metrics.jsonl") if r["kind"] == "skip"]
+    assert [row["position"] // skipping.batch_rows for row in skips] == [6, 8, 11]
+    assert {row["why"] for row in skips} == {"a sum of finite gradients overflowed, of level c"}
+    assert skips[0]["levels"] == ["c"]
+    plains = [store_of(config).plain(store_of(config).newest()) for config in (skipping, without)]
+    assert plains[0]["spikes"] == plains[1]["spikes"]
+    assert plains[0]["cadence"] == plains[1]["cadence"]
+
+
+def test_sums_that_overflow_on_and_on_are_one_line_and_a_checkpoint(
+    make_config, raw_config, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = make_config(**{"training.max_skipped_in_a_row": 4})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    with pytest.MonkeyPatch.context() as patch:
+        enlarge(patch, set(range(1, 12)))
         assert main([str(path)]) == 1
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    assert "error: a sum of finite gradients overflowed, norms by level" in error.splitlines()[-1]
+    assert "after 512 tokens: a sum of finite gradients overflowed" in error.splitlines()[-1]
+    assert store_of(config).plain(store_of(config).newest())["clock"]["tokens"] == 512
+
+
+def test_deepspeed_skips_a_sum_that_overflows(make_config, tmp_path: Path) -> None:
+    """Where its gradients are reduced, and the accumulators lie over ZeRO's partitions."""
+    honest = Published.gradients
+    configs = [make_config(engine="deepspeed"), make_config(run_dir=str(tmp_path / "without"))]
+    for config, batches, absent in zip(configs, ({5, 6, 8}, {5}), (set(), {6, 8}), strict=True):
+        with pytest.MonkeyPatch.context() as patch:
+            leave_out(patch, absent)
+            last_read = count_batches(patch)
+
+            def huge(self: Published, read=last_read, batches=batches) -> list[torch.Tensor]:
+                found = honest(self)
+                for gradient, names in zip(found, self.partitions.names, strict=True):
+                    if read() in batches and any("cms.levels.2." in name for name in names):
+                        gradient.fill_(2e38)
+                return found
+
+            patch.setattr(Published, "gradients", huge)
+            assert train(config, resume=False) == 0
+    first, second = map(final_tensors, configs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    skips = [r for r in read_metrics(configs[0].run_dir / "metrics.jsonl") if r["kind"] == "skip"]
+    assert [(row["levels"], row["position"] // configs[0].batch_rows) for row in skips] == [
+        (["c"], 6),
+        (["c"], 8),
+    ]
 
 
 def blank(patch: pytest.MonkeyPatch, batches: set[int]) -> None:
@@ -238,3 +304,42 @@ def test_all_ranks_skip_what_is_not_finite_on_one(raw_config) -> None:
     clock, _ = results[0]
     assert (clock["tokens"], clock["skipped_tokens"]) == (3072, 3 * 256)
     assert clock["firings"] == {"fast": 12, "a": 12, "b": 4, "c": 2}
+
+
+def train_over_an_overflow(rank: int, raw: dict[str, Any], batches: set[int]) -> list:
+    """As `train_with_a_poisoned_rank`, of gradients that are too large together."""
+    config = validate_config(raw, "test")
+    corpora = open_corpora(config)
+    config = with_vocabulary(config, corpora)
+    with pytest.MonkeyPatch.context() as patch:
+        enlarge(patch, batches)
+        engine = open_engine(config, Ranks())
+        trainer = Trainer(config, corpora, StopSignals(), engine)
+        assert trainer.fit() is None
+    sums = {name: float(local(p.detach()).double().sum()) for name, p in engine.parameters.items()}
+    trainer.loader.close()
+    return [trainer.clock.state_dict(), sums]
+
+
+@pytest.mark.parametrize(
+    ("parallel", "reduce", "batches"),
+    [
+        ({}, "every_step", {2, 3, 8}),
+        ({}, "at_update", {2, 3, 8}),
+        ({"dp_replicate": 1, "dp_shard": 2}, "every_step", {2, 3, 8}),
+    ],
+    ids=["every step", "at update", "FSDP2"],
+)
+def test_all_ranks_skip_a_sum_that_overflows(
+    make_config, raw_config, parallel: dict[str, int], reduce: str, batches: set[int]
+) -> None:
+    """Over two ranks that hold whole parameters one such gradient is too large already."""
+    make_config(**{"parallel": parallel, "optimizer.levels": {"c": {"reduce": reduce}}})
+    one, two = run(2, train_over_an_overflow, raw_config, batches)
+    assert one[0] == two[0]
+    if not parallel:
+        assert one == two
+    skipped = 3 if not parallel else 1  # of the first period the second
+    assert (one[0]["tokens"], one[0]["skipped_steps"]) == (3072, skipped)
+    assert all(map(math.isfinite, one[1].values()))
+    assert one[0]["firings"]["c"] == 2

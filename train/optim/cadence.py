@@ -26,6 +26,7 @@ period is its context. The paper leaves the rest open; decided here:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.optim.finite import NonFinite, OverflowedError, Trial, check_sums, may_overflow, most
 from train.optim.level import START, Level
 from train.optim.newton_schulz import local
-from train.optim.norms import Norms, all_finite
+from train.optim.norms import Norms
 from train.parallel.placement import Stored, in_memory, placed
 from train.parallel.reduction import GradientReduction
 
@@ -57,20 +59,6 @@ class StepReport:
     grad_norm: float
     level_norms: dict[str, float]
     learning_rates: dict[str, float]
-
-
-@dataclass(frozen=True)
-class NonFinite:
-    """Where an infinite or NaN number appeared; no levels: in the loss or the carried state."""
-
-    ranks: list[int]
-    levels: list[str]
-
-    def __str__(self) -> str:
-        what = "loss or the carried state"
-        if self.levels:
-            what = f"gradient of level {', '.join(self.levels)}"
-        return f"the {what} is not finite on rank {', '.join(map(str, self.ranks))}"
 
 
 class Cadence:
@@ -102,6 +90,7 @@ class Cadence:
             p for live in self._live for p in (live, start_of.get(live)) if p is not None
         ]
         self._with_gradient: set[nn.Parameter] | None = None
+        self._most = {level.name: 0.0 for level in levels}  # of this step's numbers, all ranks'
 
     def gradients(self) -> list[Tensor]:
         """What this rank has of this step's, before `agree` looks at them."""
@@ -116,16 +105,17 @@ class Cadence:
         """
         ranks, world = self.reduction.ranks, self.reduction.world
         present = [float(parameter.grad is not None) for parameter in self._live]
-        bad_levels = [float(not all_finite(level.parameters.values())) for level in self.levels]
-        bad = any(bad_levels) or not torch.tensor(list(numbers)).isfinite().all()
+        own = [most(level, self.state) for level in self.levels]
+        bad = not all(map(math.isfinite, [*own, *numbers]))
         bad_ranks = [float(bad and rank == world.rank) for rank in range(world.size)]
-        told = [*bad_levels, *bad_ranks, *numbers]
+        told = [*own, *bad_ranks, *numbers]
         if ranks.size == world.size:
             sums = iter(world.sum([*present, *told]))
         else:  # stages of a pipeline have different parameters
             sums = iter([*ranks.sum(present), *world.sum(told)])
         self._with_gradient = {p for p in self._live if next(sums) > 0}
-        levels = [level.name for level in self.levels if next(sums) > 0]
+        self._most = {level.name: next(sums) for level in self.levels}
+        levels = [name for name, size in self._most.items() if not math.isfinite(size)]
         where = [rank for rank in range(world.size) if next(sums) > 0]
         return list(sums), NonFinite(where, levels) if where else None
 
@@ -142,17 +132,23 @@ class Cadence:
         firing: names of the levels that fire; rate: a level's learning rate by its name;
         clock_tokens: the token count now, for optimizers that keep a slow momentum. Gradients are
         consumed. Raises FloatingPointError, with weights and accumulators untouched, when a
-        gradient is not finite on any rank; with weights untouched, when what fires has a sum that
-        is not, of gradients that were.
+        gradient is not finite on any rank; OverflowedError, on all ranks alike, when a sum of
+        finite ones is not. That step is then to be dropped.
         """
         if tokens <= 0:
             raise ValueError("a step needs at least one token that counts in the loss")
         if self._with_gradient is None and (problem := self.agree()[1]):
             self._with_gradient = None
             raise FloatingPointError(str(problem))
+        trial = Trial(self.state, self.levels) if may_overflow(self.levels, self._most) else None
         contributions = [self._contributions(level, firing) for level in self.levels]
         self._with_gradient = None
-        return self._advance(firing, tokens, contributions, rate, clock_tokens)
+        try:
+            return self._advance(firing, tokens, contributions, rate, clock_tokens, trial)
+        except OverflowedError:
+            if trial is not None:
+                self.state = trial.undo()
+            raise
 
     def drop(self) -> None:
         """Forget this step's gradients: nothing moves, and no accumulator has seen them."""
@@ -163,11 +159,12 @@ class Cadence:
     @torch.no_grad()
     def flush(self, rate: Callable[[str], float], clock_tokens: int = 0) -> StepReport | None:
         """Fire every level that has gradients pending, as if its period ended now; None when
-        nothing is."""
+        nothing is. Raises OverflowedError, with no weight moved, when a sum of them overflows."""
         pending = {level.name for level in self.levels if _pending(level)}
         if not pending:
             return None
         nothing: list[Contributions] = [[None] * len(level.parameters) for level in self.levels]
+        self._most = dict.fromkeys(self._most, 0.0)
         return self._advance(pending, 0, nothing, rate, clock_tokens)
 
     @property
@@ -200,14 +197,16 @@ class Cadence:
         contributions: list[Contributions],
         rate: Callable[[str], float],
         clock_tokens: int,
+        trial: Trial | None = None,
     ) -> StepReport:
-        """Accumulate or fire every level, given its contributions of `tokens` tokens."""
+        """Accumulate or fire every level, given its contributions of `tokens` tokens; in a trial,
+        look at all sums before a weight is moved."""
         moving: list[tuple[str, Level]] = []
         for level, given in zip(self.levels, contributions, strict=True):
             alone = self._fires_alone(level, firing)
-            level.tokens += tokens
+            level.take(tokens, self._most[level.name])
             if level.start is not None:
-                level.start.tokens += tokens
+                level.start.take(tokens, self._most[level.name])
                 if level.reset_by in firing:
                     self._forget(level)
                     self._ready(level.start, given, alone)
@@ -220,11 +219,13 @@ class Cadence:
             else:
                 self._accumulate(level, given)
         norm, level_norms = self._clip([level for _, level in moving])
+        held = None if trial is None else self.state
+        check_sums(self.levels, norm, level_norms, held, self.reduction.world)
         rates = {}
         for name, level in moving:
             rates[level.name] = rate(name)
             level.step(rates[level.name], clock_tokens)
-            level.tokens = 0
+            level.empty()
         for level in self.levels:
             if level.reset_by in firing:
                 for live, start in level.pairs():
@@ -235,7 +236,7 @@ class Cadence:
         """Drop the gradients that a level holds: its context ends now, and theta0 has them."""
         for parameter in level.parameters.values():
             self.state.pop(parameter, None)
-        level.tokens = 0
+        level.empty()
 
     def _accumulate(self, level: Level, contributions: Contributions) -> None:
         """Add to the accumulators; they may keep the tensors given."""
@@ -284,11 +285,6 @@ class Cadence:
                 norms |= self.norms.of(own)
         parameters = [parameter for parameter in self._ordered if parameter in norms]
         norm = self.norms.total({parameter: norms[parameter] for parameter in parameters})
-        if not torch.tensor(norm).isfinite():
-            raise FloatingPointError(
-                f"a sum of finite gradients overflowed, norms by level {level_norms}; no weight "
-                "was moved: lower optimizer.lr and go on from a checkpoint before it"
-            )
         if norm > self.clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, torch.tensor(norm))
         return norm, level_norms
@@ -340,7 +336,7 @@ class Cadence:
             name, _, part = full_name.rpartition("/")
             remaining.setdefault(name, {})[part] = value
         for key, level in self._parts():
-            level.tokens = plain["tokens"].get(key, 0)
+            level.tokens, level.bound = plain["tokens"].get(key, 0), None
             for optimizer in level.optimizers:
                 optimizer.state.clear()
             for name, parameter in level.parameters.items():

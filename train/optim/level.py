@@ -28,8 +28,13 @@ class Level:
     accumulator_device: AccumulatorDevice = "same"
     clip_norm: float | None = None
     tokens: int = 0  # in the accumulator
+    bound: float | None = 0.0  # of its numbers, whatever the rank; None: they are not known yet
     start: Level | None = None
     reset_by: str | None = None
+
+    def with_start(self) -> list[Level]:
+        """This level, and its start if it has one."""
+        return [self] if self.start is None else [self, self.start]
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Every parameter with its start; empty for a level without one."""
@@ -50,6 +55,15 @@ class Level:
         for optimizer in self.optimizers:
             if any(parameter is p for group in optimizer.param_groups for p in group["params"]):
                 optimizer.state[parameter] = state
+
+    def take(self, tokens: int, largest: float) -> None:
+        """Count gradients of so many tokens, whose sum over the ranks has no larger number."""
+        self.tokens += tokens
+        self.bound = (self.bound or 0.0) + largest
+
+    def empty(self) -> None:
+        """Count nothing any more."""
+        self.tokens, self.bound = 0, 0.0
 
     def step(self, lr: float, clock_tokens: int) -> None:
         """Let the optimizers take a step on `.grad`, at token count `clock_tokens`."""

@@ -11,16 +11,6 @@ from torch.distributed.tensor import DTensor
 from train.parallel.mesh import Mesh
 
 
-def all_finite(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether every number of this rank's gradients is finite; no communication."""
-    grads = [p.grad for p in parameters if p.grad is not None]
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    filled = [tensor for tensor in local if tensor.numel() > 0]
-    if not filled:
-        return True
-    return bool(torch.stack(torch._foreach_norm(filled, float("inf"))).isfinite().all())
-
-
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """The Euclidean norm of the gradient of each parameter that has one; scalars."""
     grads = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}

@@ -23,8 +23,9 @@ from torch.distributed.tensor import Shard as Divided
 from hope.config import HopeConfig
 from hope.sharding import Placement, Replicate, Shard, local_part
 from train.optim.build import elementwise
-from train.optim.cadence import ACCUMULATOR, Cadence, NonFinite, StepReport
+from train.optim.cadence import ACCUMULATOR, Cadence, StepReport
 from train.optim.config import OptimizerConfig
+from train.optim.finite import NonFinite
 from train.optim.level import Level
 from train.optim.levels import periods
 from train.optim.norms import Norms, norm_of_each
@@ -261,7 +262,7 @@ class ZeroCadence(Cadence):
             name, _, part = full_name.rpartition("/")
             remaining.setdefault(name, {})[part] = value
         for level in self.levels:
-            level.tokens = plain["tokens"].get(level.name, 0)
+            level.tokens, level.bound = plain["tokens"].get(level.name, 0), None
             for optimizer in level.optimizers:
                 optimizer.state.clear()
             for key, partition in level.parameters.items():
