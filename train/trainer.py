@@ -338,8 +338,8 @@ class Trainer:
         if self.store.still_there is not None:
             raise SaveError(f"can't set aside what is after it: {self.store.still_there}")
 
-    def load(self, folder: Any) -> None:
-        """Take up what a checkpoint holds, whatever this one is in; set later ones aside."""
+    def load(self, folder: Any, rewind: bool = True) -> None:
+        """Take up what a checkpoint holds, whatever this one is in; rewind: later ones go aside."""
         self.carried, self.last_evaluation = None, None
         plain = self.store.plain(folder)
         try:
@@ -352,7 +352,7 @@ class Trainer:
         except (LookupError, TypeError, AttributeError) as error:
             reason = f"it does not hold what a run needs ({type(error).__name__}: {error})"
             raise CheckpointError(f"{folder} can't be resumed: {reason}") from error
-        if later := self.store.rewind_to(folder):
+        if rewind and (later := self.store.rewind_to(folder)):
             when = f" at the next save ({self.store.still_there})" if self.store.still_there else ""
             told.append(f"set aside what is after {folder.name}{when}: {', '.join(later)}")
         if (code := plain.get("code")) != code_version():
