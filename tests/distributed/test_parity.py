@@ -97,17 +97,25 @@ def test_no_schedule_runs_a_recurrence_twice() -> None:
     assert found == [[{"forward": 8, "backward": 8}] * len(layouts)] * 2
 
 
+SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv")
+
+
 def random_layouts(count: int, seed: int) -> list[tuple[str, int, dict[str, Any]]]:
-    """Possible ones, drawn among all axes, models and options."""
+    """Possible ones, drawn among all axes, models and options.
+
+    What is drawn first is kept until the rest fits it: a pipeline's schedule, or none. Drawn with
+    the rest, those with two stages a rank would be as rare as layouts that they are possible in.
+    """
     rng, found = random.Random(seed), []
+    schedule = rng.choice((None, None, None, *SCHEDULES))
     while len(found) < count:
         model, world = rng.choice(list(MODELS)), rng.choice((2, 4, 4, 8))
-        sizes = {axis: rng.choice((1, 1, 2, 4)) for axis in ("pp", "tp", "cp", "dp_shard")}
-        schedules = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv")
+        sizes = {axis: rng.choice((1, 1, 2, 4)) for axis in ("tp", "cp", "dp_shard")}
         raw = {
             **sizes,
+            "pp": 1 if schedule is None else rng.choice((2, 4)),
             "dp_replicate": -1,
-            "schedule": rng.choice(schedules) if sizes["pp"] > 1 else "1f1b",
+            "schedule": schedule or "1f1b",
             "micro_batches": rng.choice((1, 2, 4)),
             "sequence_parallel": sizes["tp"] > 1 and rng.random() < 0.5,
             "activation_checkpointing": rng.choice(("none", "none", "selective", "full")),
@@ -118,12 +126,23 @@ def random_layouts(count: int, seed: int) -> list[tuple[str, int, dict[str, Any]
         except ConfigError:
             continue
         found.append((model, world, raw))
+        schedule = rng.choice((None, None, None, *SCHEDULES))
     return found
+
+
+RANDOM_SEEDS = range(5)
+
+
+def test_random_layouts_have_every_schedule() -> None:
+    """Ten layouts of each of the seeds below: a fair share of each would be six."""
+    drawn = [raw for seed in RANDOM_SEEDS for _, _, raw in random_layouts(10, seed)]
+    counts = Counter(raw["schedule"] for raw in drawn if raw["pp"] > 1)
+    assert all(counts[schedule] >= 3 for schedule in SCHEDULES), counts
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", RANDOM_SEEDS)
 def test_random_layouts_follow_one_process(seed: int) -> None:
     groups: dict[tuple[str, int], dict[str, RunConfig]] = {}
     for model, world, layout in random_layouts(10, seed):
