@@ -25,7 +25,7 @@ from data_pipeline import Batch
 from data_pipeline.loader import rows_of_rank
 from tools import parity
 from tools.figures import add_figures, table
-from tools.peak_memory import CASES, prediction_errors
+from tools.peak_memory import CASES, DEEPSPEED_CASES, prediction_errors
 from tools.processes import run
 from train.clock import TokenClock
 from train.config import RunConfig, validate_config
@@ -231,12 +231,14 @@ def report_bubbles(sizes: tuple[int, int, int]) -> dict[str, float]:
 
 def report_memory() -> dict[str, float]:
     worst, rows = 0.0, []
-    for number, (world, parallel, model) in enumerate(CASES, start=1):
-        errors = prediction_errors(world, parallel, **model)
+    cases = [(world, 0, parallel, model) for world, parallel, model in CASES] + DEEPSPEED_CASES
+    for number, (world, stage, parallel, model) in enumerate(cases, start=1):
+        errors = prediction_errors(world, parallel, stage, **model)
         error = max(errors, key=abs)
         worst = max(worst, abs(error))
-        rows.append([f"{world}: {parallel | model}", f"{100 * error:+.1f} %"])
-        print(f"memory: {number} of {len(CASES)} cases", file=sys.stderr)
+        engine = f"ZeRO {stage}, " if stage else ""
+        rows.append([f"{world}: {engine}{parallel | model}", f"{100 * error:+.1f} %"])
+        print(f"memory: {number} of {len(cases)} cases", file=sys.stderr)
     print(table(["peak memory, predicted over measured", "worst rank"], rows), "\n")
     return {"memory_prediction_error": worst}
 

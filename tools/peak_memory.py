@@ -72,15 +72,24 @@ def _resident(what: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {what}")
 
 
-def configuration(parallel: dict[str, Any], small: bool = False, **model: Any) -> dict[str, Any]:
-    """A run whose memory is some 100 to 200 MiB, far above what a process wavers by; small: the
-    same layout with a model of next to nothing. model: keys that differ."""
+def configuration(
+    parallel: dict[str, Any], small: bool = False, zero_stage: int = 0, **model: Any
+) -> dict[str, Any]:
+    """A run whose memory is some 100 to 300 MiB, far above what a process wavers by; small: the
+    same layout with a model of next to nothing. zero_stage: DeepSpeed's; 0: our own engine. model:
+    keys that differ."""
+    if small:
+        model = {key: value for key, value in model.items() if key not in ("dim", "vocab_size")}
     seq_len, rows, hidden = (64, 4, 16) if small else (256, 4, 256)
     levels = [
         {"name": "fast_level", "hidden_size": 2 * hidden},
         {"name": "slow", "hidden_size": hidden, "update_every_tokens": 2 * rows * seq_len},
     ]
+    engine: dict[str, Any] = {}
+    if zero_stage > 0:
+        engine = {"engine": "deepspeed", "deepspeed": {"zero_stage": zero_stage}}
     return {
+        **engine,
         "run_dir": "nowhere",
         "model": {
             "vocab_size": 64 if small else 2048,
@@ -109,16 +118,16 @@ def configuration(parallel: dict[str, Any], small: bool = False, **model: Any) -
     }
 
 
-def prediction_errors(world: int, parallel: dict[str, Any], **model: Any) -> list[float]:
+def prediction_errors(
+    world: int, parallel: dict[str, Any], zero_stage: int = 0, **model: Any
+) -> list[float]:
     """On each rank: predicted over measured peak memory, less one."""
-    big, small = configuration(parallel, **model), configuration(parallel, small=True, **model)
+    big, small = (configuration(parallel, one, zero_stage, **model) for one in (False, True))
     measured = run(world, peak_of_training, big, small, 2, seconds=600)
     config = validate_config(big, "measured")
     errors = []
     for rank, found in enumerate(measured):
-        predicted = dry_run(config, world, rank).memory
-        assert predicted is not None
-        errors.append(predicted.peak / found - 1)
+        errors.append(dry_run(config, world, rank).memory.peak / found - 1)
     return errors
 
 
@@ -148,3 +157,30 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}, {}),
 ]
 """Ranks, the section `parallel` and what differs in the model: every case that is measured."""
+
+BF16: dict[str, Any] = {"precision": "bf16"}
+WIDE: dict[str, Any] = {"mixer": "attention", "dim": 1024, "vocab_size": 512}
+"""A model whose parameters are more than its activations, when those are recomputed."""
+FULL: dict[str, Any] = {"micro_batches": 2, "activation_checkpointing": "full"}
+PIPELINE: dict[str, Any] = {"pp": 2, "micro_batches": 2}
+
+DEEPSPEED_CASES: list[tuple[int, int, dict[str, Any], dict[str, Any]]] = [
+    *((1, stage, parallel, {}) for stage in (1, 2, 3) for parallel in ({}, BF16)),
+    *((2, stage, parallel, {}) for stage in (1, 2, 3) for parallel in ({}, BF16)),
+    *((2, stage, FULL | one, WIDE) for stage in (1, 2, 3) for one in ({}, BF16)),
+    (2, 2, {"activation_checkpointing": "full"}, WIDE),
+    (2, 2, {"micro_batches": 2}, {}),
+    (2, 3, {"micro_batches": 2}, {}),
+    (2, 1, {"tp": 2, **BF16}, {}),
+    (2, 2, {"tp": 2, "sequence_parallel": True}, {}),
+    (2, 3, {"tp": 2}, {}),
+    (2, 1, PIPELINE, {}),
+    (2, 1, {"pp": 2, "micro_batches": 4, **BF16}, {}),
+    *((4, stage, parallel, {}) for stage in (1, 2, 3) for parallel in ({}, BF16)),
+    (4, 3, {"activation_checkpointing": "full"}, WIDE),
+    (4, 2, {"tp": 2}, {}),
+    (4, 3, {"tp": 2, "sequence_parallel": True}, {}),
+    (4, 1, {**PIPELINE, "tp": 2}, {}),
+    (4, 1, PIPELINE, {}),
+]
+"""Ranks, ZeRO's stage, the section `parallel` and what differs in the model, under DeepSpeed."""

@@ -48,6 +48,8 @@ MORE: list[Case] = [
     ("hope", 2, {"precision": "bf16"}),
     ("hope", 3, {"precision": "bf16", "micro_batches": 4}),
     ("hope", 1, {"pp": 2, "micro_batches": 2, "precision": "bf16"}),
+    ("hope", 1, {"tp": 2, "precision": "bf16"}),
+    ("hope", 3, {"tp": 2, "precision": "bf16", "sequence_parallel": True}),
 ]
 """Beside `tools.parity.DEEPSPEED_LAYOUTS`, which test_parity.py goes through."""
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tools.parity import FULL, LENGTH, ROWS, SP, STEP, make_batch, make_config
+from tools.parity import (
+    FULL,
+    LENGTH,
+    ROWS,
+    SP,
+    STEP,
+    deepspeed_config,
+    make_batch,
+    make_config,
+)
 from tools.processes import run
 from train.clock import TokenClock
-from train.dry_run.traffic import predict_traffic
+from train.config import RunConfig
+from train.dry_run.build import dry_run
 from train.engines import open_engine
 from train.optim.levels import periods
 from train.parallel.counting import CollectiveBytes
@@ -47,42 +59,45 @@ EIGHT: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def counted(
-    rank: int, model: str, layouts: list[dict[str, Any]], changes: dict[str, Any]
-) -> list[tuple[dict[str, float], dict[str, float]]]:
-    """(counted, predicted) of each layout: bytes by collective over a period of all levels."""
-    return [one(model, parallel, changes) for parallel in layouts]
+def counted(rank: int, configs: list[RunConfig]) -> list[dict[str, float]]:
+    """Of each configuration the bytes by collective over a period of all levels."""
+    return [one(config) for config in configs]
 
 
-def one(
-    model: str, parallel: dict[str, Any], changes: dict[str, Any]
-) -> tuple[dict[str, float], dict[str, float]]:
-    config = make_config(model, parallel, **{"model.cms.levels": LEVELS, **changes})
-    ranks = Ranks()
-    engine = open_engine(config, ranks)
+def one(config: RunConfig) -> dict[str, float]:
+    engine = open_engine(config, Ranks())
     cadence = engine.make_cadence()
     clock, carried = TokenClock(periods(config.model)), None
     rows = ROWS // engine.mesh.data.size
     first = engine.mesh.data.rank * rows
-    engine.forward_backward(make_batch(0, first, first + rows), None)  # pipelines shake hands once
-    cadence.drop()
+    for _ in range(2):  # pipelines shake hands, and ZeRO 3 learns the order of layers
+        engine.forward_backward(make_batch(0, first, first + rows), None)
+        cadence.agree()
+        cadence.drop()
     with CollectiveBytes() as found:
         for step in range(PERIOD):
             batch = make_batch(step, first, first + rows)
             loss, carried = engine.forward_backward(batch, carried)
             valid = engine.spoken_for(batch.labels).numel()
-            cadence.agree([loss, valid])
+            cadence.agree([loss, valid, 0.0, 0.0])  # as many numbers as the trainer tells
             cadence.step(clock.advance(STEP), STEP, lambda _: 0.0, clock.tokens)
-    expected: Counter[str] = Counter()
-    for (_, collective), size in predict_traffic(config, engine.mesh, numbers=2).items():
-        expected[collective] += PERIOD * size
-    return dict(found.bytes), dict(expected)
+    return {name: size for name, size in found.bytes.items() if size}
+
+
+def check(world: int, configs: dict[str, RunConfig]) -> None:
+    """What every rank counts is what a dry run says of it."""
+    answers = run(world, counted, list(configs.values()), seconds=300)
+    for number, (name, config) in enumerate(configs.items()):
+        for rank in range(world):
+            expected: Counter[str] = Counter()
+            for (_, collective), size in dry_run(config, world, rank).traffic.items():
+                expected[collective] += PERIOD * size  # type: ignore[assignment]
+            assert answers[rank][number] == pytest.approx(dict(+expected)), (name, rank)
 
 
 def compare(world: int, model: str, layouts: list[dict[str, Any]], **changes: Any) -> None:
-    for answers in run(world, counted, model, layouts, changes, seconds=300):
-        for layout, (found, expected) in zip(layouts, answers, strict=True):
-            assert found == pytest.approx(expected), layout
+    changes = {"model.cms.levels": LEVELS, **changes}
+    check(world, {str(layout): make_config(model, layout, **changes) for layout in layouts})
 
 
 @pytest.mark.parametrize("model", ["hope", "hope-attention"])
@@ -105,6 +120,72 @@ def test_formula_of_other_modes(mode: str) -> None:
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zero-bubble", "zbv"])
 def test_formula_of_schedules(schedule: str) -> None:
     compare(2, "hope", [{"pp": 2, "micro_batches": 4, "schedule": schedule}])
+
+
+BF16: dict[str, Any] = {"precision": "bf16"}
+ZERO: list[tuple[int, dict[str, Any]]] = [
+    *((stage, {"micro_batches": 2, **one}) for stage in (1, 2, 3) for one in ({}, BF16)),
+    (2, {"tp": 2, **SP}),
+    (3, {"tp": 2, **BF16}),
+    (1, {"pp": 2, "micro_batches": 2}),
+]
+"""ZeRO's stage and the section `parallel`."""
+ZERO_ON_FOUR: list[tuple[int, dict[str, Any]]] = [
+    (1, {"pp": 2, "tp": 2, "micro_batches": 2}),
+    (1, {"pp": 2, "tp": 2, "micro_batches": 2, **SP, **BF16}),
+    (1, {"pp": 2, "micro_batches": 4, **BF16}),
+    (1, {"tp": 2, **SP}),
+    (1, {"tp": 2, **BF16}),
+    (2, {"tp": 2, **BF16}),
+    (3, {"tp": 2, **SP}),
+    (3, {}),
+]
+
+
+def compare_zero(world: int, cases: list[tuple[int, dict[str, Any]]], **changes: Any) -> None:
+    changes = {"model.cms.levels": LEVELS, **SMALL, **changes}
+    configs = {str(case): deepspeed_config("hope", *case, **changes) for case in cases}
+    check(world, configs)
+
+
+def test_formula_of_deepspeed_on_two_ranks() -> None:
+    compare_zero(2, ZERO)
+
+
+@pytest.mark.slow
+def test_formula_of_deepspeed_on_four_ranks() -> None:
+    compare_zero(4, ZERO_ON_FOUR)
+
+
+KNOBS: list[tuple[int, dict[str, Any]]] = [
+    (2, {"reduce_bucket_size": 3000}),
+    (2, {"use_multi_rank_bucket_allreduce": False}),
+    (2, {"reduce_scatter": False}),
+    (3, {"reduce_bucket_size": 3000}),
+    (3, {"reduce_scatter": False}),
+    (3, {"param_persistence_threshold": 200}),
+    (3, {"param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}),
+    (3, {"param_persistence_threshold": 200, "max_reuse_distance": 0, "prefetch_bucket_size": 0}),
+    (3, {"param_persistence_threshold": 0, "max_reuse_distance": 9000, "prefetch_bucket_size": 99}),
+    (3, {"param_persistence_threshold": 0, "max_reuse_distance": 0, "max_live_parameters": 12000}),
+]
+"""ZeRO's stage and what a user's DeepSpeed file says of its buckets."""
+
+
+def test_formula_of_deepspeed_with_buckets_of_a_users_own(tmp_path: Path) -> None:
+    """Layers are 8,664 numbers each; what ZeRO 3 lets go of after forward it gathers again."""
+    changes: dict[str, Any] = {"model.cms.levels": LEVELS, **SMALL}
+    configs = {}
+    for number, (stage, keys) in enumerate(KNOBS):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps({"zero_optimization": keys}))
+        configs[str(keys)] = deepspeed_config(
+            "hope", stage, {"micro_batches": 2}, **changes, **{"deepspeed.config": str(path)}
+        )
+    path.write_text(json.dumps({"zero_optimization": {"param_persistence_threshold": 0}}))
+    untied = {**changes, "model.tie_embeddings": False}
+    configs["untied"] = deepspeed_config("hope", 3, **untied, **{"deepspeed.config": str(path)})
+    check(2, configs)
 
 
 def test_adding_up_at_the_update_saves_what_the_formula_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch.distributed as dist
 import yaml
 
 from hope import HopeModel
-from tools.parity import STEP, make_config
+from tools.parity import STEP, deepspeed_config, make_config
 from train.__main__ import main
+from train.config import RunConfig
 from train.dry_run.build import dry_run, fake_ranks
 from train.dry_run.memory import (
     Action,
@@ -23,10 +25,12 @@ from train.dry_run.memory import (
 from train.dry_run.report import size
 from train.dry_run.tracing import LiveBytes, PartBytes
 from train.dry_run.traffic import steps_of_periods
+from train.dry_run.zero import DEFAULTS, Gathers, Lines, gathers
 from train.optim.build import build_cadence
 from train.optim.cadence import ACCUMULATOR
 from train.parallel.counting import CollectiveBytes
 from train.parallel.mesh import alone
+from train.zero.cadence import Group
 
 CONFIG = "configs/quickstart.yaml"
 BIG = [
@@ -59,16 +63,76 @@ def test_a_rank_of_1024_is_built_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_under_deepspeed_no_numbers_of_our_own_engine_are_printed(
+def test_under_deepspeed_it_is_deepspeeds_numbers_that_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--dry-run", "--world-size", "4", f"run_dir={tmp_path}", "model.vocab_size=1024"]
     options += ["engine=deepspeed", "parallel.tp=2"]
-    assert main([CONFIG, *options, "deepspeed.zero_stage=3"]) == 0
-    printed = capsys.readouterr().out
-    assert "rank 0 of 4: dp_replicate=2 tp=2" in printed
-    assert printed.endswith("memory and bytes sent are predicted for engine=native alone\n")
-    assert "weights" not in printed
+    printed = []
+    for stage in (1, 3):
+        assert main([CONFIG, *options, f"deepspeed.zero_stage={stage}"]) == 0
+        printed.append(capsys.readouterr().out)
+        assert "rank 0 of 4: dp_replicate=2 tp=2" in printed[-1]
+    parameters = [re.search(r"parameters +([\d,]+) of", text) for text in printed]
+    assert parameters[0] is not None
+    assert parameters[0][1] == parameters[1][1]  # type: ignore[index]
+    assert "  dp   all-reduce" in printed[0]
+    assert "  dp   reduce-scatter" in printed[1]
+    assert all("  optimizer" in text and "  tp   all-reduce" in text for text in printed)
+
+
+def zero(stage: int, parallel: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    return deepspeed_config("hope", stage, {"dp_replicate": -1, **(parallel or {})}, **changes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero_stages_divide_more_and_more(precision: str) -> None:
+    """Bytes a rank of four holds, of P parameters in lines of F numbers."""
+    runs = [dry_run(zero(stage, {"precision": precision}), 4, 1) for stage in (1, 2, 3)]
+    number = 2 if precision == "bf16" else 4
+    parameters = runs[0].parameters
+    assert [run.own_parameters for run in runs] == [parameters] * 3
+    one, two, three = (run.memory for run in runs)
+    assert one.weights == two.weights
+    assert one.weights == pytest.approx((number + 1) * parameters, rel=0.01)
+    # All of them are small enough to be kept whole in stage 3, too.
+    assert three.weights == pytest.approx((number / 4 + 1 + number) * parameters, rel=0.01)
+    assert one.optimizer == pytest.approx(2 * parameters, rel=0.01)
+    assert one.gradients > two.gradients == 0
+    assert two.accumulators == one.accumulators
+
+
+def test_a_bucket_costs_what_is_written_to_it_on_a_cpu_and_all_of_it_elsewhere() -> None:
+    """DeepSpeed's default is 5e8 numbers."""
+    for stage in (1, 2, 3):
+        host, device = (dry_run(zero(stage), 2, 0, kind).memory for kind in ("cpu", "cuda"))
+        assert host.step_buffers < 10**6
+        assert device.step_buffers == pytest.approx(4 * 5e8, rel=0.01)
+
+
+def test_deepspeeds_own_values_are_those_it_has() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = DeepSpeedZeroConfig()
+    for key, value in DEFAULTS.items():
+        assert key == "overlap_comm" or getattr(theirs, key) == value, key
+
+
+def test_what_stage_3_gathers_by_hand() -> None:
+    """Token vectors of 20 numbers, which are the head too, two layers of 100, a norm of 10."""
+    sizes = {"embedding.weight": 20, "layers.0.a": 60, "layers.0.b": 40, "layers.1.a": 100}
+    sizes["norm.weight"] = 10
+    lines = Lines([Group("fast", 0.0, list(sizes))], sizes, set(), 3, 2, 0)
+    whole = {**DEFAULTS, "param_persistence_threshold": 0}
+    assert gathers(lines, whole) == Gathers(sent=230, alive=230)
+    # Nothing is kept for backward: all but what was whole at the end is gathered twice.
+    strict = {**whole, "max_reuse_distance": 0, "prefetch_bucket_size": 0}
+    assert gathers(lines, strict) == Gathers(sent=460, alive=120)
+    # The second layer comes again after the norm's 10 numbers, the first after 110.
+    assert gathers(lines, {**strict, "max_reuse_distance": 50}) == Gathers(sent=330, alive=130)
+    # The norm is kept whole all the time, as everything is by DeepSpeed's own threshold.
+    assert gathers(lines, {**strict, "param_persistence_threshold": 10}).sent == 440
+    assert gathers(lines, DEFAULTS).sent == 0
 
 
 def test_the_vocabulary_comes_from_the_data_where_there_is_some(
@@ -233,7 +297,9 @@ def test_collectives_are_counted_by_ring_algorithms_and_unknown_ones_refused() -
         dist.broadcast(tensor, 0)
         dist.all_gather([torch.ones(10) for _ in range(4)], tensor)
         dist.send(tensor, 1)
-        assert counted.bytes == {"all-reduce": 60, "broadcast": 30, "all-gather": 120, "send": 40}
-        assert sum(counted.calls.values()) == 4
-        with pytest.raises(AssertionError, match="not counted: c10d::reduce_"):
-            dist.reduce(tensor, 0)
+        dist.reduce(tensor, 0)
+        expected = {"all-reduce": 60, "broadcast": 30, "reduce": 30, "all-gather": 120, "send": 40}
+        assert counted.bytes == expected
+        assert sum(counted.calls.values()) == 5
+        with pytest.raises(AssertionError, match="not counted: c10d::gather_"):
+            dist.gather(tensor, [torch.ones(10) for _ in range(4)], 0)

@@ -33,7 +33,11 @@ from train.dry_run.memory import (
 )
 from train.dry_run.tracing import PartBytes, trace_part
 from train.dry_run.traffic import Traffic, local_shapes, predict_traffic, steps_of_periods
+from train.dry_run.zero import buckets_of, lines_of
+from train.dry_run.zero_memory import Zero, zero_memory
+from train.dry_run.zero_traffic import predict_zero_traffic
 from train.engines import layout_of
+from train.engines.deepspeed import make_local, part_of
 from train.evaluate.perplexity import summed_loss
 from train.parallel.carried import spec_of, state_of
 from train.parallel.layout import Layout
@@ -42,23 +46,21 @@ from train.parallel.parallelize import PRECISIONS, parallelize
 from train.parallel.part import Part
 from train.parallel.pipeline import Pipeline, in_halves
 from train.parallel.ranks import Ranks
+from train.parallel.stages import layers_of_rank
 from train.parallel.tensor import loss_over
 
 
 @dataclass(frozen=True)
 class DryRun:
-    """What rank `rank` of `layout` is: its layers, parameters, bytes in memory and bytes sent.
-
-    memory, traffic: None under DeepSpeed, which divides, buffers and sends in ways of its own.
-    """
+    """What rank `rank` of `layout` is: its layers, parameters, bytes in memory and bytes sent."""
 
     layout: Layout
     rank: int
     layers: list[range]
     parameters: int  # numbers of them in the whole model
     own_parameters: int  # ... on this rank
-    memory: Memory | None
-    traffic: Traffic | None
+    memory: Memory
+    traffic: Traffic
 
 
 @contextmanager
@@ -83,23 +85,33 @@ def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") 
 
     device: the type of device that the memory is predicted for ("cpu" or "cuda").
     """
-    layout, ours = layout_of(config, world_size), config.engine == "native"
+    layout = layout_of(config, world_size)
     with fake_ranks(world_size, rank) as ranks:
         mesh = make_mesh(layout, ranks)
-        parts = parallelize(config.model, config.parallel, mesh, config.data.seq_len)
+        under_deepspeed = config.engine == "deepspeed"
+        if under_deepspeed:
+            parts = [_part_of_deepspeed(config, mesh)]
+        else:
+            parts = parallelize(config.model, config.parallel, mesh, config.data.seq_len)
         named: dict[str, Tensor] = {
             name: parameter.detach()
             for part in parts
             for name, parameter in part.model.named_parameters()
         }
+        if under_deepspeed:
+            memory = predict_zero_memory(config, mesh, parts[0], device)
+            traffic = predict_zero_traffic(config, mesh, lines_of(config, mesh, parts[0]))
+        else:
+            memory = predict_memory(config, mesh, parts, named, device)
+            traffic = predict_traffic(config, mesh)
         return DryRun(
             layout=layout,
             rank=rank,
             layers=[part.layers for part in parts],
             parameters=num_parameters(config.model),
             own_parameters=sum(local(one).numel() for one in named.values()),
-            memory=predict_memory(config, mesh, parts, named, device) if ours else None,
-            traffic=predict_traffic(config, mesh) if ours else None,
+            memory=memory,
+            traffic=traffic,
         )
 
 
@@ -109,7 +121,7 @@ def predict_memory(
     """Bytes by kind at the peak of a step of this rank."""
     every = steps_of_periods(config)
     held = held_bytes(config, mesh, named, every)
-    traces = [_trace(config, mesh, layers, device) for layers in (part.layers for part in parts)]
+    traces = [_trace_of_layers(config, mesh, part.layers, device) for part in parts]
     actions = _actions(config, mesh, parts)
     sharded = mesh.layout.sharded
     reduced = held["gradients"] if sharded and mesh.layout.pp == 1 else 0
@@ -121,6 +133,31 @@ def predict_memory(
         step_buffers=_step_buffers(config, mesh, parts),
         update=update_buffers(config, mesh, named, every),
     )
+
+
+def predict_zero_memory(config: RunConfig, mesh: Mesh, part: Part, device: str) -> Memory:
+    """Bytes by kind at the peak of a step of this rank under DeepSpeed."""
+    precision, count = _activations(config), config.parallel.micro_batches
+    zero = Zero(
+        lines_of(config, mesh, part), buckets_of(config, mesh), precision.itemsize, count, device
+    )
+    piped = mesh.layout.pp > 1
+    released = (lambda _: True) if zero.leaves_at_once else None
+    trace = _trace(config, mesh, part.to(precision), device, released, piped)
+    buffers = 0
+    if piped:
+        ahead = min(count, mesh.layout.pp - mesh.pp.rank)
+        kept = (not part.first) * (1 + 2 * max(2, ahead)) + (not part.last)
+        buffers = kept * _activation_bytes(config, mesh)
+    actions = _actions(config, mesh, [part])
+    return zero_memory(config, zero, actions, trace, _carried_bytes(config, mesh, [part]), buffers)
+
+
+def _part_of_deepspeed(config: RunConfig, mesh: Mesh) -> Part:
+    (layers,) = layers_of_rank(config.model, config.parallel, mesh, config.data.seq_len)
+    part = part_of(config, mesh, layers)
+    make_local(part.model)
+    return part
 
 
 def _rows(config: RunConfig, mesh: Mesh) -> int:
@@ -156,10 +193,9 @@ def _carried_bytes(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:
     return sum(_state_bytes(config, mesh, part.layers, rows) for part in parts)
 
 
-def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartBytes:
+def _trace_of_layers(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartBytes:
     """A micro-batch of a part as this rank has it, without what FSDP2 and neighbours add."""
     layout, parallel, sharded = mesh.layout, config.parallel, mesh.layout.sharded
-    precision = _activations(config)
     changes: dict[str, Any] = {"compile": False}
     if sharded:
         changes["precision"] = "fp32"
@@ -170,7 +206,24 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
     built = parallelize(config.model, plain, here, config.data.seq_len)
     (part,) = [one for one in built if one.layers == layers]
     if sharded:
-        part.to(precision)
+        part.to(_activations(config))
+    released = None
+    if sharded and layout.pp == 1:
+        released = lambda name: name.startswith("layers.")  # noqa: E731
+    piped = layout.pp > 1
+    return _trace(config, mesh, part, device, released, piped, piped and in_halves(parallel, part))
+
+
+def _trace(
+    config: RunConfig,
+    mesh: Mesh,
+    part: Part,
+    device: str,
+    released: Callable[[str], bool] | None,
+    piped: bool,
+    halves: bool = False,
+) -> PartBytes:
+    layout, parallel, precision = mesh.layout, config.parallel, _activations(config)
     rows, length = _micro_rows(config, mesh), config.data.seq_len // layout.cp
     meta = torch.device("meta")
     if part.first:
@@ -187,13 +240,8 @@ def _trace(config: RunConfig, mesh: Mesh, layers: range, device: str) -> PartByt
         labels = torch.empty(rows, length, dtype=torch.int64, device=meta)
         over = summed_loss if mesh.tensor is None else loss_over(mesh.tensor.get_group())
         loss = lambda logits: over(logits, labels)  # noqa: E731
-    part.before = before = _before(config, mesh, layers, rows)
+    part.before = before = _before(config, mesh, part.layers, rows)
     given = [] if before is None else list(before.named_tensors().values())
-    released = None
-    if sharded and layout.pp == 1:
-        released = lambda name: name.startswith("layers.")  # noqa: E731
-    piped = layout.pp > 1
-    halves = piped and in_halves(parallel, part)
     inputs = (x, torch.arange(rows), starts)
     native = device == "cpu" and config.model.titans.scan.implementation in ("auto", "native")
     scan = "native" if native and not why_not() else device

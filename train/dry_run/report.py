@@ -28,9 +28,6 @@ def describe(run: DryRun, device: str) -> str:
         f"layers        {layers}",
         f"parameters    {run.own_parameters:,} of {run.parameters:,}",
     ]
-    if run.memory is None or run.traffic is None:
-        lines.append("memory and bytes sent are predicted for engine=native alone")
-        return "\n".join(lines)
     return "\n".join([*lines, "", *_memory(run.memory, device), "", *_traffic(run.traffic)])
 
 

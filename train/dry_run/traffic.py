@@ -110,7 +110,8 @@ def predict_traffic(config: RunConfig, mesh: Mesh, numbers: int = TRAINERS_NUMBE
     sizes, layout = sizes_of(config, mesh), mesh.layout
     parts: list[Traffic] = []
     if layout.tp > 1:
-        parts.append(_tensor(config, mesh, sizes))
+        shard = layout.dp_shard * layout.cp if layout.sharded else 1
+        parts.append(tensor_traffic(config, mesh, sizes, _replicated(sizes, shard)))
     if layout.pp > 1:
         parts.append(_pipeline(config, mesh, sizes))
     if layout.cp > 1:
@@ -124,7 +125,18 @@ def predict_traffic(config: RunConfig, mesh: Mesh, numbers: int = TRAINERS_NUMBE
     return Traffic(float, {key: number for part in parts for key, number in part.items()})
 
 
-def _tensor(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+def _replicated(sizes: Sizes, shard: int) -> int:
+    """Numbers of this rank's share of the parameters that all tensor-parallel ranks have alike."""
+    found = 0
+    for part, shapes in zip(sizes.parts, sizes.shapes, strict=True):
+        plan = part.shard_plan()
+        alike = [prod(shapes[n]) for n, where in plan.items() if isinstance(where, Replicate)]
+        found += sum(-(-n // shard) for n in alike)
+    return found
+
+
+def tensor_traffic(config: RunConfig, mesh: Mesh, sizes: Sizes, partial: int) -> Traffic:
+    """Tensor parallelism. partial: numbers whose gradients sequence parallelism leaves in parts."""
     found = Traffic(float)
     tp, sequence = mesh.layout.tp, config.parallel.sequence_parallel
     whole = sizes.tokens * config.model.dim * sizes.itemsize
@@ -134,7 +146,7 @@ def _tensor(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     def add(collective: str, times: float, size: float = whole) -> None:
         found["tp", collective] += times * sent(collective, tp, size)
 
-    for own, part, shapes in zip(sizes.layers, sizes.parts, sizes.shapes, strict=True):
+    for own in sizes.layers:
         layers, first, last = len(own), own.start == 0, own.stop == config.model.num_layers
         # Of what is computed again, the layer's last sum is in no derivative.
         again = layers * (levels + (config.model.cms.mode == "independent")) if recomputed else 0
@@ -143,14 +155,12 @@ def _tensor(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
             ends = int(first) + int(last)
             add(REDUCE_SCATTER, 2 * inside + ends + again)
             add(ALL_GATHER, 2 * inside + ends + (inside if recomputed else 0))
-            plan = part.shard_plan()
-            alike = [prod(shapes[n]) for n, where in plan.items() if isinstance(where, Replicate)]
-            shard = mesh.layout.dp_shard * mesh.layout.cp if mesh.layout.sharded else 1
-            add(ALL_REDUCE, 1, sum(-(-n // shard) for n in alike) * GRADIENT)
         else:
             add(ALL_REDUCE, 2 * inside + int(first) + int(last) + again)
         if last:
             add(ALL_REDUCE, 3, sizes.tokens * GRADIENT)
+    if sequence:
+        add(ALL_REDUCE, 1, partial * GRADIENT)
     return found
 
 

@@ -59,13 +59,13 @@ class DeepSpeedEngine(EngineParts):
     ) -> None:
         library = open_deepspeed()
         (layers,) = layers_of_rank(config.model, config.parallel, mesh, config.data.seq_len)
-        part = _part(config, mesh, layers)
+        part = part_of(config, mesh, layers)
         super().__init__(config, mesh, [part])
         value = None if initial is None else lambda name, _: initial[name]
         allocate(self.parts, mesh.device, value, config.seed)
         whole = {name: p.shape for name, p in part.model.named_parameters()}
         self._plan = part.model.shard_plan()
-        _make_local(part.model)
+        make_local(part.model)
         self.parameters = dict(part.model.named_parameters())
         self._groups = parameter_groups(config, self.parameters, unused_parameters(part.model))
         own = {name: parameter.shape for name, parameter in self.parameters.items()}
@@ -197,7 +197,7 @@ class DeepSpeedEngine(EngineParts):
             self._engine.step()
 
 
-def _part(config: RunConfig, mesh: Mesh, layers: range) -> Part:
+def part_of(config: RunConfig, mesh: Mesh, layers: range) -> Part:
     """This rank's part on the meta device, in the order of `train.parallel.parallelize`."""
     model = cut_layers(config.model, layers)
     if mesh.tensor is not None:
@@ -209,12 +209,18 @@ def _part(config: RunConfig, mesh: Mesh, layers: range) -> Part:
     return Part(model, layers)
 
 
-def _make_local(model: HopeModel) -> None:
-    """Replace DTensors by what this rank has of them: DeepSpeed lays plain numbers in a line."""
+def make_local(model: HopeModel) -> None:
+    """Replace DTensors by what this rank has of them: DeepSpeed lays plain numbers in a line.
+
+    It takes what is not marked as divided for the first tensor-parallel rank's to speak for, and
+    its BF16_Optimizer fails on a rank that has nothing to speak for.
+    """
     for name, parameter in list(model.named_parameters()):
         if isinstance(parameter, DTensor):
             path, _, own = name.rpartition(".")
             plain = nn.Parameter(parameter.to_local().detach())
+            divided = any(one.is_shard() for one in parameter.placements)
+            plain.tensor_model_parallel = divided  # type: ignore[attr-defined]
             model.get_submodule(path).register_parameter(own, plain)
 
 

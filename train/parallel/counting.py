@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
-ALL_TO_ALL, BROADCAST, SEND = "all-to-all", "broadcast", "send"
+ALL_TO_ALL, BROADCAST, REDUCE, SEND = "all-to-all", "broadcast", "reduce", "send"
 
 # Operator -> (what it is, which argument is the whole tensor, or all of them; None: the result).
 _OPERATORS: dict[str, tuple[str, int | None]] = {
@@ -26,6 +26,7 @@ _OPERATORS: dict[str, tuple[str, int | None]] = {
     "c10d::alltoall_base_": (ALL_TO_ALL, 1),
     "c10d::alltoall_": (ALL_TO_ALL, 1),
     "c10d::broadcast_": (BROADCAST, 0),
+    "c10d::reduce_": (REDUCE, 0),
     "c10d::send": (SEND, 0),
     "_c10d_functional::all_reduce": (ALL_REDUCE, 0),
     "_c10d_functional::all_reduce_": (ALL_REDUCE, 0),
@@ -49,7 +50,8 @@ def sent(collective: str, size: int, whole: float) -> float:
 
     whole: the tensor that is summed, or put together, or taken apart; for a send, what is sent.
     all-reduce 2 (n - 1) / n of it; all-gather, reduce-scatter and all-to-all (n - 1) / n; a
-    broadcast passes along a chain, so that all ranks but the last send it: (n - 1) / n on average.
+    broadcast or reduce passes along a chain, so that all ranks but the last send it: (n - 1) / n
+    on average.
     """
     if collective == SEND:
         return whole
