@@ -193,6 +193,20 @@ def test_adding_up_at_the_update_saves_what_the_formula_says() -> None:
     compare(2, "hope", [{}], **SMALL, **{"optimizer.reduce": "at_update"})
 
 
+LATE: list[dict[str, Any]] = [
+    {"dp_replicate": 2, "dp_shard": 2},
+    {"dp_replicate": 2, "dp_shard": 2, "micro_batches": 2, **FULL},
+    {"tp": 2, "micro_batches": 2},
+    {"pp": 2, "micro_batches": 2},
+]
+
+
+@pytest.mark.parametrize("levels", [{"b": {"reduce": "at_update"}}, {"a": {"reduce": "at_update"}}])
+def test_replicas_add_up_a_level_when_it_fires(levels: dict[str, Any]) -> None:
+    """Of shares what a replica's ranks have added up, and nothing between micro-batches."""
+    compare(4, "hope", LATE, **SMALL, **{"optimizer.levels": levels})
+
+
 def test_tensor_parallel_bytes_are_megatrons() -> None:
     """With one level four all-reduces of [B, T, dim] a layer; fast weights of any size add none."""
     answers = run(2, megatron, seconds=120)

@@ -39,6 +39,7 @@ from train.dry_run.zero_traffic import predict_zero_traffic
 from train.engines import layout_of
 from train.engines.deepspeed import make_local, part_of
 from train.evaluate.perplexity import summed_loss
+from train.optim.levels import late_levels
 from train.parallel.carried import spec_of, state_of
 from train.parallel.layout import Layout
 from train.parallel.mesh import Mesh, make_mesh
@@ -92,7 +93,8 @@ def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") 
         if under_deepspeed:
             parts = [_part_of_deepspeed(config, mesh)]
         else:
-            parts = parallelize(config.model, config.parallel, mesh, config.data.seq_len)
+            late = late_levels(config.model, config.optimizer)
+            parts = parallelize(config.model, config.parallel, mesh, config.data.seq_len, late)
         named: dict[str, Tensor] = {
             name: parameter.detach()
             for part in parts

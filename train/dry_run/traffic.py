@@ -28,7 +28,7 @@ from hope.attention import Attention
 from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
-from train.optim.levels import FAST, group_by_level, periods
+from train.optim.levels import FAST, group_by_level, late_levels, level_of, periods
 from train.parallel.counting import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -219,14 +219,16 @@ def _padded(shape: tuple[int, ...], ranks: int) -> int:
 def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     """FSDP2: of each layer, and of what is left, an all-gather of its parameters for every forward
     and backward pass and a reduce-scatter of its gradients for every backward pass; with replicas
-    an all-reduce of the shares. What is left (token vectors, last norm, head) stays gathered
-    between the passes; in a pipeline everything does, from the first micro-batch to the last, and
-    gradients are added up before they travel.
+    an all-reduce of the shares, of a level with `reduce: at_update` only when it fires. What is
+    left (token vectors, last norm, head) stays gathered between the passes; in a pipeline
+    everything does, from the first micro-batch to the last, and gradients are added up before they
+    travel.
     """
     found = Traffic(float)
     layout, piped = mesh.layout, mesh.layout.pp > 1
     shards = layout.dp_shard * layout.cp
     times = 1 if piped else config.parallel.micro_batches
+    every, late = steps_of_periods(config), late_levels(config.model, config.optimizer)
     for name, shape in [pair for shapes in sizes.shapes for pair in shapes.items()]:
         count = _padded(shape, shards)
         passes = 2 if name.startswith("layers.") and not piped else 1
@@ -236,7 +238,9 @@ def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
             found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)
         if layout.dp_replicate > 1:
             share = count // shards * GRADIENT
-            found["dp", ALL_REDUCE] += times * sent(ALL_REDUCE, layout.dp_replicate, share)
+            level = level_of(name, config.model)
+            often = 1 / every[level] if level in late else times
+            found["dp", ALL_REDUCE] += often * sent(ALL_REDUCE, layout.dp_replicate, share)
     return found
 
 

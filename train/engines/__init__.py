@@ -15,6 +15,7 @@ from hope.triton import why_no_kernels
 from train.config import ConfigError, RunConfig
 from train.engines.native import NativeEngine
 from train.engines.parts import Engine
+from train.optim.levels import late_levels
 from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
 from train.parallel.parallelize import PRECISIONS
@@ -24,8 +25,7 @@ from train.zero.config import problems, refused, settings
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:
     """How so many ranks run `config`; ConfigError, with every reason, where they can't."""
-    names = ["fast", *(level.name for level in config.model.cms.levels)]
-    late = [name for name in names if config.optimizer.level(name).reduce == "at_update"]
+    late = late_levels(config.model, config.optimizer)
     job = Job(config.model, config.batch_rows, config.data.seq_len, tuple(late))
     if config.engine != "deepspeed":
         return resolve(config.parallel, world_size, job)

@@ -16,6 +16,7 @@ from train.config import RunConfig
 from train.engines.parts import EngineParts
 from train.optim.build import build_cadence
 from train.optim.cadence import Cadence
+from train.optim.levels import late_levels
 from train.parallel.carried import Carried, state_of
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import allocate, parallelize
@@ -34,7 +35,15 @@ class NativeEngine(EngineParts):
     ) -> None:
         parallel = config.parallel
         super().__init__(
-            config, mesh, parallelize(config.model, parallel, mesh, config.data.seq_len)
+            config,
+            mesh,
+            parallelize(
+                config.model,
+                parallel,
+                mesh,
+                config.data.seq_len,
+                late_levels(config.model, config.optimizer),
+            ),
         )
         value = None if initial is None else lambda name, _: initial[name]
         allocate(self.parts, self._home, value, config.seed)

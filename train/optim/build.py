@@ -19,7 +19,7 @@ from train.optim.muon import Muon
 from train.optim.norms import Norms
 from train.parallel.mesh import Mesh
 from train.parallel.ranks import Ranks
-from train.parallel.reduction import GradientReduction
+from train.parallel.reduction import GradientReduction, ReplicaReduction
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 """Where every torch from 2.11 on has a fused AdamW and SGD; SGD's does not take DTensors."""
@@ -85,6 +85,7 @@ def build_cadence(
         config.clip_norm,
         GradientReduction(ranks.reduce, ranks.world),
         Norms(ranks, elsewhere),
+        ReplicaReduction(ranks.replicas, ranks.world) if layout.sharded else None,
     )
 
 

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 from train.optim.finite import NonFinite, OverflowedError, Trial, check_sums, may_overflow, most
 from train.optim.level import START, Level
 from train.optim.newton_schulz import local
-from train.optim.norms import Norms
-from train.parallel.placement import Stored, in_memory, placed
+from train.optim.norms import Norms, shrink
+from train.parallel.placement import Stored, placed
 from train.parallel.reduction import GradientReduction
 
 ACCUMULATOR = "accumulated_grad"
@@ -76,13 +76,15 @@ class Cadence:
         clip_norm: float,
         reduction: GradientReduction,
         norms: Norms | None = None,
+        late: GradientReduction | None = None,
     ) -> None:
-        """levels: every parameter in exactly one; parameters: all of them, in the model's order,
-        which is the order that norms are added up in."""
+        """levels: every parameter in exactly one; parameters: all, in the model's order, in which
+        norms are added up; late: what adds up levels of reduce: at_update, if not `reduction`."""
         self.norms = norms or Norms()
         self.levels = levels
         self.clip_norm = clip_norm
         self.reduction = reduction
+        self._late = late or reduction
         self.state: dict[nn.Parameter, dict[str, Tensor]] = {}
         self._live = list(parameters)
         start_of = {live: start for level in levels for live, start in level.pairs()}
@@ -266,7 +268,7 @@ class Cadence:
         if _sums_every_step(level) and not alone:
             totals = self.reduction.gather(totals, [parameter.shape for parameter in parameters])
         else:
-            self.reduction.add(totals)
+            (self.reduction if _sums_every_step(level) else self._late).add(totals)
         for parameter, total in zip(parameters, totals, strict=True):
             parameter.grad = total.div_(level.tokens).to(parameter.dtype)
 
@@ -281,12 +283,12 @@ class Cadence:
             own = {p: norms[p] for p in level.parameters.values() if p in norms}
             level_norms[level.name] = norm = self.norms.total(own)
             if level.clip_norm is not None and norm > level.clip_norm:
-                nn.utils.clip_grads_with_norm_(own, level.clip_norm, torch.tensor(norm))
+                shrink(own, level.clip_norm, norm)
                 norms |= self.norms.of(own)
         parameters = [parameter for parameter in self._ordered if parameter in norms]
         norm = self.norms.total({parameter: norms[parameter] for parameter in parameters})
         if norm > self.clip_norm:
-            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, torch.tensor(norm))
+            shrink(parameters, self.clip_norm, norm)
         return norm, level_norms
 
     def _parts(self) -> Iterator[tuple[str, Level]]:
@@ -308,10 +310,10 @@ class Cadence:
                 held = level.optimizer_state(parameter)
                 if parameter in self.state:
                     pending = self.state[parameter][ACCUMULATOR]
-                    if _sums_every_step(level) or not self.reduction.is_shared(pending):
+                    if _sums_every_step(level) or not self._late.is_shared(pending):
                         held[ACCUMULATOR] = self.reduction.as_dtensor(pending, parameter.shape)
                     else:
-                        held[f"{ACCUMULATOR}.rank{self.reduction.ranks.rank}"] = pending
+                        held[f"{ACCUMULATOR}.rank{self._late.ranks.rank}"] = pending
                 if key.endswith(START):
                     held[VALUE] = parameter.detach()
                 tensors |= {f"{name}/{part}": value for part, value in held.items()}
@@ -359,13 +361,13 @@ class Cadence:
         self, level: Level, parameter: nn.Parameter, saved: dict[str, Tensor | Stored]
     ) -> None:
         """Make this rank's accumulator of what one or several ranks had in theirs."""
-        ranks = self.reduction.ranks
+        ranks = self._late.ranks
         by_rank = {int(k.rpartition("rank")[2]): v for k, v in saved.items() if "rank" in k}
-        if self.reduction.is_shared(parameter) and not _sums_every_step(level):
+        if self._late.is_shared(parameter) and not _sums_every_step(level):
             if len(saved) == len(by_rank) == ranks.size:
-                own = in_memory(by_rank[ranks.rank])
+                own = placed(by_rank[ranks.rank], parameter)
             else:
-                own = _sum([in_memory(saved[key]) for key in _in_order(saved)])
+                own = _sum([placed(saved[key], parameter) for key in _in_order(saved)])
                 own = own if ranks.rank == 0 else torch.zeros_like(own)
         else:
             parts = [placed(saved[key], parameter) for key in _in_order(saved)]

@@ -100,8 +100,9 @@ class LevelOptimizerConfig(Section):
         clipped after it, as always.
     reduce: when data-parallel ranks that hold the whole parameter add their gradients.
         "every_step": each step, and each rank keeps its share of the accumulator; "at_update":
-        each rank sums its own, whole, and the ranks add up when the level fires. The result is the
-        same, the traffic and the memory are not (docs/levels.md).
+        each rank sums its own, whole, and the ranks add up when the level fires; replicas whose
+        ranks hold shares sum those. The result is the same, the traffic and the memory are not
+        (docs/levels.md, docs/parallelism.md).
     accumulator_device: "cpu" keeps the accumulated gradient off the accelerator.
     """
 

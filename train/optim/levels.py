@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from hope.config import HopeConfig
+from train.optim.config import OptimizerConfig
 
 FAST = "fast"
 
@@ -33,3 +34,8 @@ def group_by_level(names: Iterable[str], config: HopeConfig) -> dict[str, list[s
     for name in names:
         groups[level_of(name, config)].append(name)
     return groups
+
+
+def late_levels(config: HopeConfig, optimizer: OptimizerConfig) -> list[str]:
+    """Levels whose gradients ranks add up when they fire: reduce: at_update."""
+    return [name for name in periods(config) if optimizer.level(name).reduce == "at_update"]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from train.parallel.mesh import Mesh
@@ -35,6 +36,16 @@ def total_norm(norms: list[Tensor]) -> float:
         return 0.0
     total = norm_of_each([torch.stack(norms)])[0]
     return float(total.full_tensor() if isinstance(total, DTensor) else total)
+
+
+def shrink(parameters: Iterable[nn.Parameter], largest: float, norm: float) -> None:
+    """Scale gradients of norm `norm` to `largest`; no operator takes tensors of two meshes."""
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+        by_mesh.setdefault(mesh, []).append(parameter)
+    for some in by_mesh.values():
+        nn.utils.clip_grads_with_norm_(some, largest, torch.tensor(norm))
 
 
 class Norms:
@@ -76,5 +87,7 @@ class Norms:
         if not isinstance(parameter, DTensor):
             return self._mesh.owns_plain
         mesh = parameter.device_mesh
+        if "replicate" not in (mesh.mesh_dim_names or ()) and self._mesh.replicas.rank > 0:
+            return False
         alike = [number for number, one in enumerate(parameter.placements) if one.is_replicate()]
         return all(mesh.get_local_rank(number) == 0 for number in alike)

@@ -1,7 +1,12 @@
-"""Fully sharded data parallelism (FSDP2), and with replicas HSDP: gradients stay sums."""
+"""Fully sharded data parallelism (FSDP2), and with replicas HSDP: gradients stay sums.
+
+A level with reduce: at_update is divided over one replica's ranks alone: FSDP2 adds its gradients
+up among those, and the cadence adds up the replicas' sums when the level fires.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import cast
 
 import torch
@@ -16,6 +21,8 @@ from torch.distributed.fsdp import (
 )
 
 from hope import HopeModel
+from hope.cms import ContinuumMemory
+from train.optim.levels import FAST
 
 
 def shard(
@@ -26,9 +33,12 @@ def shard(
     precision: torch.dtype | None,
     cpu_offload: bool,
     keep_gathered: bool,
+    late: Collection[str] = (),
 ) -> None:
-    """Shard every layer of `model` by itself, and what is left with `root`, which contains it.
+    """Shard every layer of `model` by itself, and what is left with `root`, which contains it; and
+    by themselves levels whose gradients are added up at other times than the rest of their layer's.
 
+    late: levels with reduce: at_update.
     precision: what layers compute in; gradients are summed, and not averaged, in float32.
     keep_gathered: keep a layer's parameters whole between forward and backward (pipelines).
     States of memories pass through in float32: FSDP2 must not cast what goes into a layer.
@@ -41,11 +51,18 @@ def shard(
     offload = OffloadPolicy()
     if cpu_offload:
         offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
-    modules: list[nn.Module] = [*model.layers, root]
-    for module in modules:
+    rest = FAST in late
+    modules: list[tuple[nn.Module, bool]] = []
+    for layer in model.layers:
+        memory = cast(ContinuumMemory, layer.cms)
+        levels = zip(memory.levels, model.config.cms.levels, strict=True)
+        modules += [(one, not rest) for one, its in levels if (its.name in late) != rest]
+        modules.append((layer, rest))
+    modules.append((root, rest))
+    for module, at_update in modules:
         fully_shard(
             module,
-            mesh=mesh,
+            mesh=mesh["shard"] if at_update and mesh.ndim > 1 else mesh,
             mp_policy=policy,
             offload_policy=offload,
             reshard_after_forward=not keep_gathered and module is not root,

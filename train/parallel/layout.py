@@ -155,10 +155,10 @@ def problems(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
     found += _problems_of_rows(parallel, layout, job)
     if layout.cp > 1:
         found += _problems_of_pieces(parallel, layout, job)
-    if job.at_update and not layout.plain:
+    if job.at_update and layout.sharded and layout.dp_replicate == 1:
         found.append(
-            f"reduce=at_update of level {', '.join(job.at_update)} is for ranks that each hold the "
-            "whole model; here gradients are added every step"
+            f"reduce=at_update of level {', '.join(job.at_update)} needs replicas: a rank that "
+            "keeps a share of a gradient adds it up every micro-batch; dp_replicate above 1"
         )
     if parallel.schedule == "zbv" and layout.pp > 1 and layout.sharded and model.tie_embeddings:
         found.append(

@@ -53,6 +53,13 @@ class Mesh:
         return self.devices["shard"]
 
     @property
+    def replicas(self) -> Ranks:
+        """Ranks that have the same shares of parameters that FSDP2 divides, in other replicas."""
+        if self.devices is None or not self.layout.sharded or self.layout.dp_replicate == 1:
+            return Ranks.alone()
+        return Ranks.of(self.devices["replicate"].get_group(), self.world.pulse)
+
+    @property
     def tensor(self) -> DeviceMesh | None:
         """The mesh of tensor-parallel ranks."""
         return self.devices["tp"] if self.devices is not None and self.layout.tp > 1 else None

@@ -9,7 +9,7 @@ for this rank's share only, and filled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +31,29 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 
 
 def parallelize(
-    config: HopeConfig, parallel: ParallelConfig, mesh: Mesh, seq_len: int
+    config: HopeConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    seq_len: int,
+    late: Collection[str] = (),
 ) -> list[Part]:
-    """This rank's parts, first to last, without memory: parameters are on the meta device."""
+    """This rank's parts, first to last, without memory: parameters are on the meta device.
+
+    late: levels with reduce: at_update.
+    """
     return [
-        _part(config, parallel, mesh, layers)
+        _part(config, parallel, mesh, layers, late)
         for layers in layers_of_rank(config, parallel, mesh, seq_len)
     ]
 
 
-def _part(config: HopeConfig, parallel: ParallelConfig, mesh: Mesh, layers: range) -> Part:
+def _part(
+    config: HopeConfig,
+    parallel: ParallelConfig,
+    mesh: Mesh,
+    layers: range,
+    late: Collection[str],
+) -> Part:
     precision = PRECISIONS[parallel.precision]
     model = cut_layers(config, layers)
     if mesh.tensor is not None:
@@ -64,6 +77,7 @@ def _part(config: HopeConfig, parallel: ParallelConfig, mesh: Mesh, layers: rang
             precision=precision,
             cpu_offload=parallel.cpu_offload,
             keep_gathered=mesh.layout.pp > 1,
+            late=late,
         )
     return part
 

@@ -130,6 +130,21 @@ class GradientReduction:
         return whole
 
 
+class ReplicaReduction(GradientReduction):
+    """Sums over replicas whose ranks have shares of the parameters: of each rank its own share.
+
+    For levels with reduce: at_update under FSDP2, which has added them up within a replica only.
+    """
+
+    def is_shared(self, tensor: Tensor) -> bool:
+        """Whether the replicas have parts of this gradient's sum that are still to be added."""
+        return self.ranks.size > 1
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace this rank's share of every tensor by its sum over the replicas (all-reduce)."""
+        super().add([t.to_local() if isinstance(t, DTensor) else t for t in tensors])
+
+
 def _mesh_of(ranks: Ranks, kind: str) -> DeviceMesh:
     if ranks.group is None:
         return init_device_mesh(kind, (ranks.size,))
