@@ -77,6 +77,34 @@ def test_what_gets_no_gradient_does_not_decay() -> None:
     assert worst_error([traces[0] for traces in found], expected) <= EXACT
 
 
+NESTED: dict[str, Any] = {
+    "model.cms.mode": "nested",
+    "model.cms.levels": [
+        {"name": "a", "hidden_size": 16},
+        {"name": "b", "hidden_size": 8, "update_every_tokens": 2 * STEP},
+        {"name": "c", "hidden_size": 8, "update_every_tokens": 4 * STEP},
+    ],
+}
+NESTED_CASES: list[tuple[int, dict[str, Any]]] = [
+    (1, {"pp": 2, "micro_batches": 2}),
+    (2, {"micro_batches": 2}),
+    (3, {}),
+    (3, {"tp": 2}),
+]
+
+
+def test_levels_set_back_to_their_starts() -> None:
+    """Eq. 72: the starts are partitions, too, with moments of their own."""
+    expected = trained(0, make_config("hope", **NESTED), ranks=Ranks.alone())
+    sequential = make_config("hope", **{**NESTED, "model.cms.mode": "sequential"})
+    other = trained(0, sequential, ranks=Ranks.alone())
+    assert other.losses[-1] != pytest.approx(expected.losses[-1], rel=EXACT)
+    configs = [deepspeed_config("hope", *case, **NESTED) for case in NESTED_CASES]
+    found = run(2, several, configs, seconds=600)
+    errors = [worst_error([one[n] for one in found], expected) for n in range(len(configs))]
+    assert max(errors) <= EXACT, errors
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_in_bfloat16() -> None:
@@ -164,8 +192,9 @@ MORE_LEGS: dict[str, list[RunConfig]] = {
 }
 
 
-def check_legs(tmp_path: Path, table: dict[str, list[RunConfig]]) -> None:
-    expected = story(0, [make_config(MODEL), make_config(MODEL)], str(tmp_path / "alone"))
+def check_legs(tmp_path: Path, table: dict[str, list[RunConfig]], **changes: Any) -> None:
+    plain = make_config(MODEL, **changes)
+    expected = story(0, [plain, plain], str(tmp_path / "alone"))
     folders = [str(tmp_path / str(number)) for number in range(len(table))]
     found = run(2, stories, list(table.values()), folders, seconds=600)
     errors = {
@@ -187,6 +216,16 @@ def test_checkpoints_pass_from_engine_to_engine(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_checkpoints_pass_between_more_layouts(tmp_path: Path) -> None:
     check_legs(tmp_path, MORE_LEGS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_starts_pass_from_engine_to_engine(tmp_path: Path) -> None:
+    legs = {
+        "native, ZeRO 2": [make_config(MODEL, **NESTED), deepspeed_config(MODEL, 2, **NESTED)],
+        "ZeRO 3, native": [deepspeed_config(MODEL, 3, **NESTED), make_config(MODEL, **NESTED)],
+    }
+    check_legs(tmp_path, legs, **NESTED)
 
 
 @pytest.mark.slow

@@ -150,6 +150,7 @@ def compare_zero(world: int, cases: list[tuple[int, dict[str, Any]]], **changes:
 
 def test_formula_of_deepspeed_on_two_ranks() -> None:
     compare_zero(2, ZERO)
+    compare_zero(2, [(2, {})], **{"model.cms.mode": "nested"})
 
 
 @pytest.mark.slow

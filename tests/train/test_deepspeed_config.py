@@ -16,7 +16,7 @@ from train.__main__ import main
 from train.config import ConfigError, RunConfig, dump_config
 from train.engines import layout_of
 from train.parallel.layout import Layout
-from train.zero.config import refused, settings
+from train.zero.config import settings
 from train.zero.library import open_deepspeed
 
 TWO = Layout(dp_replicate=2)
@@ -123,14 +123,6 @@ def test_what_deepspeed_can_not_run(
         layout_of(config, 2)
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_starts_of_nested_levels_are_what_it_has_no_place_for(number: int) -> None:
-    levels = [{"name": name, "hidden_size": 8} for name in "ab"[:number]]
-    changes = {"model.cms.mode": "nested", "model.cms.levels": levels}
-    found = refused(make_config("transformer", engine="deepspeed", **changes))
-    assert [text.split(" ")[0] for text in found] == ["cms.mode=nested"] * (number - 1)
-
-
 @pytest.mark.parametrize(
     ("world", "parallel", "stage", "reasons"),
     [
@@ -169,16 +161,12 @@ def test_the_package_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_input_exits_with_2(make_config: Any, tmp_path: Path, capsys: Any) -> None:
-    levels = [
-        {"name": "a", "hidden_size": 8},
-        {"name": "b", "hidden_size": 8, "update_every_tokens": 512},
-    ]
-    changes = {"engine": "deepspeed", "model.cms": {"mode": "nested", "levels": levels}}
+    changes = {"engine": "deepspeed", "optimizer": {"name": "muon"}}
     path = tmp_path / "run.yaml"
     path.write_text(dump_config(make_config(**changes)))
     assert yaml.safe_load(path.read_text())["engine"] == "deepspeed"
     assert main([str(path)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cms.mode=nested" in error
+    assert "optimizer muon needs whole matrices" in error
     assert not (tmp_path / "run").exists()

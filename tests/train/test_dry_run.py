@@ -102,6 +102,21 @@ def test_zero_stages_divide_more_and_more(precision: str) -> None:
     assert two.accumulators == one.accumulators
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_starts_of_nested_levels_are_divided_too(stage: int) -> None:
+    """theta0 in float32, two moments and an accumulator of its own."""
+    slower = {"name": "b", "hidden_size": 8, "update_every_tokens": 2 * STEP}
+    changes = {"model.cms.levels": [{"name": "a", "hidden_size": 16}, slower]}
+    modes = ("sequential", "nested")
+    runs = [dry_run(zero(stage, **changes, **{"model.cms.mode": mode}), 4, 1) for mode in modes]
+    plain, nested = (run.memory for run in runs)
+    starts = nested.weights - plain.weights
+    numbers = 4 * (3 * 16 * 32 + 32)  # of level a: four layers, three matrices and a norm
+    assert starts == pytest.approx(4 * numbers / 4, rel=0.01)
+    assert nested.optimizer - plain.optimizer == 2 * starts
+    assert nested.accumulators - plain.accumulators == starts
+
+
 def test_a_bucket_costs_what_is_written_to_it_on_a_cpu_and_all_of_it_elsewhere() -> None:
     """DeepSpeed's default is 5e8 numbers."""
     for stage in (1, 2, 3):

@@ -82,6 +82,12 @@ def optimizer_numbers(config: RunConfig, level: str, name: str, parameter: Tenso
     return 1 if kind == "muon" else 4
 
 
+def has_start(config: RunConfig, level: str) -> bool:
+    """Whether the level is set back to a learned start: in a nested CMS all but the slowest are."""
+    slowest = config.model.cms.levels[-1].name
+    return config.model.cms.mode == "nested" and level not in (FAST, slowest)
+
+
 def held_bytes(
     config: RunConfig, mesh: Mesh, parameters: dict[str, Tensor], every: dict[str, int]
 ) -> dict[str, int]:
@@ -90,9 +96,8 @@ def held_bytes(
     every: steps between the firings of each level, fastest first.
     """
     found = dict.fromkeys(("weights", "gradients", "accumulators", "optimizer"), 0)
-    slowest = list(every)[-1]
     for level, names in group_by_level(parameters, config.model).items():
-        nested = config.model.cms.mode == "nested" and level not in (FAST, slowest)
+        nested = has_start(config, level)
         copies = 2 if nested else 1
         late = config.optimizer.level(level).reduce == "at_update"
         for name in names:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.config import RunConfig
-from train.dry_run.memory import Action, Memory, peak_of_actions
+from train.dry_run.memory import Action, Memory, has_start, peak_of_actions
 from train.dry_run.tracing import PartBytes
 from train.dry_run.traffic import steps_of_periods
 from train.dry_run.zero import Lines, gathers, persistent, units_of
@@ -146,7 +146,7 @@ def zero_memory(
     trace: of the rank's part, as it computes, with gradients that stay (`zero.leaves_at_once`: that
     go as they come); step_buffers: a pipeline's.
     """
-    share, optimizer = _held(config, zero.lines)
+    starts, accumulators, optimizer = _held(config, zero.lines)
     gradients, alive = zero.left, 0
     if zero.summed:  # gradients are there from the first step on, and are set to zero
         trace = replace(trace, backward=trace.again, weights=trace.weights_again, gradients=0)
@@ -166,9 +166,9 @@ def zero_memory(
     if zero.overflows:
         step_buffers += zero.reducing - gradients
     return Memory(
-        weights=zero.weights,
+        weights=zero.weights + starts,
         gradients=gradients,
-        accumulators=share,
+        accumulators=accumulators,
         optimizer=optimizer,
         fast_state=fast_state,
         activations=alive,
@@ -177,13 +177,15 @@ def zero_memory(
     )
 
 
-def _held(config: RunConfig, lines: Lines) -> tuple[int, int]:
-    """Bytes of accumulators and of the optimizer, in the rank's share."""
+def _held(config: RunConfig, lines: Lines) -> tuple[int, int, int]:
+    """Bytes of nested levels' starts, of accumulators and of the optimizer, in the rank's share."""
     every = steps_of_periods(config)
-    accumulators = optimizer = 0
+    starts = accumulators = optimizer = 0
     for group, share in zip(lines.groups, lines.shares, strict=True):
         settings = config.optimizer.level(group.level)
         numbers = 2 if settings.optimizer == "adamw" else int(config.optimizer.sgd.momentum > 0)
-        accumulators += NUMBER * share * (every[group.level] > 1)
-        optimizer += NUMBER * share * numbers
-    return accumulators, optimizer
+        nested = has_start(config, group.level)
+        starts += NUMBER * share * nested
+        accumulators += NUMBER * share * ((every[group.level] > 1) + nested)
+        optimizer += NUMBER * share * numbers * (1 + nested)
+    return starts, accumulators, optimizer

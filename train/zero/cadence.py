@@ -7,7 +7,7 @@ get back to where they compute, and that checkpoints speak of whole parameters b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -23,10 +23,10 @@ from torch.distributed.tensor import Shard as Divided
 from hope.config import HopeConfig
 from hope.sharding import Placement, Replicate, Shard, local_part
 from train.optim.build import elementwise
-from train.optim.cadence import ACCUMULATOR, Cadence, StepReport
+from train.optim.cadence import ACCUMULATOR, VALUE, Cadence, StepReport
 from train.optim.config import OptimizerConfig
 from train.optim.finite import NonFinite
-from train.optim.level import Level
+from train.optim.level import START, Level
 from train.optim.levels import periods
 from train.optim.norms import Norms, norm_of_each
 from train.parallel.mesh import Mesh
@@ -153,41 +153,33 @@ class ZeroCadence(Cadence):
     ) -> None:
         self.held, self._taken = held, False
         tensors, numbers = held.partitions.tensors, held.partitions.group_of
+        runs = dict(zip(tensors, held.runs(), strict=True))
+        reset_by: dict[str, str] = {}
+        if model.cms.mode == "nested":
+            reset_by = dict(pairwise(level.name for level in model.cms.levels))
         levels = []
         for name in periods(model):
             own = {
-                f"{name}.{index}": (tensor, groups[number])
+                f"{name}.{index}": (tensor, groups[number].weight_decay)
                 for index, (tensor, number) in enumerate(zip(tensors, numbers, strict=True))
                 if groups[number].level == name
             }
-            settings = config.level(name)
-            decays = sorted({group.weight_decay for _, group in own.values()})
-            optimizer_groups: list[dict[str, object]] = [
-                {
-                    "params": [t for t, group in own.values() if group.weight_decay == decay],
-                    "weight_decay": decay,
-                }
-                for decay in decays
-            ]
-            optimizers = []
-            if own:
-                optimizers = [elementwise(settings.optimizer, optimizer_groups, settings, config)]
-            levels.append(
-                Level(
-                    name,
-                    {key: tensor for key, (tensor, _) in own.items()},
-                    optimizers,
-                    accumulator_device=settings.accumulator_device,
-                    clip_norm=settings.clip_norm,
-                )
-            )
+            level = _level(name, name, own, config)
+            if name in reset_by:
+                copies = {}
+                for key, (tensor, decay) in own.items():
+                    copy = nn.Parameter(tensor.detach().clone())
+                    copies[key + START], runs[copy] = (copy, decay), runs[tensor]
+                level.start = _level(name, name + START, copies, config)
+                level.reset_by = reset_by[name]
+            levels.append(level)
         mesh = held.mesh
         super().__init__(
             levels,
             tensors,
             config.clip_norm,
             GradientReduction(Ranks.alone(), mesh.world),
-            PartitionNorms(mesh.world, dict(zip(tensors, held.runs(), strict=True))),
+            PartitionNorms(mesh.world, runs),
         )
 
     @torch.no_grad()
@@ -238,15 +230,24 @@ class ZeroCadence(Cadence):
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """As `Cadence.state_dict`, by the names of whole parameters; a collective call."""
         tensors: dict[str, Tensor] = {}
-        for level in self.levels:
-            for key, partition in level.parameters.items():
-                held = level.optimizer_state(partition) | self.state.get(partition, {})
-                for name in self.held.partitions.names[int(key.rpartition(".")[2])]:
-                    for part, value in sorted(held.items()):
-                        flat = value.shape == partition.shape
-                        one = self.held.saved(name, value) if flat else value.clone()
-                        tensors[f"{name}/{part}"] = one
-        return tensors, {"tokens": {level.name: level.tokens for level in self.levels}}
+        for level, suffix, partition, names in self._lines():
+            held = level.optimizer_state(partition) | self.state.get(partition, {})
+            if suffix:
+                held[VALUE] = partition.detach()
+            for name in names:
+                for part, value in sorted(held.items()):
+                    flat = value.shape == partition.shape
+                    one = self.held.saved(name, value) if flat else value.clone()
+                    tensors[f"{name}{suffix}/{part}"] = one
+        return tensors, {"tokens": {key: level.tokens for key, level in self._parts()}}
+
+    def _lines(self) -> Iterator[tuple[Level, str, nn.Parameter, list[str]]]:
+        """Every partition: its level, what is appended to the names of starts, what lies in it."""
+        for key, level in self._parts():
+            suffix = START if key.endswith(START) else ""
+            for own, partition in level.parameters.items():
+                index = int(own.removesuffix(START).rpartition(".")[2])
+                yield level, suffix, partition, self.held.partitions.names[index]
 
     @torch.no_grad()
     def load_state_dict(
@@ -261,22 +262,30 @@ class ZeroCadence(Cadence):
         for full_name, value in tensors.items():
             name, _, part = full_name.rpartition("/")
             remaining.setdefault(name, {})[part] = value
-        for level in self.levels:
-            level.tokens, level.bound = plain["tokens"].get(level.name, 0), None
+        for key, level in self._parts():
+            level.tokens, level.bound = plain["tokens"].get(key, 0), None
             for optimizer in level.optimizers:
                 optimizer.state.clear()
-            for key, partition in level.parameters.items():
-                state: dict[str, Tensor] = {}
-                for name in self.held.partitions.names[int(key.rpartition(".")[2])]:
-                    saved = {part: in_memory(v) for part, v in remaining.pop(name, {}).items()}
-                    self._take_in(name, saved, partition, state)
-                pending = state.pop(ACCUMULATOR, None)
-                if pending is not None:
-                    device = "cpu" if level.accumulator_device == "cpu" else partition.device
-                    self.state[partition] = {ACCUMULATOR: pending.to(device)}
-                if state:
-                    level.set_optimizer_state(partition, state)
-        if unknown := sorted(name for name in remaining if name not in elsewhere):
+        for level, suffix, partition, names in self._lines():
+            state: dict[str, Tensor] = {}
+            for name in names:
+                saved = remaining.pop(name + suffix, {})
+                if suffix and VALUE not in saved:
+                    raise ValueError(
+                        f"checkpoint holds no {name}{suffix}: it is not of a nested CMS"
+                    )
+                whole = {part: in_memory(value) for part, value in saved.items()}
+                self._take_in(name, whole, partition, state)
+            if suffix:
+                partition.copy_(state.pop(VALUE))
+            pending = state.pop(ACCUMULATOR, None)
+            if pending is not None:
+                device = "cpu" if level.accumulator_device == "cpu" else partition.device
+                self.state[partition] = {ACCUMULATOR: pending.to(device)}
+            if state:
+                level.set_optimizer_state(partition, state)
+        unknown = sorted(name for name in remaining if name.removesuffix(START) not in elsewhere)
+        if unknown:
             raise ValueError(f"checkpoint holds state of unknown parameters: {unknown}")
 
     def _take_in(
@@ -292,3 +301,25 @@ class ZeroCadence(Cadence):
                 self.held.partitions.put(name, self.held.own(name, value), line)
             elif not torch.equal(state.setdefault(part, value.to(partition.device)), value):
                 raise ValueError(f"{name}: its {part} is not that of the parameters it lies with")
+
+
+def _level(
+    level: str,
+    name: str,
+    own: dict[str, tuple[nn.Parameter, float]],
+    config: OptimizerConfig,
+) -> Level:
+    """Partitions with their weight decay as a level called `name`, with the settings of `level`."""
+    settings = config.level(level)
+    decays = sorted({decay for _, decay in own.values()})
+    groups: list[dict[str, object]] = [
+        {"params": [p for p, its in own.values() if its == decay], "weight_decay": decay}
+        for decay in decays
+    ]
+    return Level(
+        name,
+        {key: partition for key, (partition, _) in own.items()},
+        [elementwise(settings.optimizer, groups, settings, config)] if own else [],
+        accumulator_device=settings.accumulator_device,
+        clip_norm=settings.clip_norm,
+    )

@@ -171,13 +171,14 @@ def refused(config: RunConfig) -> list[str]:
     levels = _levels(config)
     if odd := sorted({one.optimizer for one in levels.values()} & {"muon", "m3"}):
         found.append(
-            f"optimizer {', '.join(odd)} needs whole matrices, and ZeRO cuts them into flat "
-            "pieces: adamw or sgd, or engine=native"
+            f"optimizer {', '.join(odd)} needs whole matrices; ZeRO cuts them into flat pieces, "
+            "and this engine does not gather them: adamw or sgd, or engine=native"
         )
-    if config.model.cms.mode == "nested" and len(config.model.cms.levels) > 1:
-        found.append("cms.mode=nested keeps learned starts beside the weights: engine=native")
     if late := [name for name, one in levels.items() if one.reduce == "at_update"]:
-        found.append(f"reduce=at_update of level {', '.join(late)}: ZeRO adds gradients every step")
+        found.append(
+            f"reduce=at_update of level {', '.join(late)}: DeepSpeed adds up the gradients of all "
+            "parameters every step, and can't leave some out: engine=native with dp_replicate"
+        )
     if config.parallel.cpu_offload:
         found.append("cpu_offload is engine=native's")
     if config.parallel.tensor_backend == "megatron":
