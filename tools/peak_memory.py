@@ -91,6 +91,7 @@ def configuration(
     return {
         **engine,
         "run_dir": "nowhere",
+        "num_threads": 1,
         "model": {
             "vocab_size": 64 if small else 2048,
             "dim": 32 if small else 256,

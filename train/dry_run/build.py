@@ -81,13 +81,24 @@ def fake_ranks(world_size: int, rank: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+@contextmanager
+def threads_of_a_rank(config: RunConfig, world_size: int) -> Iterator[None]:
+    """As many threads of torch as a rank has: num_threads, or one where launchers start several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(config.num_threads or (before if world_size == 1 else 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") -> DryRun:
     """Build rank `rank`; ConfigError where `config` can't be laid out over so many ranks.
 
     device: the type of device that the memory is predicted for ("cpu" or "cuda").
     """
     layout = layout_of(config, world_size)
-    with fake_ranks(world_size, rank) as ranks:
+    with threads_of_a_rank(config, world_size), fake_ranks(world_size, rank) as ranks:
         mesh = make_mesh(layout, ranks)
         under_deepspeed = config.engine == "deepspeed"
         if under_deepspeed:
@@ -127,12 +138,19 @@ def predict_memory(
     actions = _actions(config, mesh, parts)
     sharded = mesh.layout.sharded
     reduced = held["gradients"] if sharded and mesh.layout.pp == 1 else 0
+    buffers, reducing = _step_buffers(config, mesh, parts)
     most = peak_of_actions(actions, traces, reduced)
+    if reduced:  # FSDP2 needs more where gradients come, activations are most before that
+        early = [replace(one, backward=one.early) for one in traces]
+        later = [replace(one, forward=0) for one in traces]
+        before = peak_of_actions(actions, early, reduced), buffers
+        after = peak_of_actions(actions, later, reduced), buffers + reducing
+        most, buffers = max(before, after, key=sum)
     return Memory(
         **held,
         fast_state=_carried_bytes(config, mesh, parts),
         activations=max(0, most - held["gradients"]),
-        step_buffers=_step_buffers(config, mesh, parts),
+        step_buffers=buffers,
         update=update_buffers(config, mesh, named, every),
     )
 
@@ -286,9 +304,10 @@ def _actions(config: RunConfig, mesh: Mesh, parts: list[Part]) -> list[Action]:
     return found
 
 
-def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:
-    """What FSDP2, a pipeline and neighbours along the sequence keep for a step."""
-    layout, count, found = mesh.layout, config.parallel.micro_batches, 0
+def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> tuple[int, int]:
+    """What FSDP2, a pipeline and neighbours along the sequence keep for a step, and what FSDP2
+    needs besides while it adds gradients up."""
+    layout, count, found, reducing = mesh.layout, config.parallel.micro_batches, 0, 0
     if layout.sharded:
         for part in parts:
             shapes = local_shapes(part.model, layout.tp)
@@ -298,7 +317,8 @@ def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:
                 by_layer[unit] = by_layer.get(unit, 0) + prod(shape)
             rest = by_layer.pop("", 0)
             itemsize = _activations(config).itemsize
-            found += fsdp_buffers(list(by_layer.values()), rest, itemsize, layout.pp > 1)
+            sizes = fsdp_buffers(list(by_layer.values()), rest, itemsize, layout.pp > 1)
+            found, reducing = found + sizes[0], reducing + sizes[1]
     if layout.pp > 1:
         ends = [(not part.first) + (not part.last) for part in parts]
         found += sum(ends) * count * _activation_bytes(config, mesh)
@@ -307,4 +327,4 @@ def _step_buffers(config: RunConfig, mesh: Mesh, parts: list[Part]) -> int:
         sends, receives = mesh.cp.rank < layout.cp - 1, mesh.cp.rank > 0
         # Sent and not yet waited for, until the step ends; received with the next micro-batch.
         found += sends * states + receives * min(2, count) * states // count
-    return found
+    return found, reducing

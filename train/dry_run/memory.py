@@ -182,8 +182,8 @@ def order_of_one_stage(micro_batches: int, stages: int, stage: int, schedule: st
     return order_of_one_part(micro_batches, ahead)
 
 
-def fsdp_buffers(layers: Sequence[int], rest: int, itemsize: int, piped: bool) -> int:
-    """Bytes of FSDP2's buffers at the peak of backward.
+def fsdp_buffers(layers: Sequence[int], rest: int, itemsize: int, piped: bool) -> tuple[int, int]:
+    """Bytes of FSDP2's buffers: of parameters, and of gradients once a layer has some.
 
     layers: numbers of each layer's parameters over the shards; rest: of what is left. While a layer
     is worked on its parameters are whole, and so are the next one's, which came through a buffer
@@ -192,6 +192,6 @@ def fsdp_buffers(layers: Sequence[int], rest: int, itemsize: int, piped: bool) -
     """
     largest = max([*layers, rest])
     if piped:
-        return (sum(layers) + rest + largest) * itemsize
+        return (sum(layers) + rest + largest) * itemsize, 0
     gathered = rest + 3 * max(layers, default=0)
-    return gathered * itemsize + max(layers, default=0) * (itemsize + NUMBER)
+    return gathered * itemsize, max(layers, default=0) * (itemsize + NUMBER)

@@ -103,7 +103,7 @@ def scan_scratch(name: str, args: tuple[Any, ...], scan: str) -> int:
     PyTorch's buffers are used again for every chunk and slice of heads, so that a slice and two
     segments tell of all; the results are as long as the sequence.
     """
-    key = (name, scan, tree_map(_shape_of, args))
+    key = (name, scan, torch.get_num_threads(), tree_map(_shape_of, args))
     if key not in _scratch_of and scan == "native":
         with torch.no_grad(), LiveBytes() as counted:
             _NATIVE_BODIES[name](*args)
@@ -190,7 +190,9 @@ class PartBytes:
     forward: at the peak of its forward pass; kept: after it; backward: at the peak of its backward
     pass, `kept` included, with gradients of parameters that appear as it goes; again: the same
     where they are there already and are added to (they don't count); left: after it, for the rest
-    of the step (carried state); gradients: those of the parameters. With a backward pass in halves
+    of the step (carried state); gradients: those of the parameters. Where gradients don't stay
+    (`released`) backward is its peak from the first of them on, early that before. With a backward
+    pass in halves
     (zero-bubble schedules): backward and between, at the peak of the first half, by the inputs, and
     after it; weights, weights_again, at the peak of the second, by the parameters.
     """
@@ -204,6 +206,7 @@ class PartBytes:
     between: int = 0
     weights: int = 0
     weights_again: int = 0
+    early: int = 0
 
 
 def trace_part(
@@ -228,17 +231,26 @@ def trace_part(
     ignored = [_local(p) for p in parameters.values()]
     ignored += [one for one in (*inputs, *given) if isinstance(one, Tensor) and one.is_meta]
     found: list[PartBytes] = []
+    early: list[int] = []
     handles = []
+
+    def release(parameter: Tensor) -> None:
+        if not early:
+            early.append(counted.peak)
+            counted.reset_peak()
+        parameter.grad = None
+
     for name, parameter in parameters.items():
         parameter.grad = None
         if released is not None and released(name):
-            handles.append(parameter.register_post_accumulate_grad_hook(_release))
+            handles.append(parameter.register_post_accumulate_grad_hook(release))
     for module in part.model.modules():
         if isinstance(module, Attention):
             module.flash = FusedAttention()  # type: ignore[assignment]
     with LiveBytes(scan, ignored) as counted:
         for _ in range(2):
             before = counted.live
+            early.clear()
             counted.reset_peak()
             y = part(*inputs)
             held = y if piped else None
@@ -264,7 +276,8 @@ def trace_part(
             left = counted.live - before - (grads if not found else 0)
             part._after.clear()
             first = backward if halves else last
-            found.append(PartBytes(forward, kept, first, first, left, grads, between, last, last))
+            sizes = (forward, kept, first, first, left, grads, between, last, last)
+            found.append(PartBytes(*sizes, early[0] - before if early else first))
     for handle in handles:
         handle.remove()
     once, twice = found
@@ -273,10 +286,6 @@ def trace_part(
 
 def _of(part: Part) -> Iterator[Parameter]:
     return part.model.parameters()
-
-
-def _release(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 def _local(tensor: Tensor) -> Tensor:
