@@ -210,6 +210,7 @@ def test_a_compiler_that_fails(fresh_cache: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in fresh_cache.iterdir()] == ["lock"]
 
 
+@pytest.mark.slow
 def test_compiled_once_and_again_when_damaged(tmp_path: Path) -> None:
     """By processes that start together, too; a process that was killed holds nobody up."""
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
