@@ -8,6 +8,7 @@ from torch import Tensor
 from hope.scan.chunked import scan_chunked
 from hope.scan.contract import (
     MEMORIES,
+    Implementation,
     MemoryState,
     ScanConfig,
     ScanWeights,
@@ -54,24 +55,28 @@ def scan(
     with no_autocast(x):
         if config.implementation == "reference":
             return scan_reference(x, q, weights, config, state, reset)
-        if config.implementation == "triton" or (config.implementation == "auto" and x.is_cuda):
-            reason = why_not(x, weights.w1.shape[3], config)
-            if not reason:
-                return scan_triton(x, q, weights, config, state, reset)
-            if config.implementation == "triton":
-                raise ValueError(
-                    f"scan: implementation=triton can't be used: {reason}; take auto or chunked"
-                )
-            if not torch.compiler.is_compiling():
-                warn_once(reason)
-        if config.implementation == "native" or (config.implementation == "auto" and x.is_cpu):
-            reason = why_not_native(x)
-            if not reason:
-                return scan_native(x, q, weights, config, state, reset)
-            if config.implementation == "native":
-                raise ValueError(
-                    f"scan: implementation=native can't be used: {reason}; take auto or chunked"
-                )
-            if not torch.compiler.is_compiling():
-                warn_once(reason, "native")
+        hidden = weights.w1.shape[3]
+        if _asked_for(config, "triton", x.is_cuda) and _usable(
+            config, "triton", why_not(x, hidden, config)
+        ):
+            return scan_triton(x, q, weights, config, state, reset)
+        if _asked_for(config, "native", x.is_cpu) and _usable(config, "native", why_not_native(x)):
+            return scan_native(x, q, weights, config, state, reset)
         return scan_chunked(x, q, weights, config, state, reset)
+
+
+def _asked_for(config: ScanConfig, kind: Implementation, its_device: bool) -> bool:
+    """Whether an implementation is named, or "auto" prefers it on this device."""
+    return config.implementation == kind or (config.implementation == "auto" and its_device)
+
+
+def _usable(config: ScanConfig, kind: Implementation, reason: str) -> bool:
+    """Whether there is no reason against an implementation; ValueError where there is one against
+    what is named, and with "auto" it is said once."""
+    if reason and config.implementation == kind:
+        raise ValueError(
+            f"scan: implementation={kind} can't be used: {reason}; take auto or chunked"
+        )
+    if reason and not torch.compiler.is_compiling():
+        warn_once(reason, kind)
+    return not reason

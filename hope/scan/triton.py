@@ -77,7 +77,7 @@ def padded(size: int) -> int:
 @cache
 def warn_once(reason: str, instead_of: str = "triton") -> None:
     """Say once that "auto" takes the slower implementation, instead of which, and why."""
-    warnings.warn(f"scan: chunked instead of {instead_of}: {reason}", stacklevel=3)
+    warnings.warn(f"scan: chunked instead of {instead_of}: {reason}", stacklevel=4)
 
 
 def _config(options: tuple[Any, ...]) -> ScanConfig:

@@ -176,7 +176,7 @@ struct Head {
 
   // M_mem's answers to a block that is written already.
   void read_block(const Frame<T>& f, const Record<T>& record, Read<T>& read, T* out) {
-    T* own = work.wide[7];
+    T* own = work.wide[3];
     if (call.causal)
       read_causal(call, s, f, base(MEM), record.delta, record, work.hidden[1], read, own, work);
     else

@@ -157,9 +157,9 @@ struct Read {
 // Buffers of a block's work, overwritten by the next.
 template <class T>
 struct Work {
-  T* wide[8];     // [D][2 TOKENS] each
+  T* wide[6];     // [D][2 TOKENS] each
   T* hidden[12];  // [H][2 TOKENS] each
-  T* square[4];   // [TOKENS][TOKENS] each
+  T* square[2];   // [TOKENS][TOKENS] each
   T* features;    // [max(D, H)]
 
   static Work take(Arena& arena, const Sizes& s) {

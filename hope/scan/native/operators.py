@@ -46,7 +46,7 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     config = _config(*options)
     call = NativeCall(config, x, q, weights, _state(state1, state2), reset)
     out, final1, final2, saved1, saved2 = _empty_outputs(x, weights[0], config, save)
-    whole = out if out.dtype == call.dtype else out.to(call.dtype)
+    whole = out if out.dtype == call.dtype else torch.empty_like(out, dtype=call.dtype)
     results = {"out": whole, "final1": final1, "final2": final2}
     if save:
         results |= {"saved1": saved1, "saved2": saved2}
@@ -80,7 +80,8 @@ def _backward(*inputs: Any) -> list[Tensor]:
         call.take("d_readout", call.rows, 2, call.heads, call.width),
         call.take("d_bias", call.rows, 2, call.heads),
     ]
-    states = [] if state is None else [torch.empty_like(z.contiguous()) for z in state]
+    like = state or ()
+    states = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in like]
     for name, z in zip(("d_state1", "d_state2"), states, strict=False):
         call.fill(name, z)
     call.run(backward=True)

@@ -67,7 +67,7 @@ void forward(const Call<T>& call) {
   });
 }
 
-constexpr int64_t KEEP_TOKENS = 256;  // segments up to this long keep all their records
+constexpr int64_t KEEP_TOKENS = 256;  // segments up to this long keep all records; as chunked.py
 
 // What backward has of a row and head, beside the records.
 template <class T>
