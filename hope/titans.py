@@ -18,7 +18,7 @@ from hope.sharding import Shard, ShardPlan, within
 from hope.state import StateSpec, TensorSpec, TitansState
 from hope.triton import Implementation
 
-NORMS: dict[str, Implementation] = {"auto": "auto", "triton": "triton"}
+NORMS: dict[str, Implementation] = {"auto": "auto", "triton": "triton", "cuda": "auto"}
 """What computes the output's norm and gate, by the scan's implementation; torch with the rest."""
 
 

@@ -34,6 +34,7 @@ from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from hope.init import initialise
 from hope.layer import HopeLayer
 from hope.model import num_parameters
+from hope.scan.contract import Implementation
 from tools.figures import table
 from tools.gpu_kernels import kernels, parity
 from tools.kernel_costs import PEAK_FLOPS
@@ -47,6 +48,7 @@ LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
 MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8624}
 """Hidden width of the Transformer++ of equal parameters; the files in configs/ say the same."""
 PARTS = ("parity", "kernels", "layer", "models")
+SCANS: tuple[Implementation, ...] = ("auto", "triton", "cuda", "chunked")
 KINDS = ("eager", "graph", "compiled")
 """How a step is run; compiled: every layer by torch.compile, the step as a graph."""
 GATED_DELTANET_HEAD = 128
@@ -63,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--sizes", nargs="+", choices=MLP_OF_TWIN, default=list(MLP_OF_TWIN))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument(
+        "--scan", choices=SCANS, default="auto", help="Hope's scan.implementation (%(default)s)"
+    )
     parser.add_argument("--repetitions", type=int, default=10, help="steps timed (%(default)s)")
     parser.add_argument("--name", default="bench_gpu", help="of the file in docs/gpu (%(default)s)")
     options = parser.parse_args(arguments)
@@ -92,10 +97,10 @@ def parts(options: argparse.Namespace) -> Iterator[Figures]:
         yield kernels(options.repetitions)
     if "layer" in options.parts:
         for length in options.lengths:
-            yield layers(length, options.kinds, options.repetitions)
+            yield layers(length, options.kinds, options.repetitions, options.scan)
     if "models" in options.parts:
         for size, length in itertools.product(options.sizes, options.lengths):
-            yield models(size, length, options.kinds, options.repetitions)
+            yield models(size, length, options.kinds, options.repetitions, options.scan)
 
 
 def versions() -> dict[str, str]:
@@ -213,19 +218,23 @@ def timed(
         return None
 
 
-def variants(config: HopeConfig, mlp: int) -> dict[str, HopeConfig]:
-    """The same size as Hope, Hope-Attention and Transformer++ (an MLP of that width)."""
+def variants(config: HopeConfig, mlp: int, scan: Implementation = "auto") -> dict[str, HopeConfig]:
+    """The same size as Hope (with that implementation of its scan), Hope-Attention and
+    Transformer++ (an MLP of that width)."""
     attention = replace(config, mixer="attention", pattern=None)
     plain = replace(attention, cms=CMSConfig(levels=(LevelConfig(name="mlp", hidden_size=mlp),)))
-    return {"hope": config, "hope_attention": attention, "transformer": plain}
+    titans = replace(config.titans, scan=replace(config.titans.scan, implementation=scan))
+    name = "hope" if scan == "auto" else f"hope_{scan}"
+    hope = replace(config, titans=titans)
+    return {name: hope, "hope_attention": attention, "transformer": plain}
 
 
-def layers(length: int, kinds: Sequence[str], repetitions: int) -> Figures:
+def layers(length: int, kinds: Sequence[str], repetitions: int, scan: Implementation) -> Figures:
     """One layer of the 340M size, in rows of that length."""
     config = load_config("configs/340m.yaml").model
     figures: Figures = {}
     rows = []
-    for name, one in variants(config, MLP_OF_TWIN["340m"]).items():
+    for name, one in variants(config, MLP_OF_TWIN["340m"], scan).items():
 
         def make(one: HopeConfig = one) -> nn.Module:
             layer = HopeLayer(one, one.mixers[0])
@@ -242,21 +251,23 @@ def layers(length: int, kinds: Sequence[str], repetitions: int) -> Figures:
 
 
 @lru_cache(maxsize=1)
-def on_host(size: str) -> dict[str, HopeModel]:
+def on_host(size: str, scan: Implementation) -> dict[str, HopeModel]:
     """The models of a size, in bfloat16 on the CPU: their start takes longer than their steps."""
     config = load_config(f"configs/{size}.yaml").model
-    found = variants(config, MLP_OF_TWIN[size])
+    found = variants(config, MLP_OF_TWIN[size], scan)
     return {name: HopeModel(one).to(torch.bfloat16) for name, one in found.items()}
 
 
-def models(size: str, length: int, kinds: Sequence[str], repetitions: int) -> Figures:
+def models(
+    size: str, length: int, kinds: Sequence[str], repetitions: int, scan: Implementation
+) -> Figures:
     """Whole models of a size in rows of that length, and Gated DeltaNet of their width and depth
     where it is installed."""
     config = load_config(f"configs/{size}.yaml").model
     figures: Figures = {}
     rows = []
     tokens = torch.randint(config.vocab_size or 1, (STEP_TOKENS // length, length)).cuda()
-    for name, host in on_host(size).items():
+    for name, host in on_host(size, scan).items():
         flops = sum(host.flops_per_token(length, executed=False))
 
         def make(host: nn.Module = host) -> nn.Module:

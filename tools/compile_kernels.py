@@ -1,8 +1,9 @@
-"""python -m tools.compile_kernels: compile the Triton kernels for a GPU without having one.
+"""python -m tools.compile_kernels: compile the GPU kernels without having a GPU.
 
 Every kernel for every size that the dispatcher takes, ahead of time for sm_90 (H100): registers
 of a thread, bytes spilled to local memory, shared memory of a block, as ptxas and Triton report
-them. Writes runs/bench/kernels.json, after each kernel. Needs triton; no GPU, no driver.
+them; those in CUDA C++ too where there is NVRTC. Writes runs/bench/kernels.json, after each kernel.
+Needs triton; no GPU, no driver.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ import torch
 from hope.fused.gated_norm import tile
 from hope.fused.loss import BLOCK, WARPS
 from hope.scan import ScanConfig
+from hope.scan.cuda.call import KERNELS, THREADS, Options, compiled_for, shared_bytes
+from hope.scan.cuda.nvrtc import compiled, library
 from hope.scan.triton import EXPANSIONS, HEAD_WIDTHS, SHARED_BYTES, padded
 from tools.figures import table, write_figures
 
@@ -88,9 +92,9 @@ class Report:
     seconds: float
 
 
-def shared_limit(case: Case) -> int:
+def shared_limit(case: Case | CudaCase) -> int:
     """Bytes of shared memory that a kernel may have: what the dispatcher asks a device for."""
-    if "TILE" not in case.constants:
+    if isinstance(case, CudaCase) or "TILE" not in case.constants:
         return SHARED_LIMIT
     return SHARED_BYTES[case.constants["D"], case.dtype]
 
@@ -166,14 +170,49 @@ def compile_case(case: Case) -> Report:
         attrs=_aligned(signature),
     )
     start = time.perf_counter()
-    compiled = triton.compile(
+    made = triton.compile(
         source,
         target=GPUTarget("cuda", 90, 32),
         options=case.options,
     )
-    registers, stores, loads = assemble(compiled.asm["ptx"])
+    [(registers, stores, loads)] = assemble(made.asm["ptx"]).values()
     seconds = time.perf_counter() - start
-    return Report(registers, stores, loads, compiled.metadata.shared, seconds)
+    return Report(registers, stores, loads, made.metadata.shared, seconds)
+
+
+@dataclass(frozen=True)
+class CudaCase:
+    """A kernel of `hope.scan.cuda`, for a writer's options."""
+
+    key: str
+    kernel: str
+    cuda: Options
+
+
+def cuda_cases(memory_chunk: int) -> Iterator[CudaCase]:
+    """The kernels in CUDA C++ with the scan's default options."""
+    from hope.scan import layouts
+
+    config = ScanConfig(memory_chunk, 64)
+    blocks = layouts.block_lengths(config, torch.bfloat16)
+    for block, read, suffix in zip(blocks, ("", config.read), ("", "_mem"), strict=True):
+        options = compiled_for(config, block, read, has_reset=True, adaptive=False)
+        kernels = KERNELS[2:] if read else KERNELS
+        for kernel in kernels:
+            yield CudaCase(f"cuda_{kernel}{suffix}_c{block}_bf16", kernel, options)
+
+
+@lru_cache(maxsize=2)
+def _assembled(options: Options) -> tuple[dict[str, tuple[int, int, int]], float]:
+    start = time.perf_counter()
+    found = assemble(compiled(options.defines(), "compute_90").ptx)
+    return found, time.perf_counter() - start
+
+
+def compile_cuda(case: CudaCase) -> Report:
+    """The same of a kernel in CUDA C++; the seconds are its module's."""
+    found, seconds = _assembled(case.cuda)
+    return Report(*found[case.kernel], shared_bytes(case.kernel, case.cuda), seconds)
 
 
 def why_not_compiled() -> str:
@@ -206,8 +245,9 @@ def _aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
     }
 
 
-def assemble(ptx: str) -> tuple[int, int, int]:
-    """Registers, bytes of spill stores and bytes of spill loads, by Triton's ptxas."""
+def assemble(ptx: str) -> dict[str, tuple[int, int, int]]:
+    """Registers, bytes of spill stores and bytes of spill loads of each kernel, by Triton's
+    ptxas."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -218,11 +258,14 @@ def assemble(ptx: str) -> tuple[int, int, int]:
             [*command, "-o", str(path.with_suffix(".cubin"))],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
-    found = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    used = re.search(r"Used (\d+) registers", result.stderr)
-    assert found is not None, result.stderr
-    assert used is not None, result.stderr
-    return int(used[1]), int(found[1]), int(found[2])
+    report = re.compile(
+        r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        re.S,
+    )
+    found = report.findall(result.stderr)
+    assert found, result.stderr
+    return {name: (int(used), int(stores), int(loads)) for name, stores, loads, used in found}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -236,7 +279,9 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := why_not_compiled():
         print(f"compile_kernels: {reason}", file=sys.stderr)
         return 2
-    cases = (*scan_cases(options.memory_chunk), *fused_cases())
+    cases: list[Case | CudaCase] = [*scan_cases(options.memory_chunk), *fused_cases()]
+    if not isinstance(library(), str):
+        cases += cuda_cases(options.memory_chunk)
     chosen = [case for case in cases if options.only in case.key]
     if not chosen:
         parser.error(f"no case contains {options.only!r}")
@@ -244,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows, failed, path = [], False, None
     for case in chosen:
         try:
-            report = compile_case(case)
+            report = compile_cuda(case) if isinstance(case, CudaCase) else compile_case(case)
         except Exception as error:
             failed = True
             print(f"{case.key}: {' '.join(str(error).split())[-300:]}", file=sys.stderr)
@@ -259,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"shared_bytes_{case.key}": report.shared,
         }
         cells = [
-            case.options["num_warps"],
+            THREADS // 32 if isinstance(case, CudaCase) else case.options["num_warps"],
             report.registers,
             spilled,
             report.shared,

@@ -1,11 +1,12 @@
-"""python -m tools.emulate_kernels: what the compiler makes of the Triton kernels, run on the CPU.
+"""python -m tools.emulate_kernels: what compilers make of the GPU kernels, run on the CPU.
 
-Every kernel is compiled for sm_90 and its PTX is run by a machine of ours (`tools.ptx`): matrix
-products in bfloat16 and TF32 as tensor cores take them, asynchronous copies that arrive when they
-are waited for, and an error with its source line for whatever reads or writes outside of its
-memory, or what two warps touch without a barrier between. Output and gradients beside float64, and
-beside torch's operators in the same dtype. First the machine itself: products of many shapes.
-What ptxas does after PTX, time, and launches that overlap are not part of it. Needs triton; no GPU.
+Every kernel, Triton's and those in CUDA C++, is compiled for sm_90 and its PTX is run by a machine
+of ours (`tools.ptx`): matrix products in bfloat16 and TF32 as tensor cores take them, asynchronous
+copies that arrive when they are waited for, and an error with its source line for whatever reads
+or writes outside of its memory, or what two warps touch without a barrier between. Output and
+gradients beside float64, and beside torch's operators in the same dtype. First the machine itself:
+products of many shapes. What ptxas does after PTX, time, and launches that overlap are not part of
+it. Needs triton and NVRTC; no GPU.
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from hope.scan.cuda.nvrtc import library
 from tools.compile_kernels import why_not_compiled
 from tools.kernel_costs import Shape
-from tools.kernel_parity import HEADER, SCAN_CASES, Call, compared, fused_calls, scan_call
+from tools.kernel_parity import (
+    CUDA_CASES,
+    HEADER,
+    SCAN_CASES,
+    Call,
+    compared,
+    fused_calls,
+    scan_call,
+)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+KERNELS = ("triton", "cuda")
 FUSED = ("gated_norm", "cross_entropy")
 LIMITS = {torch.bfloat16: (0.01, 0.1), torch.float32: (2e-6, 1e-5)}
 """Errors of outputs and gradients that pass. In bfloat16 the gradients of the gates' biases, sums
@@ -38,12 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m tools.emulate_kernels", description=(__doc__ or "").partition(": ")[2]
     )
     parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="NAME")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--tokens", type=int, default=200, help="of a row (%(default)s)")
     options = parser.parse_args(arguments)
     if options.tokens < 1:
         parser.error("--tokens must be positive")
-    if reason := why_not_compiled():
+    reason = why_not_compiled()
+    if "cuda" in options.kernels and not reason:
+        reason = library() if isinstance(library(), str) else ""
+    if reason:
         print(f"emulate_kernels: {reason}", file=sys.stderr)
         return 2
     from tools.ptx.group import ProgramError
@@ -56,11 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
         if "machine" in options.cases:
             for dtype in dtypes:
                 failed += machine(dtype)
-        for name, call, leaves in calls(options.cases, options.tokens):
-            for dtype in dtypes:
+        for how, name, call, leaves in calls(options.cases, options.tokens, options.kernels):
+            for dtype in dtypes if how == "triton" else [torch.bfloat16]:
                 before = launches.statements, launches.compiling, launches.running
                 try:
-                    [(row, _)] = compared(name, call, leaves, [dtype])
+                    [(row, _)] = compared(name, call, leaves, [dtype], how)
                 except ProgramError as fault:
                     print(f"{name} {dtype}: {fault}", flush=True)
                     failed.append(name)
@@ -82,19 +97,25 @@ def dispatched() -> Iterator[None]:
     with (
         patch("hope.triton.why_no_kernels", lambda x: ""),
         patch("hope.scan.triton.why_no_kernels", lambda x: ""),
+        patch("hope.scan.cuda.device.why_not", lambda *call: ""),
     ):
         yield
 
 
-def calls(names: Sequence[str], tokens: int) -> Iterator[tuple[str, Call, list[Tensor]]]:
-    """What was asked for: norm and loss, and scans of two rows in two segments."""
-    for name, call, leaves in fused_calls(Shape(1, 2, 24, 64, 64), "cpu", vocabulary=1000):
-        if name in names:
-            yield name, call, leaves
-    for case in SCAN_CASES:
-        if case.key in names:
-            short = replace(case, config=replace(case.config, checkpoint_chunks=2))
-            yield case.key, *scan_call(short, 2, 1, tokens, "cpu")
+def calls(
+    names: Sequence[str], tokens: int, kernels: Sequence[str]
+) -> Iterator[tuple[str, str, Call, list[Tensor]]]:
+    """What was asked for, and of which kernels: norm and loss, and scans of two rows in two
+    segments."""
+    if "triton" in kernels:
+        for name, call, leaves in fused_calls(Shape(1, 2, 24, 64, 64), "cpu", vocabulary=1000):
+            if name in names:
+                yield "triton", name, call, leaves
+    for how in kernels:
+        for case in SCAN_CASES if how == "triton" else CUDA_CASES:
+            if case.key in names:
+                short = replace(case, config=replace(case.config, checkpoint_chunks=2))
+                yield how, case.key, *scan_call(short, 2, 1, tokens, "cpu")
 
 
 def machine(dtype: torch.dtype) -> list[str]:

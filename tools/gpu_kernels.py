@@ -12,6 +12,7 @@ from hope.scan import ScanConfig, ScanWeights, scan
 from tools.figures import table
 from tools.kernel_costs import VOCABULARY, Shape, fused_costs, kernel_costs
 from tools.kernel_parity import (
+    CUDA_CASES,
     HEADER,
     SCAN_CASES,
     Call,
@@ -30,6 +31,11 @@ def parity() -> Figures:
     calls = [(case.key, *scan_call(case, 2, 4, 1000, "cuda")) for case in SCAN_CASES]
     for key, call, leaves in [*calls, *fused_calls(Shape(2, 4, 1024, 64, 64))]:
         for row, found in compared(key, call, leaves, (torch.float32, torch.bfloat16)):
+            rows.append(row)
+            figures |= found
+    for case in CUDA_CASES:
+        call, leaves = scan_call(case, 2, 4, 1000, "cuda")
+        for row, found in compared(case.key, call, leaves, (torch.bfloat16,), "cuda"):
             rows.append(row)
             figures |= found
     print(table(HEADER, rows), flush=True)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from hope.fused import cross_entropy, gated_rms_norm
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
+from hope.scan.cuda.call import WIDTH
 from tools.kernel_costs import VOCABULARY, Shape
 
 Figures = dict[str, float]
 Call = Callable[..., tuple[Tensor, ...]]
-"""(leaves, implementation: "triton" or "torch", which of a scan is "chunked") -> outputs."""
+"""(leaves, implementation: "triton", "cuda", or "torch": of a scan "chunked") -> outputs."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,10 @@ SCAN_CASES = (
     ),
     ScanCase(64, 64, ScanConfig(16, 48), "odd"),
 )
+
+
+CUDA_CASES = tuple(case for case in SCAN_CASES if case.width == case.hidden == WIDTH)
+"""Those that the kernels in CUDA C++ take, in bfloat16."""
 
 
 def scan_inputs(
@@ -99,7 +104,7 @@ def scan_call(
         reset[-1, case.config.projection_chunk] = True
 
     def call(leaves: Sequence[Tensor], how: str) -> tuple[Tensor, ...]:
-        config = replace(case.config, implementation="triton" if how == "triton" else "chunked")
+        config = replace(case.config, implementation="chunked" if how == "torch" else how)
         x, q, *rest = leaves
         precise = torch.promote_types(x.dtype, torch.float32)
         state = MemoryState(*(z.to(precise) for z in rest[6:])) if rest[6:] else None
@@ -162,18 +167,23 @@ HEADER = ["against float64", "outputs", "gradients", "torch's outputs", "gradien
 
 
 def compared(
-    key: str, call: Call, leaves: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+    key: str,
+    call: Call,
+    leaves: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    how: str = "triton",
 ) -> Iterator[tuple[list[str], Figures]]:
     """For each dtype a line of the table, and its figures: the errors of the kernels' outputs and
     gradients, and those that torch's operators have in the same dtype, from leaves that are rounded
     to it."""
+    kind = "" if how == "triton" else f"_{how}"
     for dtype in dtypes:
         expected = results(call, [z.to(dtype) for z in leaves], "torch", torch.float64)
-        name = f"{key}_{str(dtype).removeprefix('torch.')}"
+        name = f"{key}_{str(dtype).removeprefix('torch.')}{kind}"
         errors = [
             worst(actual, exact)
-            for how in ("triton", "torch")
-            for actual, exact in zip(results(call, leaves, how, dtype), expected, strict=True)
+            for one in (how, "torch")
+            for actual, exact in zip(results(call, leaves, one, dtype), expected, strict=True)
         ]
         figures = {f"error_out_{name}": errors[0], f"error_gradients_{name}": errors[1]}
         yield [name, *(f"{error:.1e}" for error in errors)], figures

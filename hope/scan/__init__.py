@@ -17,6 +17,7 @@ from hope.scan.contract import (
     initial_state,
     no_autocast,
 )
+from hope.scan.cuda import device as cuda_device
 from hope.scan.native.operators import scan_native, why_not_native
 from hope.scan.reference import scan_reference
 from hope.scan.triton import scan_triton, warn_once, why_not
@@ -58,6 +59,10 @@ def scan(
         hidden = weights.w1.shape[3]
         if _asked_for(config, "triton", x.is_cuda) and _usable(
             config, "triton", why_not(x, hidden, config)
+        ):
+            return scan_triton(x, q, weights, config, state, reset)
+        if config.implementation == "cuda" and _usable(
+            config, "cuda", cuda_device.why_not(x, hidden, config.memory_chunk)
         ):
             return scan_triton(x, q, weights, config, state, reset)
         if _asked_for(config, "native", x.is_cpu) and _usable(config, "native", why_not_native(x)):

@@ -13,7 +13,7 @@ from torch import Tensor
 DeltaRule = Literal["normalised", "input", "off", "target"]
 DecayTarget = Literal["initial", "zero"]
 Read = Literal["causal", "chunk_start"]
-Implementation = Literal["auto", "reference", "chunked", "native", "triton"]
+Implementation = Literal["auto", "reference", "chunked", "native", "triton", "cuda"]
 
 MEMORIES = ("k", "v", "eta", "alpha", "mem", "q")
 """Order of the memories along the first dimension of the fast weights; q only when adaptive."""
@@ -63,8 +63,9 @@ class ScanConfig:
     checkpoint_chunks: one fast-weight state is kept for backward in this many projection chunks,
         the rest is recomputed; None keeps one in about 256 tokens.
     implementation: "reference" (a token loop, slow), "chunked" (the closed form in PyTorch),
-        "native" (the closed form in C++, on a CPU), "triton" (the closed form in GPU kernels), or
-        "auto": native on a CPU where there is a compiler, triton on a CUDA device for what its
+        "native" (the closed form in C++, on a CPU), "triton" (the closed form in GPU kernels),
+        "cuda" (the same in CUDA C++ with the states on chip, for memories of 64 x 64 in bfloat16),
+        or "auto": native on a CPU where there is a compiler, triton on a CUDA device for what its
         kernels take, chunked for the rest.
 
     Raises ValueError when a value is not allowed.

@@ -279,6 +279,10 @@ class Launcher(Layouts):
             **place,
         )
 
+    def scratch(self, memories: int, chunk: int) -> Tensor:
+        """What the passes of a backward launch over a chunk of tokens hand on."""
+        return self.new(memories, self.count, chunk, self.hidden)
+
     def backward(
         self,
         state: tuple[Tensor, Tensor] | None,
@@ -300,10 +304,8 @@ class Launcher(Layouts):
             "d_bias": self.new(2, self.count).zero_(),
             "dq": dq,
             "d_out": d_out,
-            "scratch": self.new(
-                self.projections, self.count, self.config.projection_chunk, self.hidden
-            ),
-            "scratch_mem": self.new(1, self.count, self.config.memory_chunk, self.hidden),
+            "scratch": self.scratch(self.projections, self.config.projection_chunk),
+            "scratch_mem": self.scratch(1, self.config.memory_chunk),
         }
         for segment in reversed(range(-1, self.segments)):
             # The next segment's forward pass comes first, so that M_mem's derivative runs beside.

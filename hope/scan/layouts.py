@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hope.scan.contract import MEM, ScanConfig, compute_dtype
+from hope.scan.kernels.frames import frame_size
+from hope.scan.kernels.writes import work_size
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
 BLOCK, FLOAT32_BLOCK = 32, 16
@@ -73,6 +75,14 @@ class Layouts:
     def new(self, *shape: int) -> Tensor:
         """Uninitialised memory of the compute dtype."""
         return self.x.new_empty(shape, dtype=self.dtype)
+
+    def frame_size(self, block: int) -> int:
+        """Numbers of what all memories share of a block of that many tokens."""
+        return frame_size(block)
+
+    def work_size(self, wide: int, block: int, keep: bool) -> int:
+        """Numbers of what passes over a block hand on in one memory, and backward needs."""
+        return work_size(wide, block, self.width, self.hidden, keep)
 
     def mem_last(self, z: Tensor) -> Tensor:
         """Memories [memories, ...] from the contract's order to the kernels', or back: M_q and

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hope.scan.kernels.frames import frame_size
-from hope.scan.kernels.writes import work_matrices, work_size
+from hope.scan.kernels.writes import work_matrices
 from hope.scan.layouts import Layouts
 
 
@@ -103,7 +102,6 @@ def _writer(
     memories = len(range(*which.indices(layouts.memories)))
     blocks = layouts.length(0) // block
     wide = work_matrices(read == "causal", keep)
-    room = work_size(wide, block, layouts.width, layouts.hidden, keep)
     # Forward: a chunk's W takes the place of the one before.
     opened = -(-blocks // open_) + 1 if keep else 1
     return Writer(
@@ -115,6 +113,8 @@ def _writer(
         layouts.states(memories),
         layouts.states(memories, opened, dtype=layouts.base.dtype),
         layouts.states(memories, blocks if keep else 0, dtype=layouts.base.dtype),
-        layouts.new(layouts.count, blocks, frame_size(block)),
-        layouts.new(memories * layouts.count, blocks if keep else 1, room),
+        layouts.new(layouts.count, blocks, layouts.frame_size(block)),
+        layouts.new(
+            memories * layouts.count, blocks if keep else 1, layouts.work_size(wide, block, keep)
+        ),
     )

@@ -108,19 +108,30 @@ def _scan_triton(
     decay_to: str,
     read: str,
     checkpoint_chunks: int,
+    on_chip: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, final w1, final w2, Deltas between segments [S, M, G, 2, d, h]); see `Launcher`."""
-    from hope.scan.launch import Launcher
-
     options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
     config = _config((*options, checkpoint_chunks))
-    launcher = Launcher(config, x, q, [w1, w2, w_eta, b_eta, w_alpha, b_alpha], reset)
+    weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
+    launcher = _launcher(on_chip)(config, x, q, weights, reset)
     out, _, _, saved = _empty_outputs(x, w1, config, save)
     state = None if state1 is None or state2 is None else (state1, state2)
     with torch.cuda.device_of(x):
         delta = launcher.forward(state, out, saved)
     return out, *launcher.unpack(launcher.add_base(delta)), saved
+
+
+def _launcher(on_chip: bool) -> Any:
+    """What launches the kernels: Triton's, or those in CUDA C++ with the states on chip."""
+    if on_chip:
+        from hope.scan.cuda.launch import CudaLauncher
+
+        return CudaLauncher
+    from hope.scan.launch import Launcher
+
+    return Launcher
 
 
 def _empty_outputs(
@@ -145,7 +156,7 @@ def _empty_outputs(
 
 @_scan_triton.register_fake
 def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
-    return _empty_outputs(x, w1, _config(options[:-1]), options[-1])
+    return _empty_outputs(x, w1, _config(options[:-2]), options[-1])
 
 
 @torch.library.custom_op("hope::scan_triton_backward", mutates_args=())
@@ -172,14 +183,13 @@ def _scan_triton_backward(
     decay_to: str,
     read: str,
     checkpoint_chunks: int,
+    on_chip: bool,
 ) -> list[Tensor]:
     """Gradients of x, q, the six weights and, if there was one, the incoming state."""
-    from hope.scan.launch import Launcher
-
     options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
     config = _config((*options, checkpoint_chunks))
     weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
-    launcher = Launcher(config, x, q, weights, reset)
+    launcher = _launcher(on_chip)(config, x, q, weights, reset)
     dx, dq = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x, q))
     state = None if state1 is None or state2 is None else (state1, state2)
     d_state = launcher.pack_gradient(d_final1, d_final2)
@@ -237,11 +247,12 @@ def scan_triton(
     state: MemoryState | None = None,
     reset: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
-    """The scan by Triton's kernels: on a CUDA device, or anywhere under TRITON_INTERPRET=1.
+    """The scan by kernels: on a CUDA device, or Triton's anywhere under TRITON_INTERPRET=1;
+    config.implementation "cuda" takes those of `hope.scan.cuda`.
 
     Shapes as in `hope.scan.scan`; inputs are expected to have passed
-    `hope.scan.contract.check_inputs` and `why_not`. Differentiable once, in every tensor but
-    reset.
+    `hope.scan.contract.check_inputs` and `why_not` (of `hope.scan.cuda.device`). Differentiable
+    once, in every tensor but reset.
     """
     tensors = [x, q, *weights, *(state or ())]
     save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
@@ -271,6 +282,7 @@ def scan_triton(
         config.decay_to,
         config.read,
         config.segment_chunks,
+        config.implementation == "cuda",
         save,
     )
     if more_d or more_h:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from hope.scan.cuda.nvrtc import library
 from tools.ptx import arithmetic, matrices
 from tools.ptx.group import ProgramError
 from tools.ptx.machine import Machine
@@ -98,7 +100,15 @@ def test_an_asynchronous_copy_brings_what_is_waited_for() -> None:
         ),
         (COPY + SEND, "write over what an asynchronous copy is bringing"),
         ("selp.b32 %r7, %r1, %r2, %p1;", "%p1 is read before it is written"),
-        ("setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L1;\n$L1:", "threads of a program part"),
+        (
+            "setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L1;\nbar.sync 0;\n$L1:",
+            "a barrier of threads that are not together",
+        ),
+        (
+            "setp.lt.u32 %p1, %r1, 40;\n@%p1 bra $L1;\n"
+            "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r7}, [%r4];\n$L1:",
+            "a part of a warp",
+        ),
     ],
 )
 def test_what_a_device_must_not_do_is_found(body: str, complaint: str) -> None:
@@ -155,6 +165,58 @@ def test_programs_that_branch_apart_end_each_on_their_own() -> None:
         programs=4,
     )
     assert buffer.view(4, THREADS).unique(dim=1).flatten().tolist() == [5, 6, 5, 8]
+
+
+def test_threads_that_branch_apart_meet_again() -> None:
+    """A loop of as many rounds as a thread's number has bits, and a branch within it."""
+    buffer = numbers()
+    launch(
+        """
+        mov.b32 %r6, %r1;
+        mov.b32 %r7, 0;
+        $L_again:
+        setp.eq.u32 %p1, %r6, 0;
+        @%p1 bra $L_end;
+        and.b32 %r8, %r6, 1;
+        setp.eq.u32 %p2, %r8, 0;
+        @%p2 bra $L_even;
+        add.s32 %r7, %r7, 1;
+        $L_even:
+        shr.u32 %r6, %r6, 1;
+        bra.uni $L_again;
+        $L_end:
+        bar.sync 0;
+        """
+        + STORE,
+        buffer,
+    )
+    assert buffer[:THREADS].tolist() == [i.bit_count() for i in range(THREADS)]
+
+
+def test_a_parameter_may_be_a_structure() -> None:
+    """Numbers at their offsets, also from a place that was computed; one kernel of two."""
+    buffer = numbers()
+    body = """
+        ld.param.u64 %rd1, [k_param_0];
+        mov.u32 %r1, %tid.x;
+        mul.wide.u32 %rd2, %r1, 4;
+        add.s64 %rd3, %rd1, %rd2;
+        mov.b64 %rd4, k_param_0;
+        add.s64 %rd5, %rd4, 8;
+        ld.param.v2.u32 {%r2, %r3}, [%rd5+4];
+        add.s32 %r7, %r2, %r3;
+    """
+    kernels = (
+        f".visible .entry {name}(\n	.param .align 8 .b8 k_param_0[24]\n)\n"
+        f".maxntid {THREADS}, 1, 1\n{{\n	.reg .b32 	%r<9>;\n{body}\n{more}{STORE}	ret;\n}}\n"
+        for name, more in (("k", ""), ("k_other", "neg.s32 %r7, %r7;\n"))
+    )
+    storage = buffer.untyped_storage()
+    memory = GlobalMemory([(storage.data_ptr(), storage.nbytes(), "buffer")])
+    structure = struct.pack("=qiiii", storage.data_ptr(), 1, 20, 300, 4000)
+    machine = Machine(parse(f".version 8.7\n{''.join(kernels)}", "k"))
+    machine.launch((1, 1, 1), [structure], 4, memory)
+    assert buffer[:THREADS].unique().tolist() == [320]
 
 
 def test_an_instruction_that_is_missing_is_named() -> None:
@@ -259,7 +321,8 @@ def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_compiled_kernels_agree_with_torch() -> None:
     pytest.importorskip("triton")
-    done = emulate("--cases", "gated_norm", "cross_entropy", "--dtypes", "bfloat16")
+    only = ("--kernels", "triton", "--dtypes", "bfloat16")
+    done = emulate("--cases", "gated_norm", "cross_entropy", *only)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all agree"
 
@@ -269,7 +332,22 @@ def test_compiled_kernels_agree_with_torch() -> None:
 @pytest.mark.parametrize("name", ["machine", "d64_h64_c16_resets", "d64_h64_c32_start_zero"])
 def test_the_compiled_scan_in_bfloat16_agrees_with_float64(name: str) -> None:
     pytest.importorskip("triton")
-    done = emulate("--cases", name, "--dtypes", "bfloat16")
+    done = emulate("--cases", name, "--kernels", "triton", "--dtypes", "bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(isinstance(library(), str), reason=f"{library()}")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(("--cases", "d64_h64_c16", "--tokens", "40"), id="one"),
+        pytest.param((), id="all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
+    ],
+)
+def test_the_compiled_cuda_kernels_agree_with_float64(arguments: tuple[str, ...]) -> None:
+    """... and no warp reads or writes what another has since the last barrier."""
+    pytest.importorskip("triton")
+    done = emulate("--kernels", "cuda", "--dtypes", "bfloat16", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

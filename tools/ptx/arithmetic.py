@@ -75,6 +75,13 @@ def _extract(a: Array, start: Array, length: Array) -> Array:
     return np.right_shift(np.left_shift(a, a.dtype.type(left)), a.dtype.type(width - length))
 
 
+def _insert(a: Array, into: Array, start: Array, length: Array) -> Array:
+    """bfi: the lowest bits of a in place of some of another number's."""
+    first, size = int(start.flat[0]), int(length.flat[0])
+    field = a.dtype.type(((1 << size) - 1) << first)
+    return (into & ~field) | (np.left_shift(a, a.dtype.type(first)) & field)
+
+
 def _permute(a: Array, b: Array, selector: Array) -> Array:
     """prmt: four bytes picked out of eight."""
     both = (b.astype(np.uint64) << np.uint64(32)) | a.astype(np.uint64)
@@ -168,6 +175,10 @@ def operation(name: str) -> tuple[Operation, list[str]] | None:
         return (lambda a, b, p: np.where(p, a, b)), [kind, kind, "pred"]
     if base in ("shl", "shr"):
         return (lambda a, by: _shift(a, by, base == "shl")), [kind, "u32"]
+    if base == "cvta":  # shared and global addresses are those of all memory
+        return (lambda a: a), [kind]
+    if base == "bfi":
+        return _insert, [kind, kind, "u32", "u32"]
     if base == "bfe":
         return _extract, [kind, "u32", "u32"]
     if base == "prmt":

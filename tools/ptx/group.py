@@ -13,6 +13,13 @@ from tools.ptx.parsing import Kernel
 WARP = 32
 
 
+SHARED_NAMES = ("global_smem", "shared_memory")
+"""What the start of shared memory is called."""
+
+
+STRUCTURES = 1 << 32
+
+
 class ProgramError(Exception):
     """A statement that fails, with its place in the source."""
 
@@ -57,12 +64,14 @@ class Group:
         self.kernel, self.grid, self.programs, self.memory = kernel, grid, programs, memory
         threads, count = kernel.threads, programs.size
         self.registers: dict[str, Array] = {}
+        self.structures: dict[str, bytes] = {}  # parameters, each at a multiple of STRUCTURES
         self.shared = SharedMemory(count, shared)
         self.slot = np.repeat(np.arange(count), threads)
         thread = np.tile(np.arange(threads, dtype=np.uint32), count)
         self.warp = (thread // WARP).astype(np.int32)
         self.program = programs[self.slot].astype(np.int32)
         self.interval = 1
+        self.mask: Array | None = None  # threads that take the statement, where not all do
         self.copies: list[list[Copy]] = [[]]
         self.pending: list[Array] = []  # operands of wgmma that are still being read
         x, y, _ = grid
@@ -82,6 +91,7 @@ class Group:
             raise ProgramError("programs part while products are under way")
         lanes = np.isin(self.slot, slots)
         new.copies = [[copy for c in g if (copy := c.part(self, lanes))] for g in self.copies]
+        new.structures = self.structures
         new.registers = {name: z[lanes] for name, z in self.registers.items()}
         words = np.isin(np.arange(self.slot[-1] + 1), slots).repeat(self.shared.halfwords)
         for name in ("words", "write_warp", "write_interval", "readers", "read_interval"):
@@ -105,12 +115,28 @@ class Group:
             return (z.astype(f"u{size}") if z.itemsize > size else z).view(dtype)
         if operand in self.special:
             return self.special[operand].view(np.uint32).astype(dtype)
+        if operand in self.structures:
+            place = STRUCTURES * (1 + list(self.structures).index(operand))
+            return np.array([place], np.uint64).astype(dtype)
         if operand.startswith("%"):
             # Compilers leave half of a packed register undefined: a NaN, wherever it is used.
             if kind == "pred":
                 raise ProgramError(f"{operand} is read before it is written")
             return np.full(1, -1, f"i{dtype(0).itemsize}").view(dtype)
         return constant(operand, kind)
+
+    def parameter(self, operand: str, kind: str, count: int) -> list[Array]:
+        """`count` values [1] of a parameter at "[place + number]"."""
+        base = operand.strip("[] ")
+        if base in self.registers and not base.startswith("%"):
+            return [self.value(base, kind)]
+        place = np.unique(self.address(operand, "u64"))
+        if place.size > 1:
+            raise ProgramError("threads load different parameters")
+        which, offset = divmod(int(place[0]), STRUCTURES)
+        dtype = np.dtype(TYPES[kind])
+        structure = [*self.structures.values()][which - 1]
+        return list(np.frombuffer(structure, dtype, count, offset).reshape(-1, 1))
 
     def every(self, operand: str, kind: str) -> Array:
         """The same [threads], also of a number."""
@@ -139,10 +165,21 @@ class Group:
             where = where + TYPES[kind](int(offset.strip()) % (1 << 8 * where.itemsize))
         return np.broadcast_to(where, (self.slot.size,))
 
+    def whole_warps(self) -> Array:
+        """The threads that take a statement of whole warps."""
+        if self.mask is None:
+            return np.arange(self.slot.size)
+        each = self.mask.reshape(-1, WARP)
+        if (each != each[:, :1]).any():
+            raise ProgramError("a part of a warp")
+        return np.flatnonzero(self.mask)
+
     def lanes(self, active: Array | None) -> Array:
         return np.arange(self.slot.size) if active is None else np.flatnonzero(active)
 
     def barrier(self) -> None:
+        if self.mask is not None:
+            raise ProgramError("a barrier of threads that are not together")
         self.interval += 1
 
     def publish(self) -> None:
@@ -153,7 +190,7 @@ class Group:
 def constant(text: str, kind: str) -> Array:
     """A number of PTX [1]."""
     dtype = TYPES[kind]
-    if text == "global_smem":
+    if text in SHARED_NAMES:
         return np.array([SharedMemory.BASE], np.uint32).astype(dtype)
     if text.startswith(("0f", "0F")):
         return np.array([int(text[2:], 16)], np.uint32).view(dtype)

@@ -1,5 +1,5 @@
-"""Triton's launches on the machine: `with emulated() as launches:` and every kernel[grid](...) on
-CPU tensors is compiled for sm_90 and run."""
+"""Launches on the machine: `with emulated() as launches:` and every kernel on CPU tensors, Triton's
+kernel[grid](...) and those of `hope.scan.cuda`, is compiled for sm_90 and run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hope.scan.cuda.call import Options, arguments, shared_bytes
+from hope.scan.cuda.nvrtc import compiled
 from tools.ptx.machine import Machine
 from tools.ptx.memory import GlobalMemory
 from tools.ptx.parsing import parse
@@ -50,6 +54,31 @@ def specialised(value: Any) -> tuple[str, bool]:
     return "fp32", False
 
 
+def run_cuda(
+    launches: Launches, name: str, options: Options, grid: tuple[int, int], given: dict[str, Any]
+) -> None:
+    """A launch of `hope.scan.cuda.device.launch`."""
+    began = time.perf_counter()
+    key, shared = (name, options), shared_bytes(name, options)
+    if key not in launches.compiled:
+        ptx = compiled(options.defines(), "compute_90").ptx
+        launches.compiled[key] = Machine(parse(ptx, name)), shared, []
+    machine = launches.compiled[key][0]
+    launches.compiling += time.perf_counter() - began
+    began = time.perf_counter()
+    tensors = [(n, z) for n, z in given.items() if isinstance(z, Tensor) and z.numel()]
+    memory = GlobalMemory([_storage(name, z) for name, z in tensors])
+    with np.errstate(all="ignore"):
+        done = machine.launch((*grid, 1), [bytes(arguments(given))], shared, memory)
+    launches.statements += done
+    launches.running += time.perf_counter() - began
+
+
+def _storage(name: str, z: Tensor) -> tuple[int, int, str]:
+    storage = z.untyped_storage()
+    return storage.data_ptr(), storage.nbytes(), name
+
+
 def run(launches: Launches, kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
     """One launch; given: the kernel's arguments and options by name."""
     options = {name: given.pop(name) for name in OPTIONS if name in given}
@@ -80,8 +109,7 @@ def run(launches: Launches, kernel: Any, grid: tuple[int, ...], given: dict[str,
     for name in names:
         value = given[name]
         if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            storages.append((storage.data_ptr(), storage.nbytes(), name))
+            storages.append(_storage(name, value))
             value = value.data_ptr()
         arguments.append(value)
     # Two pointers for scratch memory and profiles, which these kernels have no use for, come last.
@@ -95,7 +123,7 @@ def run(launches: Launches, kernel: Any, grid: tuple[int, ...], given: dict[str,
 
 @contextmanager
 def emulated() -> Iterator[Launches]:
-    """Triton's launches run on the machine while this is open; yields what ran.
+    """Launches run on the machine while this is open; yields what ran.
 
     Raises `tools.ptx.machine.ProgramError` out of a launch that does what a device must not.
     """
@@ -105,9 +133,8 @@ def emulated() -> Iterator[Launches]:
         given = dict(zip(kernel.arg_names, positional, strict=False)) | named
         run(launches, kernel, grid(given) if callable(grid) else tuple(grid), given)
 
-    run_on_device = triton.JITFunction.run
-    triton.JITFunction.run = launch
-    try:
+    with (
+        patch("triton.JITFunction.run", launch),
+        patch("hope.scan.cuda.device.launch", partial(run_cuda, launches)),
+    ):
         yield launches
-    finally:
-        triton.JITFunction.run = run_on_device

@@ -1,8 +1,8 @@
 """The machine: programs of a launch, their threads, and PTX's statements on them.
 
 All threads of all programs of a group take each statement together, as arrays; where programs
-branch apart the group is split. Within a program a branch must be the same for all threads, which
-it is in what Triton makes.
+branch apart the group is split. Where threads of one program do, those that are furthest behind go
+first, until all are together again, which they must be at a barrier.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Machine:
     ) -> int:
         """Run all programs of a grid; returns the statements run, counted once a group.
 
-        arguments: the values of the kernel's parameters (addresses, integers, floats).
+        arguments: the values of the kernel's parameters (addresses, integers, floats, bytes).
         Raises ProgramError with the statement at which something went wrong.
         """
         programs = np.arange(grid[0] * grid[1] * grid[2])
@@ -45,6 +45,9 @@ class Machine:
         for start in range(0, programs.size, TOGETHER):
             group = Group(self.kernel, grid, programs[start : start + TOGETHER], shared, memory)
             for (name, kind), value in zip(self.kernel.parameters, arguments, strict=True):
+                if kind == "bytes":
+                    group.structures[name] = value
+                    continue
                 dtype = TYPES[kind]
                 bits = np.array([value], dtype).view(TYPES[f"u{8 * dtype(0).itemsize}"])
                 group.registers[name] = np.repeat(bits, group.slot.size)
@@ -55,26 +58,52 @@ class Machine:
         """A group from a statement on, to its end."""
         done = 0
         while at < len(self.steps):
-            instruction = self.kernel.instructions[at]
-            try:
-                jump = self.steps[at](group)
-            except (AccessError, ProgramError) as fault:
-                raise ProgramError(f"{fault}; {instruction.where()}") from None
+            jump = self._step(group, at)
             done += 1
             at += 1
             if jump is None:
                 continue
-            goes = np.ones(group.programs.size, bool)
-            if instruction.predicate:
-                taken = group.value(instruction.predicate, "pred") != instruction.negated
-                each = taken.reshape(group.programs.size, -1)
-                if (each != each[:, :1]).any():
-                    raise ProgramError(f"threads of a program part; {instruction.where()}")
-                goes = each[:, 0]
-            there = self.kernel.labels[jump] if jump else len(self.steps)
-            if goes.all():
+            taken, there = self._taken(group, at - 1), self._place(jump)
+            each = taken.reshape(group.programs.size, -1)
+            goes = each[:, 0]
+            if (each != goes[:, None]).any():
+                more, at = self._apart(group, np.where(taken, there, at))
+                done += more
+            elif goes.all():
                 at = there
             elif goes.any():
                 done += self._run(group.part(np.flatnonzero(goes)), there)
                 group = group.part(np.flatnonzero(~goes))
         return done
+
+    def _apart(self, group: Group, places: np.ndarray) -> tuple[int, int]:
+        """Threads from their places [threads] on, until they meet: statements run, and where."""
+        done = 0
+        while (places != places[0]).any():
+            at = int(places.min())
+            group.mask = places == at
+            jump = self._step(group, at)
+            done += 1
+            after = at + 1
+            if jump is not None:
+                after = np.where(self._taken(group, at), self._place(jump), after)
+            places = np.where(group.mask, after, places)
+        group.mask = None
+        return done, int(places[0])
+
+    def _step(self, group: Group, at: int) -> str | None:
+        try:
+            return self.steps[at](group)
+        except (AccessError, ProgramError) as fault:
+            raise ProgramError(f"{fault}; {self.kernel.instructions[at].where()}") from None
+
+    def _taken(self, group: Group, at: int) -> np.ndarray:
+        """Which threads jump at a statement that does."""
+        instruction = self.kernel.instructions[at]
+        if not instruction.predicate:
+            return np.ones(group.slot.size, bool)
+        taken = group.value(instruction.predicate, "pred") != instruction.negated
+        return np.broadcast_to(taken, (group.slot.size,))
+
+    def _place(self, label: str) -> int:
+        return self.kernel.labels[label] if label else len(self.steps)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 LABEL = re.compile(r"^([$\w]+):$")
 STATEMENT = re.compile(r"^(?:@(!?)(%p\d+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.S)
-PARAMETER = re.compile(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+\.global\s+\.align\s+\d+\s+)?(\w+)")
+PARAMETER = re.compile(
+    r"\.param\s+\.(?!align)(\w+)\s+(?:\.ptr\s+\.global\s+\.align\s+\d+\s+)?(\w+)"
+)
+
+ANY = r"\w+"
+STRUCTURE = re.compile(r"\.param\s+\.align\s+\d+\s+\.b8\s+(\w+)\[\d+\]")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel of a PTX file: parameters (name, type), statements, and where labels point."""
+    """A kernel of a PTX file: parameters (name, type; "bytes" of a structure), statements, and
+    where labels point."""
 
     parameters: tuple[tuple[str, str], ...]
     instructions: tuple[Instruction, ...]
@@ -50,16 +56,20 @@ def split_operands(text: str) -> tuple[str, ...]:
     return tuple(part for part in parts if part)
 
 
-def parse(text: str) -> Kernel:
-    """The one kernel of a PTX file as LLVM writes it.
+def parse(text: str, name: str = "") -> Kernel:
+    """A kernel of a PTX file as LLVM writes it: the one of that name, or the only one.
 
-    Raises ValueError for more than one kernel, and for what is no statement.
+    Raises ValueError where there is no such kernel, or there are several, and for what is no
+    statement.
     """
-    if text.count(".entry") != 1:
-        raise ValueError(f"{text.count('.entry')} kernels in a PTX file, not one")
-    head, body = text[text.index(".entry") :].split("\n{", 1)
+    starts = [at.start() for at in re.finditer(rf"\.entry\s+{name or ANY}\b", text)]
+    if len(starts) != 1:
+        raise ValueError(f"{len(starts)} kernels in a PTX file, not one")
+    head, body = text[starts[0] :].split("\n{", 1)
+    body = body.split("\n}", 1)[0]
     parameters = tuple((name, kind) for kind, name in PARAMETER.findall(head))
-    threads = int(re.search(r"\.reqntid\s+(\d+)", head)[1])  # type: ignore[index]
+    parameters += tuple((name, "bytes") for name in STRUCTURE.findall(head))
+    threads = int(re.search(r"\.(?:req|max)ntid\s+(\d+)", head)[1])  # type: ignore[index]
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     first = text[: text.index(body)].count("\n") + 1

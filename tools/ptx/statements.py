@@ -31,8 +31,9 @@ def step(instruction: Instruction) -> Step:
 
     def active(group: Group) -> Array | None:
         if not instruction.predicate:
-            return None
-        return group.value(instruction.predicate, "pred") != instruction.negated
+            return group.mask
+        taken = group.value(instruction.predicate, "pred") != instruction.negated
+        return taken if group.mask is None else taken & group.mask
 
     if base == "bra":
         return lambda group: operands[0]
@@ -52,6 +53,8 @@ def step(instruction: Instruction) -> Step:
         return lambda group: _shuffle(group, flags, operands, active(group))
     if base in ("ld", "st") and flags[0] in ("global", "shared", "param"):
         return _move(base, flags, operands, active)
+    if name.startswith("cp.async.wait_all"):
+        return lambda group: (group.copies.append([]), _wait(group, 0))[1]
     if name.startswith("cp.async.wait"):
         count = int(operands[0]) if operands else 0
         return lambda group: _wait(group, count)
@@ -85,14 +88,15 @@ def _shuffle(
     group: Group, flags: list[str], operands: tuple[str, ...], active: Array | None
 ) -> None:
     """shfl.sync among whole warps."""
-    if operands[3] != "31":
+    if (group.value(operands[3], "u32") != 31).any():
         raise NotImplementedError("shfl within parts of a warp")
     a = group.every(operands[1], "b32").reshape(-1, WARP)
     b = group.every(operands[2], "u32").reshape(-1, WARP)
     lane = np.arange(WARP)[None, :]
     source = {"bfly": lane ^ b, "idx": b & 31, "up": lane - b, "down": lane + b}[flags[1]]
     source = np.where((source < 0) | (source > 31), lane, source).astype(np.int64)
-    group.assign(operands[0], np.take_along_axis(a, source, 1).reshape(-1), active)
+    target = operands[0].partition("|")[0]  # behind it: whether the source was in range
+    group.assign(target, np.take_along_axis(a, source, 1).reshape(-1), active)
 
 
 def _pack(group: Group, kind: str, operands: tuple[str, ...], active: Array | None) -> None:
@@ -121,17 +125,17 @@ def _move(
     vector = next((int(f[1:]) for f in flags if f in ("v2", "v4", "v8")), 1)
     kind = flags[-1]
     halfwords = max(vector * TYPES[kind](0).itemsize // 2, 1)
-    if kind.endswith("8") and (base, space, vector, kind[0]) != ("ld", "global", 1, "b"):
+    if kind.endswith("8") and (base, space, vector, kind[0] in "bu") != ("ld", "global", 1, True):
         raise NotImplementedError(f"{base}.{'.'.join(flags)}")
     names = listed(operands[0 if base == "ld" else 1])
 
     def load(group: Group) -> None:
         mask = active(group)
         if space == "param":
-            value = group.value(operands[1].strip("[]"), kind)
-            if names[0].startswith("%rd"):  # a narrower parameter is extended
-                value = value.astype(TYPES["s64" if kind[0] == "s" else "u64"])
-            group.assign(names[0], value, mask)
+            for name, value in zip(names, group.parameter(operands[1], kind, vector), strict=True):
+                if name.startswith("%rd"):  # a narrower parameter is extended
+                    value = value.astype(TYPES["s64" if kind[0] == "s" else "u64"])
+                group.assign(name, value, mask)
             return
         lanes = group.lanes(mask)
         words = np.zeros((group.slot.size, halfwords), np.uint16)
@@ -229,15 +233,20 @@ def _matrices(group: Group, base: str, flags: list[str], operands: tuple[str, ..
     """ldmatrix and stmatrix: one to four 8 x 8 matrices of halfwords a warp."""
     count = int(next(f for f in flags if f in ("x1", "x2", "x4"))[1:])
     transposed = "trans" in flags
-    where = group.address(operands[base == "ldmatrix"], "u32").reshape(-1, WARP)
+    where = group.address(operands[base == "ldmatrix"], "u32")
     names = listed(operands[base != "ldmatrix"])
-    lanes = np.arange(group.slot.size).reshape(-1, WARP)[:, : 8 * count].reshape(-1)
-    index = group.shared.index(where[:, : 8 * count].reshape(-1), 8, group.slot[lanes])
+    threads = group.whole_warps()
+    lanes = threads.reshape(-1, WARP)[:, : 8 * count].reshape(-1)
+    index = group.shared.index(where[lanes], 8, group.slot[lanes])
     if base == "ldmatrix":
         rows = group.shared.read(index, group.access(lanes)).reshape(-1, count, 8, 8)
         for i, name in enumerate(names):
-            group.assign(name, matrices.from_matrix(rows[:, i], transposed), None)
+            found = np.zeros(group.slot.size, np.uint32)
+            found[threads] = matrices.from_matrix(rows[:, i], transposed)
+            group.assign(name, found, group.mask)
     else:
+        if group.mask is not None:
+            raise ProgramError("stmatrix of some warps")
         parts = [matrices.to_matrix(group.every(name, "b32"), transposed) for name in names]
         _untouched(group, index)
         group.shared.write(index, np.stack(parts, 1).reshape(-1, 8), group.access(lanes))
@@ -253,8 +262,9 @@ def _product(group: Group, flags: list[str], operands: tuple[str, ...]) -> None:
     left = matrices.left_fragment([group.every(r, "b32") for r in a], bf16)
     right = matrices.right_fragment([group.every(r, "b32") for r in b], bf16)
     total = left @ right + matrices.sums([group.every(r, "b32") for r in c], 8)
+    group.whole_warps()
     for name, value in zip(d, matrices.scatter_sums(total), strict=True):
-        group.assign(name, value, None)
+        group.assign(name, value, group.mask)
 
 
 def _group_product(group: Group, flags: list[str], operands: tuple[str, ...]) -> None:

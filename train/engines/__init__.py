@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hope.flash import load_flash
+from hope.scan.cuda.device import why_not as why_not_cuda
 from hope.scan.native.operators import why_not_native
 from hope.scan.triton import why_not
 from hope.triton import why_no_kernels
@@ -46,11 +47,14 @@ def check_kernels(config: RunConfig, device: torch.device) -> None:
     dtype = PRECISIONS[config.parallel.precision] or torch.float32
     x = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)
     asked = titans.scan.implementation
-    if "titans" in model.mixers and asked in ("native", "triton"):
+    if "titans" in model.mixers and asked in ("native", "triton", "cuda"):
+        hidden = titans.memory_expansion * model.head_dim
         if asked == "native":
             reason = why_not_native(x)
+        elif titans.writes and asked == "cuda":
+            reason = why_not_cuda(x, hidden, titans.scan.memory_chunk)
         elif titans.writes:
-            reason = why_not(x, titans.memory_expansion * model.head_dim, titans.scan)
+            reason = why_not(x, hidden, titans.scan)
         else:
             reason = why_no_kernels(x)
         if reason:

@@ -1,0 +1,106 @@
+"""Launches of the CUDA kernels on torch's tensors: what they are compiled for and told."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple, get_args
+
+from hope.scan.contract import DeltaRule, ScanConfig
+
+WIDTH = 64
+"""Of heads and of their memories' hidden layer."""
+THREADS = 256
+KERNELS = ("project_forward", "project_backward", "write_forward", "write_backward")
+"""The last two of M_mem too."""
+READS = {"": 0, "causal": 1, "chunk_start": 2}
+STASHED = 6
+"""Matrices [block, WIDTH] of every block of a chunk that backward puts aside."""
+_POINTERS = (
+    "x", "source", "q", "out", "k", "v", "eta", "log_alpha", "query", "base", "fresh", "state",
+    "frozen", "deltas", "work", "systems", "readout", "bias", "reset", "d_out", "dq", "dk", "dv",
+    "d_log_eta", "d_log_alpha", "dx", "d_query", "d_base", "d_state", "d_readout", "d_bias",
+    "stash",
+)  # fmt: skip
+_NUMBERS = (
+    "count", "heads", "q_first", "tokens", "length", "first_token", "first", "first_block",
+    "blocks", "more_blocks", "opened", "works", "open", "chunk", "chunks", "keep", "offset",
+    "all_memories",
+)  # fmt: skip
+
+
+class Arguments(ctypes.Structure):
+    """`Call` of program.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        ("q_stride", ctypes.c_longlong),
+        *((name, ctypes.c_int) for name in _NUMBERS),
+        ("eta_max", ctypes.c_double),
+    ]
+
+
+class Options(NamedTuple):
+    """What a kernel is compiled for: tokens of a block, `Rule`, `Read` and so on of program.h."""
+
+    tokens: int
+    rule: int
+    read: int
+    initial: bool
+    has_reset: bool
+    adaptive: bool
+
+    def defines(self) -> list[str]:
+        """As the compiler is told."""
+        return [f"-D{name.upper()}={int(value)}" for name, value in self._asdict().items()]
+
+
+def compiled_for(
+    config: ScanConfig, block: int, read: str, has_reset: bool, adaptive: bool
+) -> Options:
+    """Of a launch on blocks of that many tokens, which reads in that way; adaptive: its queries
+    are made by a memory."""
+    return Options(
+        block,
+        get_args(DeltaRule).index(config.delta_rule),
+        READS[read],
+        config.decay_to == "initial",
+        has_reset,
+        adaptive and read != "",
+    )
+
+
+def record_size(block: int) -> int:
+    """Numbers of a block's `Record`."""
+    return 3 * block * WIDTH + 2 * block * block + 3 * block
+
+
+def shared_bytes(kernel: str, options: Options) -> int:
+    """Shared memory of a program: what `Buffers` and `Gradients` take."""
+    block, reads, causal = options.tokens, options.read > 0, options.read == READS["causal"]
+    state, tokens = 2 * WIDTH * WIDTH, 2 * block * WIDTH
+    square, row = _whole(2 * block * (block + 8)), _whole(4 * block)
+    if kernel.endswith("forward"):
+        states, each, squares, rows = 4, 9 + 2 * reads, 4 + 2 * causal, 13
+        rest = 4 * 512 + _whole(2 * 4 * block * block)
+    else:
+        states, each, squares, rows = 6, 10 + 4 * reads, 2 + 4 * causal, 13
+        rest = 4 * (128 + 128) + _whole(4 * 8)
+    states += 2 * options.initial
+    return states * state + each * tokens + squares * square + rows * row + rest
+
+
+def _whole(size: int) -> int:
+    """In the units that `Shared` hands out."""
+    return -(-size // 128) * 128
+
+
+def arguments(given: dict[str, Any]) -> Arguments:
+    """Tensors and numbers by name; what a kernel has no use for may be left out."""
+    told = Arguments()
+    for name in _POINTERS:
+        if name in given:
+            setattr(told, name, given[name].data_ptr())
+    for name in ("q_stride", *_NUMBERS):
+        setattr(told, name, int(given.get(name, 0)))
+    told.eta_max = given["eta_max"]
+    return told

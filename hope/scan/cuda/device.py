@@ -1,0 +1,93 @@
+"""Launching the CUDA kernels through the driver."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hope.scan.cuda.call import THREADS, WIDTH, Options, arguments, shared_bytes
+from hope.scan.cuda.nvrtc import compiled, library
+
+_MOST_SHARED, _CARVEOUT = 8, 9  # of CUfunction_attribute
+
+
+def why_not(x: Tensor, hidden: int, memory_chunk: int) -> str:
+    """Why the kernels can't take a call on activations x [B, N, T, d] and memories of that hidden
+    width, as a clause; empty if they can."""
+    if not x.is_cuda:
+        return "x is on the CPU"
+    if x.dtype != torch.bfloat16:
+        return f"activations are {str(x.dtype).removeprefix('torch.')}, not bfloat16"
+    if (x.shape[3], hidden) != (WIDTH, WIDTH):
+        return f"memories are {x.shape[3]} x {hidden}, not {WIDTH} x {WIDTH}"
+    if memory_chunk % 16:
+        return f"memory_chunk is {memory_chunk}, not a multiple of 16"
+    return _why_not_on(x.device.index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _why_not_on(device: int | None) -> str:
+    """The same of a device."""
+    properties = torch.cuda.get_device_properties(device)
+    needed = max(
+        shared_bytes(kernel, Options(32, 0, read, True, False, False))
+        for kernel in ("write_forward", "write_backward")
+        for read in (0, 1)
+    )
+    there = int(getattr(properties, "shared_memory_per_block_optin", 0))
+    if properties.major < 8 or needed > there:
+        return f"the device ({properties.name}) has {there:,} B of shared memory, not {needed:,}"
+    nvrtc = library()
+    return nvrtc if isinstance(nvrtc, str) else ""
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def _check(status: int) -> None:
+    if status:
+        text = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(text))
+        raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}")
+
+
+@cache
+def _module(device: int, options: Options) -> ctypes.c_void_p:
+    """The kernels of some options, loaded into a device's context, which is current."""
+    major, minor = torch.cuda.get_device_capability(device)
+    binary = compiled(options.defines(), f"sm_{major}{minor}").binary
+    module = ctypes.c_void_p()
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
+    return module
+
+
+@cache
+def _kernel(device: int, options: Options, name: str) -> ctypes.c_void_p:
+    function = ctypes.c_void_p()
+    module = _module(device, options)
+    _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
+    for attribute, value in ((_MOST_SHARED, shared_bytes(name, options)), (_CARVEOUT, 100)):
+        _check(_driver().cuFuncSetAttribute(function, attribute, value))
+    return function
+
+
+def launch(name: str, options: Options, grid: tuple[int, int], given: dict[str, Any]) -> None:
+    """Run a kernel on the current stream of the device that x is on, a program for each of `grid`;
+    given: tensors and numbers by the names of `Call` in program.h."""
+    device = given["x"].device.index
+    told = arguments(given)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(told))
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    function = _kernel(device, options, name)
+    shared = shared_bytes(name, options)
+    _check(
+        _driver().cuLaunchKernel(
+            function, *grid, 1, THREADS, 1, 1, shared, stream, parameters, None
+        )
+    )

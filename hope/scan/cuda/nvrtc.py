@@ -1,0 +1,80 @@
+"""NVRTC, the compiler that CUDA's libraries bring: CUDA C++ to PTX and machine code, in memory."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from importlib.util import find_spec
+from typing import NamedTuple
+
+MAIN = "kernels.cu"
+HEADERS = ("block.h", "program.h", "projections.h", "writes.h", "writes_backward.h")
+_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+_FLAGS = ("--std=c++17", "-default-device", "-lineinfo")
+_FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")
+
+
+class Compiled(NamedTuple):
+    """A module: its PTX, and its machine code where an architecture was named for it."""
+
+    ptx: str
+    binary: bytes
+
+
+@cache
+def library() -> ctypes.CDLL | str:
+    """NVRTC, or in a clause why there is none."""
+    for name in _candidates():
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return f"there is no NVRTC ({', '.join(_NAMES)}); it comes with torch for CUDA"
+
+
+def _candidates() -> Iterator[str]:
+    """Where torch has loaded it from, then the packages that hold it."""
+    yield from _NAMES
+    found = find_spec("nvidia")
+    for base in (found.submodule_search_locations or ()) if found else ():
+        yield from (f"{base}/{folder}/{name}" for folder in _FOLDERS for name in _NAMES)
+
+
+def compiled(defines: list[str], architecture: str = "sm_90") -> Compiled:
+    """The kernels with those definitions, for one kind of device.
+
+    Raises RuntimeError with what the compiler said.
+    """
+    nvrtc = library()
+    if isinstance(nvrtc, str):
+        raise RuntimeError(nvrtc)
+    here = files(__package__)
+    sources = [here.joinpath(name).read_bytes() for name in (MAIN, *HEADERS)]
+    program = ctypes.c_void_p()
+    headers = (ctypes.c_char_p * len(HEADERS))(*sources[1:])
+    names = (ctypes.c_char_p * len(HEADERS))(*(name.encode() for name in HEADERS))
+    status = nvrtc.nvrtcCreateProgram(
+        ctypes.byref(program), sources[0], MAIN.encode(), len(HEADERS), headers, names
+    )
+    if status:
+        raise RuntimeError(f"NVRTC: status {status}")
+    try:
+        flags = [f"--gpu-architecture={architecture}", *_FLAGS, *defines]
+        told = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
+        if nvrtc.nvrtcCompileProgram(program, len(flags), told):
+            raise RuntimeError(_part(nvrtc, program, "ProgramLog").decode().strip("\0\n"))
+        binary = _part(nvrtc, program, "CUBIN") if architecture.startswith("sm") else b""
+        return Compiled(_part(nvrtc, program, "PTX").decode().strip("\0"), binary)
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _part(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, name: str) -> bytes:
+    """What a program has of that name."""
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{name}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{name}")(program, text)
+    return text.raw

@@ -1,0 +1,192 @@
+// What the programs have in common: options, arguments, shared memory, a block's decays.
+//
+// One block of threads is one memory of one (row, head); it walks over blocks of TOKENS tokens with
+// the state's float32 numbers in registers and its operands in shared memory.
+//
+// Tensors, with g = row * heads + head of `count`, F = `length` tokens of a segment's buffers, which
+// begin at first_token of the sequence: x, source, q, out, d_out [G, T, WIDTH]; k, v, query [G, F,
+// WIDTH]; eta, log_alpha [G, F]; fresh [memories, heads, 2, WIDTH, WIDTH]: M_0 (W1, then W2
+// transposed), base: the same as products take it; state [memories, G, 2, ...]: Delta, moved on in
+// place; frozen [memories, G, opened, 2, ...]: W at the start of memory chunk c in slot c % opened;
+// deltas [memories, G, works, 2, ...]: Delta before every block; work [memories, G, works, Record];
+// systems [G, works, C, C]: W2's (I + T)^-1; readout, d_readout, bias, d_bias of eta and alpha
+// [2, heads or G, WIDTH] and [2, heads or G]; reset: [rows, chunks] bytes. What memories send back
+// has one for each of `all_memories`, of which the launch's begin at `offset`: dk, dv [.., G, F,
+// WIDTH], d_log_eta, d_log_alpha [.., G, F]; dx [memories, G, F, WIDTH].
+#pragma once
+#include "block.h"
+
+namespace hope {
+
+enum Rule { NORMALISED = 0, INPUT = 1, OFF = 2, TARGET = 3 };
+enum Reading { NONE = 0, CAUSAL = 1, START = 2 };
+enum Memory { KEY = 0, VALUE = 1, ETA = 2, ALPHA = 3, QUERY = 4 };  // of those that project
+
+// Given when compiled: TOKENS (16 or 32), RULE, READ, INITIAL, HAS_RESET, and ADAPTIVE, where
+// queries are the buffers' own numbers.
+constexpr int C = TOKENS, D = WIDTH, H = WIDTH, SIZE = D * H;
+constexpr bool DELTA1 = RULE == NORMALISED || RULE == TARGET;
+constexpr bool DELTA2 = RULE == NORMALISED || RULE == INPUT;
+constexpr bool AIMED = RULE == TARGET, WRITES2 = !AIMED;
+constexpr real NORM_EPS = real(1e-6), STEP_FLOOR = real(0.01);
+
+#if ADAPTIVE
+using Query = real;
+#else
+using Query = half;
+#endif
+
+// The arguments of a launch; hope/scan/cuda/call.py has the same fields in the same order.
+struct Call {
+  const half *x, *source;
+  const Query* q;
+  half* out;
+  real *k, *v, *eta, *log_alpha, *query;
+  const half* base;
+  const real* fresh;
+  real* state;
+  half *frozen, *deltas;
+  real *work, *systems;
+  const real *readout, *bias;
+  const unsigned char* reset;
+  const half* d_out;
+  Query* dq;
+  real *dk, *dv, *d_log_eta, *d_log_alpha, *dx;
+  const real* d_query;
+  real *d_base, *d_state, *d_readout, *d_bias;
+  half* stash;  // [memories, G, open, 6, C, WIDTH]
+  long long q_stride;
+  int count, heads, q_first, tokens, length, first_token, first, first_block, blocks, more_blocks;
+  int opened, works, open, chunk, chunks, keep, offset, all_memories;
+  double eta_max;
+};
+
+// What the derivative needs of a block of one memory.
+struct Record {
+  real *u1, *u2, *system1, *length, *inverse, *shorter, *z_q, *across1;
+
+  DEVICE explicit Record(real* at)
+      : u1(at),
+        u2(at + C * D),
+        system1(u2 + C * H),
+        length(system1 + C * C),
+        inverse(length + C),
+        shorter(length + 2 * C),
+        z_q(length + 3 * C),
+        across1(z_q + C * H) {}
+  static constexpr int size = C * D + 2 * C * H + 2 * C * C + 3 * C;
+};
+
+// Shared memory, piece by piece.
+struct Shared {
+  char* at;
+
+  template <class T>
+  DEVICE T* take(int count) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += (count * int(sizeof(T)) + 127) / 128 * 128;
+    return piece;
+  }
+  DEVICE Matrix<WIDTH> state() { return {take<half>(SIZE)}; }
+  DEVICE Matrix<WIDTH> tokens() { return {take<half>(C * WIDTH)}; }
+  DEVICE Matrix<C> square() { return {take<half>(Matrix<C>::size(C))}; }
+  DEVICE real* row() { return take<real>(C); }
+};
+
+// A program's own part of a launch's tensors.
+struct Place {
+  int g, m;
+  const half* base;
+  const real* fresh;
+  half *frozen, *deltas;
+  real *work, *systems;
+
+  DEVICE Place(const Call& call, int g, int m) : g(g), m(m) {
+    const long long own = (long long)m * call.count + g;
+    const int first = m * call.heads + g % call.heads;
+    base = call.base + (long long)first * 2 * SIZE;
+    fresh = call.fresh + (long long)first * 2 * SIZE;
+    frozen = call.frozen + own * call.opened * 2 * SIZE;
+    deltas = call.deltas + own * call.works * 2 * SIZE;
+    work = call.work + own * call.works * Record::size;
+    systems = call.systems + (long long)g * call.works * C * C;
+  }
+  // The W that a block's chunk starts from.
+  DEVICE half* opening(const Call& call, int block) const {
+    return frozen + block / call.open % call.opened * 2 * SIZE;
+  }
+};
+
+// A block of tokens: where it lies in the buffers, and how many of it there are.
+struct Block {
+  int local, valid;
+  long long here, token;  // in [G, F] and in [G, T]
+  long long at_q;
+
+  DEVICE Block(const Call& call, int g, int local)
+      : local(local),
+        valid(call.tokens - call.first_token - local),
+        here((long long)g * call.length + local),
+        token((long long)g * call.tokens + call.first_token + local),
+        at_q(g * call.q_stride + (long long)(call.q_first + local) * D) {
+    if (valid > C) valid = C;
+    if (valid < 0) valid = 0;
+  }
+};
+
+// Decays of a block [C], as logs too: before a token, and behind it; total: of the whole block, and
+// what it loses.
+struct Decays {
+  real *eta, *log_alpha, *before, *through, *prev, *end, *lost, *total;
+
+  DEVICE explicit Decays(Shared& shared) {
+    eta = shared.row(), log_alpha = shared.row(), before = shared.row(), through = shared.row();
+    prev = shared.row(), end = shared.row(), lost = shared.row(), total = shared.row();
+  }
+  DEVICE void load(const Call& call, const Block& block) const {
+    range(C, [&](int i) {
+      eta[i] = call.eta[block.here + i];
+      log_alpha[i] = call.log_alpha[block.here + i];
+    });
+  }
+  // Behind a barrier.
+  DEVICE void fill() const {
+    range(C, [&](int i) {
+      real sum = 0, rest = 0;
+      for (int t = 0; t < C; t++) {
+        sum += t < i ? log_alpha[t] : real(0);
+        rest += t > i ? log_alpha[t] : real(0);
+      }
+      before[i] = sum;
+      through[i] = sum + log_alpha[i];
+      prev[i] = decayed(sum);
+      lost[i] = hope::lost(sum);
+      end[i] = decayed(rest);
+      if (i == C - 1) {
+        total[0] = decayed(through[i]);
+        total[1] = hope::lost(through[i]);
+      }
+    });
+  }
+  // A_{i-1} / A_j for j < i, else zero.
+  DEVICE real ratio(int i, int j) const {
+    return j < i ? exponential(before[i] - through[j]) : real(0);
+  }
+};
+
+// Whether the row starts again at token `end`: at the projection chunk that begins there.
+DEVICE bool starts_again(const Call& call, int g, int end) {
+#if HAS_RESET
+  const int chunk = end / call.chunk;
+  return end % call.chunk == 0 && chunk < call.chunks &&
+         call.reset[(long long)(g / call.heads) * call.chunks + chunk];
+#else
+  return false;
+#endif
+}
+
+DEVICE int smaller(int a, int b) {
+  return a < b ? a : b;
+}
+
+}  // namespace hope

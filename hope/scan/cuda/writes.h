@@ -1,0 +1,306 @@
+// Writing blocks into a memory, and M_mem's read (Eqs. 83-90; the closed form is
+// hope/scan/closed_form.py's and hope/scan/writes.py's).
+#pragma once
+#include "projections.h"
+
+namespace hope {
+
+// Shared memory of `write_forward`. What is written late has the place of what is read early.
+struct Buffers {
+  Matrix<WIDTH> frozen1, frozen2, base1, base2, delta1, delta2;
+  Matrix<WIDTH> key, value, act, gap, r, query, act_q, u1, u2;
+  Split<WIDTH> side1, side2;  // right-hand sides
+  Split<C> system1, system2;
+  Matrix<C> across1, across2;
+  Decays decays;
+  real *length, *inverse, *pace, *reach, *shorter, *room;
+  real *strict, *solved;  // of both systems, W1's first
+
+  DEVICE explicit Buffers(Shared& shared) : decays(shared) {
+    frozen1 = shared.state(), frozen2 = shared.state();
+    delta1 = shared.state(), delta2 = shared.state();
+    if (INITIAL) base1 = shared.state(), base2 = shared.state();
+    key = shared.tokens(), value = shared.tokens(), act = shared.tokens(), gap = shared.tokens();
+    r = value, u1 = gap;
+    u2 = shared.tokens();
+    side1 = {shared.tokens(), shared.tokens()}, side2 = {shared.tokens(), shared.tokens()};
+    strict = reinterpret_cast<real*>(shared.at);
+    system1 = {shared.square(), shared.square()}, system2 = {shared.square(), shared.square()};
+    if (READ != NONE) query = shared.tokens(), act_q = shared.tokens();
+    if (READ == CAUSAL) across1 = shared.square(), across2 = shared.square();
+    length = shared.row(), inverse = shared.row(), pace = shared.row(), reach = shared.row();
+    shorter = shared.row();
+    room = shared.take<real>(512);
+    solved = shared.take<real>(2 * C * C);
+  }
+  static_assert(2 * C * C * sizeof(real) <= 4 * Matrix<C>::size(C) * sizeof(half) * 2);
+
+  DEVICE Projection projection() const {
+    return {frozen1, frozen2, key, act, gap, value, room, room + 128, shorter};
+  }
+};
+
+// act and slope of keys at the frozen state, and what values give; |act|^2 in room.
+DEVICE void activate(const Buffers& s, Fragment<C, H>& slope) {
+  const auto z = product<C, H, D>(s.key, s.frozen2);
+  const auto z_v = product<C, H, D>(s.value, s.frozen2);
+  Fragment<C, H> act, gap;
+  Rows<C> square = {};
+  each<C, H>([&](int i, int, int e) {
+    const Gelu key = gelu(z[e]);
+    const real value = gelu(z_v[e]).value;
+    act[e] = key.value;
+    slope[e] = key.slope;
+    gap[e] = AIMED ? value : key.value - value;
+    square.add(i, e, key.value * key.value);
+  });
+  put<C>(s.act, act);
+  put<C>(s.gap, gap);
+  store_rows(square, s.room);
+  s.decays.fill();
+}
+
+// The triangular systems, from their strictly lower parts; keep: in the record, W2's in `shares`.
+DEVICE void invert(const Buffers& s, const Record& record, bool keep, real* shares) {
+  // Without W1's system, W2's is the only one, and the other way round.
+  constexpr int first = DELTA1 ? 0 : 1, count = int(DELTA1) + int(DELTA2);
+  if (count == 0) return;
+  invert_below<C>(count, s.strict + first * C * C, s.solved + first * C * C, s.room);
+  if (DELTA1) {
+    const auto system = read<C, C>(s.solved);
+    put<C>(s.system1, system);
+    if (keep) write<C, C>(record.system1, system);
+  }
+  if (DELTA2) {
+    const auto system = read<C, C>(s.solved + C * C);
+    put<C>(s.system2, system);
+    if (keep && shares) write<C, C>(shares, system);
+  }
+  barrier();
+}
+
+// U1, U2 of a block whose keys, values and Delta are there; both also in shared memory.
+DEVICE void solve(const Call& call, const Buffers& s, const Block& block, const Record& record,
+                  real* shares, Fragment<C, D>& u1, Fragment<C, H>& u2) {
+  constexpr int first = DELTA1 ? 0 : 1, count = int(DELTA1) + int(DELTA2);
+  Fragment<C, H> slope;
+  activate(s, slope);
+  barrier();
+  auto r = product<C, D, H>(s.gap, turned(s.frozen1));
+  Fragment<C, D> lift = {};
+  Fragment<C, C> gram = {};
+  if (DELTA1) {
+    lift = product<C, D, H>(s.act, turned(s.delta1));
+    each<C, D>([&](int i, int, int e) { lift[e] *= s.decays.prev[i]; });
+    if (INITIAL) add_product<H>(lift, s.act, turned(s.base1));
+    gram = product<C, C, H>(s.act, turned(s.act));
+  }
+  if (DELTA2) {
+    const auto keys = product<C, C, D>(s.key, turned(s.key));
+    each<C, C>([&](int i, int j, int e) {
+      s.strict[(C + i) * C + j] = keys[e] * s.decays.ratio(i, j) * s.decays.eta[i];
+    });
+  }
+  if (READ == CAUSAL && WRITES2) {
+    const auto across = product<C, C, D>(s.query, turned(s.key));
+    put<C>(s.across2, [&](int i, int j, int e) { return across[e] * s.decays.ratio(i, j); });
+  }
+  range(C, [&](int i) {
+    const real length = root(row<C>(s.room, i));
+    s.length[i] = DELTA1 ? length : real(0);
+    s.inverse[i] = DELTA1 ? 1 / larger(length, NORM_EPS) : real(1);
+    s.pace[i] = DELTA1 ? length / (length * length + STEP_FLOOR) : real(1);
+    s.reach[i] = s.inverse[i] * s.decays.end[i];
+  });
+  const auto key = read<C, D>(call.k + block.here * D), value = read<C, D>(call.v + block.here * D);
+  barrier();
+  if (AIMED) {
+    Rows<C> square = {};
+    each<C, D>([&](int i, int, int e) {
+      r[e] += value[e];
+      square.add(i, e, r[e] * r[e]);
+    });
+    store_rows(square, s.room);
+    barrier();
+    range(C, [&](int i) { s.shorter[i] = 1 / larger(root(row<C>(s.room, i)), NORM_EPS); });
+    barrier();
+    each<C, D>([&](int i, int, int e) { r[e] = key[e] - r[e] * s.shorter[i]; });
+  } else {
+    each<C, D>([&](int, int, int e) { r[e] += key[e] - value[e]; });
+  }
+  put<C>(s.r, r);
+  each<C, D>([&](int i, int, int e) {
+    u1[e] = (r[e] * s.pace[i] + lift[e] * s.inverse[i]) * s.decays.eta[i];
+  });
+  if (DELTA1) {
+    put<C>(s.side1, u1);
+    each<C, C>([&](int i, int j, int e) {
+      const real scale = s.decays.ratio(i, j) * s.decays.eta[i];
+      s.strict[i * C + j] = gram[e] * scale * s.inverse[i] * s.inverse[j];
+    });
+  }
+  barrier();
+  invert_diagonals<C>(count, s.strict + first * C * C, s.solved + first * C * C);
+  if (WRITES2) {
+    u2 = product<C, H, D>(s.r, s.frozen1);
+    each<C, H>([&](int, int, int e) { u2[e] *= slope[e]; });
+    if (DELTA2) {
+      const auto own = product<C, H, D>(s.key, s.delta2);
+      each<C, H>([&](int i, int, int e) { u2[e] += own[e] * s.decays.prev[i]; });
+      if (INITIAL) add_product<D>(u2, s.key, s.base2);
+    }
+    each<C, H>([&](int i, int, int e) { u2[e] *= s.decays.eta[i]; });
+    if (DELTA2) put<C>(s.side2, u2);
+  }
+  barrier();
+  invert(s, record, call.keep, shares);
+  if (DELTA1) u1 = exact_product<C, D, C>(s.system1, s.side1);
+  put<C>(s.u1, u1);
+  if (WRITES2) {
+    if (DELTA2) u2 = exact_product<C, H, C>(s.system2, s.side2);
+    put<C>(s.u2, u2);
+  }
+  barrier();
+}
+
+// M_mem of each token's predecessor applied to its query, stored in `out` (Eq. 83); where the call
+// keeps, what the derivative needs instead.
+DEVICE void read_causal(const Call& call, const Buffers& s, const Block& block,
+                        const Record& record) {
+  auto z = product<C, H, D>(s.query, s.delta2);
+  each<C, H>([&](int i, int, int e) { z[e] *= s.decays.prev[i]; });
+  if (INITIAL) add_product<D>(z, s.query, s.base2);
+  if (WRITES2) less_product<C>(z, s.across2, s.u2);
+  if (call.keep) write<C, H>(record.z_q, z);
+  put<C>(s.act_q, [&](int, int, int e) { return gelu(z[e]).value; });
+  barrier();
+  auto across = product<C, C, H>(s.act_q, turned(s.act));
+  each<C, C>([&](int i, int j, int e) { across[e] *= s.decays.ratio(i, j) * s.inverse[j]; });
+  if (call.keep) {
+    write<C, C>(record.across1, across);
+    return;
+  }
+  put<C>(s.across1, across);
+  auto answer = product<C, D, H>(s.act_q, turned(s.delta1));
+  each<C, D>([&](int i, int, int e) { answer[e] *= s.decays.prev[i]; });
+  if (INITIAL) add_product<H>(answer, s.act_q, turned(s.base1));
+  barrier();
+  less_product<C>(answer, s.across1, s.u1);
+  const auto query = read<C, D>(call.q + block.at_q, block.valid);
+  each<C, D>([&](int, int, int e) { answer[e] += query[e]; });
+  write<C, D>(call.out + block.token * D, answer, block.valid);
+}
+
+// The memory of the chunk's start applied to the queries (Eq. 90).
+DEVICE void read_start(const Call& call, const Buffers& s, const Block& block) {
+  const auto z = product<C, H, D>(s.query, s.frozen2);
+  put<C>(s.act_q, [&](int, int, int e) { return gelu(z[e]).value; });
+  barrier();
+  auto answer = product<C, D, H>(s.act_q, turned(s.frozen1));
+  const auto query = read<C, D>(call.q + block.at_q, block.valid);
+  each<C, D>([&](int, int, int e) { answer[e] += query[e]; });
+  write<C, D>(call.out + block.token * D, answer, block.valid);
+}
+
+// Write `blocks` blocks from first_block on, whose tokens are from `first` on in the buffers, and
+// read M_mem or, of the memories that project, fill the buffers for more_blocks that follow.
+DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
+  Shared shared = {memory};
+  const Buffers s(shared);
+  const Place place(call, g, m);
+  real* state = call.state + ((long long)m * call.count + g) * 2 * SIZE;
+  auto d1 = read<D, H>(state), d2 = read<D, H>(state + SIZE);
+  const half* start = place.opening(call, call.first_block);
+  fetch<D>(start, s.frozen1);
+  fetch<D>(start + SIZE, s.frozen2);
+  if (INITIAL) {
+    fetch<D>(place.base, s.base1);
+    fetch<D>(place.base + SIZE, s.base2);
+  }
+  put<D>(s.delta1, d1);
+  put<D>(s.delta2, d2);
+  for (int n = 0; n < call.blocks; n++) {
+    const int number = call.first_block + n;
+    const Block block(call, g, call.first + n * C);
+    const Record record(place.work + (long long)(number % call.works) * Record::size);
+    put<C>(s.key, read<C, D>(call.k + block.here * D));
+    put<C>(s.value, read<C, D>(call.v + block.here * D));
+    if (READ != NONE) put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
+    s.decays.load(call, block);
+    if (n == 0) fetched();
+    barrier();
+
+    Fragment<C, D> u1;
+    Fragment<C, H> u2;
+    real* shares = m == 0 ? place.systems + (long long)(number % call.works) * C * C : nullptr;
+    solve(call, s, block, record, shares, u1, u2);
+    if (call.keep) {
+      half* before = place.deltas + (long long)(number % call.works) * 2 * SIZE;
+      keep<D>(s.delta1, before);
+      keep<D>(s.delta2, before + SIZE);
+      write<C, D>(record.u1, u1);
+      if (WRITES2) write<C, H>(record.u2, u2);
+      range(C, [&](int i) {
+        record.length[i] = s.length[i];
+        record.inverse[i] = s.inverse[i];
+        if (AIMED) record.shorter[i] = s.shorter[i];
+      });
+    }
+    if (READ == CAUSAL) read_causal(call, s, block, record);
+    if (READ == START && !call.keep) read_start(call, s, block);
+
+    const real total = s.decays.total[0];
+    const auto written1 = product<D, H, C>(turned(s.u1, s.reach), s.act);
+    each<D, H>([&](int, int, int e) { d1[e] = d1[e] * total - written1[e]; });
+    if (WRITES2) {
+      const auto written2 = product<D, H, C>(turned(s.key, s.decays.end), s.u2);
+      each<D, H>([&](int, int, int e) { d2[e] = d2[e] * total - written2[e]; });
+    } else {
+      each<D, H>([&](int, int, int e) { d2[e] *= total; });
+    }
+    const bool again = starts_again(call, g, call.first_token + block.local + C);
+    const bool closes = number % call.open == call.open - 1;
+    Fragment<D, H> fresh1 = {}, fresh2 = {};
+    if (closes || again) fresh1 = read<D, H>(place.fresh), fresh2 = read<D, H>(place.fresh + SIZE);
+    if (again) {
+      each<D, H>([&](int, int, int e) {
+        d1[e] = INITIAL ? real(0) : fresh1[e];
+        d2[e] = INITIAL ? real(0) : fresh2[e];
+      });
+    }
+    barrier();
+    put<D>(s.delta1, d1);
+    put<D>(s.delta2, d2);
+    if (closes) {
+      if (INITIAL)
+        each<D, H>([&](int, int, int e) {
+          fresh1[e] += d1[e];
+          fresh2[e] += d2[e];
+        });
+      else
+        fresh1 = d1, fresh2 = d2;
+      put<D>(s.frozen1, fresh1);
+      put<D>(s.frozen2, fresh2);
+      half* after = place.opening(call, number + 1);
+      write<D, H>(after, fresh1);
+      write<D, H>(after + SIZE, fresh2);
+    }
+  }
+  write<D, H>(state, d1);
+  write<D, H>(state + SIZE, d2);
+  if (READ == NONE)
+    project(call, s.projection(), g, m, call.first + call.blocks * C, call.more_blocks);
+}
+
+// Fill the buffers for `blocks` blocks from W at their start.
+DEVICE void project_forward(const Call& call, int g, int m, char* memory) {
+  Shared shared = {memory};
+  const Buffers s(shared);
+  const half* start = Place(call, g, m).opening(call, call.first_block);
+  fetch<D>(start, s.frozen1);
+  fetch<D>(start + SIZE, s.frozen2);
+  fetched();
+  project(call, s.projection(), g, m, call.first, call.blocks);
+}
+
+}  // namespace hope

@@ -1,0 +1,533 @@
+// The derivative of writing blocks into a memory, and of M_mem's read; the mathematics is
+// hope/scan/writes_backward.py's.
+#pragma once
+#include "projections.h"
+
+namespace hope {
+
+// Shared memory of `write_backward`. What is written late has the place of what is read early.
+struct Gradients {
+  Matrix<WIDTH> frozen1, frozen2, base1, base2, delta1, delta2, state1, state2;
+  Matrix<WIDTH> key, value, e, gap, r, u1, u2, x1, x2, x_slope, back, dz_k, dz_v;
+  Matrix<WIDTH> value_again;
+  Matrix<WIDTH> given, query, act_q, dz;
+  Split<WIDTH> side;
+  Split<C> system;
+  Matrix<C> gram1, gram2, across1, across2, d_across1, d_across2;
+  Decays decays;
+  real *length, *inverse, *shorter, *along_act, *rows, *room, *room2, *room3;
+
+  DEVICE explicit Gradients(Shared& shared) : decays(shared) {
+    frozen1 = shared.state(), frozen2 = shared.state();
+    if (INITIAL) base1 = shared.state(), base2 = shared.state();
+    delta1 = shared.state(), delta2 = shared.state();
+    state1 = shared.state(), state2 = shared.state();
+    key = shared.tokens(), e = shared.tokens(), gap = shared.tokens(), value = shared.tokens();
+    r = value;
+    u1 = shared.tokens(), u2 = shared.tokens(), x1 = shared.tokens(), x2 = shared.tokens();
+    side = {shared.tokens(), shared.tokens()};
+    x_slope = side.high, back = side.low, dz_k = x1, dz_v = x2;
+    value_again = e;
+    system = {shared.square(), shared.square()};
+    gram1 = system.high, gram2 = system.low;
+    if (READ != NONE) given = shared.tokens(), query = shared.tokens(), dz = shared.tokens();
+    if (READ != NONE) act_q = shared.tokens();
+    if (READ == CAUSAL) {
+      across1 = shared.square(), across2 = shared.square();
+      d_across1 = shared.square(), d_across2 = shared.square();
+    }
+    length = shared.row(), inverse = shared.row(), shorter = shared.row();
+    along_act = shared.row(), rows = shared.row();
+    room = shared.take<real>(128);
+    room2 = shared.take<real>(128);
+    room3 = shared.take<real>(WARPS);
+  }
+
+  DEVICE Projection projection() const {
+    return {frozen1, frozen2, key, e, back, x_slope, room, room2, rows};
+  }
+};
+
+using Tokens = Fragment<C, WIDTH>;
+using State = Fragment<D, H>;
+
+// S: the gradient of W behind what is still to come, and what M_0 gets at fixed W.
+struct Sent {
+  State s1, s2, base1, base2;
+};
+
+// What a block's passes hand on in a thread's registers.
+struct Passed {
+  Tokens z_k, z_v;   // W2 k, W2 v
+  Tokens r;          // and then its gradient
+  Tokens du1, du2;   // gradients of U1 and U2, then X1 and X2: of the right-hand sides of their systems
+  Tokens de, d_key;  // of W1's keys, of k
+  Rows<C> rows, p;   // what the decay before a token multiplies; <dU, U>
+  real boundary;     // <S, Delta> behind the block
+};
+
+// Load what a block needs, and S as products take it.
+DEVICE void load_block(const Call& call, const Gradients& s, const Block& block,
+                       const Record& record, const half* delta, const Sent& sent) {
+  fetch<D>(delta, s.delta1);
+  fetch<D>(delta + SIZE, s.delta2);
+  put<D>(s.state1, sent.s1);
+  put<D>(s.state2, sent.s2);
+  put<C>(s.key, read<C, D>(call.k + block.here * D));
+  put<C>(s.value, read<C, D>(call.v + block.here * D));
+  put<C>(s.u1, read<C, D>(record.u1));
+  if (WRITES2) put<C>(s.u2, read<C, H>(record.u2));
+  if (READ == CAUSAL) {
+    put<C>(s.given, read<C, D>(call.d_out + block.token * D, block.valid));
+    put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
+    const auto z_q = read<C, H>(record.z_q);
+    put<C>(s.act_q, [&](int, int, int e) { return gelu(z_q[e]).value; });
+    put<C>(s.across1, read<C, C>(record.across1));
+  }
+  s.decays.load(call, block);
+  range(C, [&](int i) {
+    s.length[i] = record.length[i];
+    s.inverse[i] = record.inverse[i];
+    if (AIMED) s.shorter[i] = record.shorter[i];
+  });
+}
+
+// z, W1's keys, what makes r, and decays; boundary is still to be scaled.
+DEVICE void activate_again(const Gradients& s, const Sent& sent, Passed& b) {
+  b.z_k = product<C, H, D>(s.key, s.frozen2);
+  b.z_v = product<C, H, D>(s.value, s.frozen2);
+  put<C>(s.e, [&](int i, int, int e) { return gelu(b.z_k[e]).value * s.inverse[i]; });
+  put<C>(s.gap, [&](int, int, int e) {
+    const real value = gelu(b.z_v[e]).value;
+    return AIMED ? value : gelu(b.z_k[e]).value - value;
+  });
+  real along = 0;
+  const auto delta1 = get<D>(s.delta1), delta2 = get<D>(s.delta2);
+  each<D, H>([&](int, int, int e) {
+    along += sent.s1[e] * delta1[e] + sent.s2[e] * delta2[e];
+  });
+  b.boundary = along;
+  s.decays.fill();
+}
+
+// The derivative of a causal read: into U1, U2, the query, its keys; what it sends to the state is
+// left in shared memory.
+DEVICE void read_causal_backward(const Call& call, const Gradients& s, const Block& block,
+                                 const Record& record, Passed& b) {
+  const auto d_written = product<C, C, D>(s.given, turned(s.u1));
+  put<C>(s.d_across1,
+         [&](int i, int j, int e) { return -d_written[e] * s.decays.ratio(i, j); });
+  Fragment<C, C> across = {};
+  if (WRITES2) {
+    across = product<C, C, D>(s.query, turned(s.key));
+    each<C, C>([&](int i, int j, int e) { across[e] *= s.decays.ratio(i, j); });
+    put<C>(s.across2, across);
+  }
+  barrier();
+  less_product<C>(b.du1, turned(s.across1), s.given);
+  auto d_act = product<C, H, D>(s.given, s.delta1);
+  each<C, H>([&](int i, int, int e) { d_act[e] *= s.decays.prev[i]; });
+  add_product<C>(d_act, s.d_across1, s.e);
+  const auto z_q = read<C, H>(record.z_q);
+  each<C, H>([&](int i, int, int e) { b.rows.add(i, e, d_act[e] * gelu(z_q[e]).value); });
+  if (INITIAL) add_product<D>(d_act, s.given, s.base1);
+  put<C>(s.dz, [&](int, int, int e) { return d_act[e] * gelu(z_q[e]).slope; });
+  barrier();
+  auto d_query = product<C, D, H>(s.dz, turned(s.delta2));
+  const auto query = read<C, D>(call.q + block.at_q, block.valid);
+  const auto given = read<C, D>(call.d_out + block.token * D, block.valid);
+  each<C, D>([&](int i, int, int e) {
+    d_query[e] *= s.decays.prev[i];
+    b.rows.add(i, e, d_query[e] * query[e]);
+    d_query[e] += given[e];
+  });
+  if (INITIAL) add_product<H>(d_query, s.dz, turned(s.base2));
+  if (WRITES2) {
+    less_product<C>(b.du2, turned(s.across2), s.dz);
+    const auto d_read = product<C, C, H>(s.dz, turned(s.u2));
+    each<C, C>([&](int i, int, int e) { b.rows.add(i, e, -d_read[e] * across[e]); });
+    put<C>(s.d_across2, [&](int i, int j, int e) { return -d_read[e] * s.decays.ratio(i, j); });
+    barrier();
+    add_product<C>(d_query, s.d_across2, s.key);
+    add_product<C>(b.d_key, turned(s.d_across2), s.query);
+  }
+  write<C, D>(call.dq + block.at_q, d_query, block.valid);
+}
+
+// r again, and the gradients of U1 and U2: what the state behind the block sends them, and what a
+// causal read does.
+DEVICE void reach_u(const Call& call, const Gradients& s, const Block& block, const Record& record,
+                    Passed& b) {
+  b.r = product<C, D, H>(s.gap, turned(s.frozen1));
+  {
+    const auto key = read<C, D>(call.k + block.here * D);
+    const auto value = read<C, D>(call.v + block.here * D);
+    each<C, D>([&](int i, int, int e) {
+      if (AIMED)
+        b.r[e] = key[e] - (b.r[e] + value[e]) * s.shorter[i];
+      else
+        b.r[e] += key[e] - value[e];
+    });
+  }
+  put<C>(s.r, b.r);
+  b.boundary *= s.decays.total[0];
+  b.du1 = product<C, D, H>(s.e, turned(s.state1));
+  const auto u1 = read<C, D>(record.u1);
+  each<C, D>([&](int i, int, int e) {
+    b.du1[e] *= -s.decays.end[i];
+    b.boundary += b.du1[e] * u1[e];
+  });
+  if (WRITES2) {
+    b.du2 = product<C, H, D>(s.key, s.state2);
+    const auto u2 = read<C, H>(record.u2);
+    each<C, H>([&](int i, int, int e) {
+      b.du2[e] *= -s.decays.end[i];
+      b.boundary += b.du2[e] * u2[e];
+    });
+  }
+  if (READ == CAUSAL) read_causal_backward(call, s, block, record, b);
+}
+
+// du, of U = system x, becomes the gradient of x / eta; stored in x times eta.
+DEVICE void through_system(const Gradients& s, const real* system, bool there, Tokens& du,
+                           const real* u, Matrix<WIDTH> x, Passed& b) {
+  if (there) {
+    const auto whole = read<C, C>(system);
+    put<C>(s.side, du);
+    put<C>(s.system, whole);
+    barrier();
+    du = exact_product<C, WIDTH, C>(turned(s.system), s.side);
+  }
+  const auto written = read<C, WIDTH>(u);
+  each<C, WIDTH>([&](int i, int, int e) {
+    b.p.add(i, e, du[e] * written[e]);
+    du[e] *= s.decays.eta[i];
+  });
+  put<C>(x, [&](int, int, int e) { return du[e]; });
+  barrier();
+}
+
+// Gram matrices of a system and its transpose, weighed: what U's own block sends to its keys.
+DEVICE void both_grams(const Gradients& s, Matrix<WIDTH> x, Matrix<WIDTH> u,
+                       Matrix<C> gram) {
+  const auto one = product<C, C, WIDTH>(x, turned(u)), other = product<C, C, WIDTH>(u, turned(x));
+  put<C>(gram, [&](int i, int j, int e) {
+    return one[e] * s.decays.ratio(i, j) + other[e] * s.decays.ratio(j, i);
+  });
+}
+
+// From X1, X2 in shared memory: S before the block but for its frozen terms, what M_0 gets, the
+// gradients of keys. b.r becomes the gradient of r from W1's step.
+DEVICE void reach_keys(const Gradients& s, Passed& b, Sent& sent) {
+  forget(b.z_k);
+  Rows<C> along = {};
+  each<C, D>([&](int i, int, int e) { along.add(i, e, b.du1[e] * b.r[e]); });
+  store_rows(along, s.room);
+  if (DELTA1) both_grams(s, s.x1, s.u1, s.gram1);
+  if (DELTA2) both_grams(s, s.x2, s.u2, s.gram2);
+  each<C, D>([&](int i, int, int e) {
+    const real floor = s.length[i] * s.length[i] + STEP_FLOOR;
+    b.r[e] = DELTA1 ? b.du1[e] * (s.length[i] / floor) : b.du1[e];
+  });
+  b.de = product<C, H, D>(s.u1, s.state1);
+  each<C, H>([&](int i, int, int e) { b.de[e] *= -s.decays.end[i]; });
+  if (DELTA1) {
+    const auto moved = product<C, H, D>(s.x1, s.delta1);
+    each<C, H>([&](int i, int, int e) { b.de[e] += moved[e] * s.decays.prev[i]; });
+    if (INITIAL) {
+      const auto own = product<C, H, D>(s.x1, s.base1);
+      each<C, H>([&](int i, int, int e) {
+        b.de[e] += own[e];
+        b.rows.add(i, e, -own[e] * gelu(b.z_k[e]).value * s.inverse[i]);
+      });
+    }
+  }
+  if (WRITES2) {
+    const auto out = product<C, D, H>(s.u2, turned(s.state2));
+    each<C, D>([&](int i, int, int e) { b.d_key[e] -= out[e] * s.decays.end[i]; });
+    if (DELTA2) {
+      const auto moved = product<C, D, H>(s.x2, turned(s.delta2));
+      each<C, D>([&](int i, int, int e) { b.d_key[e] += moved[e] * s.decays.prev[i]; });
+      if (INITIAL) {
+        const auto own = product<C, D, H>(s.x2, turned(s.base2));
+        const auto key = get<C>(s.key);
+        each<C, D>([&](int i, int, int e) {
+          b.d_key[e] += own[e];
+          b.rows.add(i, e, -own[e] * key[e]);
+        });
+      }
+    }
+  }
+  const real total = s.decays.total[0], total_lost = s.decays.total[1];
+  each<D, H>([&](int, int, int e) {
+    if (INITIAL) {
+      sent.base1[e] += sent.s1[e] * total_lost;
+      sent.base2[e] += sent.s2[e] * total_lost;
+    }
+    sent.s1[e] *= total;
+    sent.s2[e] *= total;
+  });
+  if (DELTA1) {
+    add_product<C>(sent.s1, turned(s.x1, s.decays.prev), s.e);
+    if (INITIAL) add_product<C>(sent.base1, turned(s.x1, s.decays.lost), s.e);
+  }
+  if (DELTA2) {
+    add_product<C>(sent.s2, turned(s.key, s.decays.prev), s.x2);
+    if (INITIAL) add_product<C>(sent.base2, turned(s.key, s.decays.lost), s.x2);
+  }
+  if (READ == CAUSAL) {
+    add_product<C>(b.de, turned(s.d_across1), s.act_q);
+    add_product<C>(sent.s1, turned(s.given, s.decays.prev), s.act_q);
+    add_product<C>(sent.s2, turned(s.query, s.decays.prev), s.dz);
+    if (INITIAL) {
+      add_product<C>(sent.base1, turned(s.given, s.decays.lost), s.act_q);
+      add_product<C>(sent.base2, turned(s.query, s.decays.lost), s.dz);
+    }
+  }
+  forget(b.z_k);
+  if (WRITES2) put<C>(s.x_slope, [&](int, int, int e) { return b.du2[e] * gelu(b.z_k[e]).slope; });
+  barrier();
+}
+
+// From the gradients of the frozen terms into k and v (dk, dv, d_log of the block), and what the
+// chunk-start W gets of them, as operands of `add_frozen`.
+DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& block, int m,
+                           Passed& b) {
+  // Where the memory's own part of what goes back begins, and the block in it.
+  const long long here = ((long long)(call.offset + m) * call.count) * call.length + block.here;
+  forget(b.z_k);
+  if (DELTA1) less_product<C>(b.de, s.gram1, s.e);
+  if (DELTA2) less_product<C>(b.d_key, s.gram2, s.key);
+  range(C, [&](int i) {
+    const real floor = s.length[i] * s.length[i] + STEP_FLOOR, along = row<C>(s.room, i);
+    s.rows[i] = DELTA1 ? -along * s.length[i] / floor : -along;
+    s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) / (floor * floor) : real(0);
+  });
+  Rows<C> along = {};
+  each<C, H>([&](int i, int, int e) {
+    along.add(i, e, b.de[e] * gelu(b.z_k[e]).value * s.inverse[i]);
+  });
+  store_rows(along, s.room2);
+  Tokens back;
+  if (AIMED) {
+    barrier();
+    auto unit = get<C>(s.key);
+    const auto r = get<C>(s.r);
+    Rows<C> through = {};
+    each<C, D>([&](int i, int, int e) {
+      unit[e] -= r[e];
+      through.add(i, e, b.r[e] * unit[e]);
+    });
+    store_rows(through, s.room);
+    barrier();
+    const auto sums = per_row<C>([&](int i) {
+      return s.shorter[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room, i);
+    });
+    each<C, D>([&](int i, int, int e) {
+      back[e] = -(b.r[e] - unit[e] * sums.at(i, e)) * s.shorter[i];
+    });
+  } else {
+    add_product<H>(b.r, s.x_slope, turned(s.frozen1));
+    back = b.r;
+  }
+  put<C>(s.back, back);
+  barrier();
+  forget(b.z_k);
+  forget(b.z_v);
+  const auto d_act = product<C, H, D>(s.back, s.frozen1);
+  Fragment<C, H> pulled = {};
+  if (WRITES2) pulled = product<C, H, D>(s.r, s.frozen1);
+  const auto sums = per_row<C>([&](int i) {
+    return s.inverse[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room2, i);
+  });
+  Fragment<C, H> dz_k, dz_v;
+  each<C, H>([&](int i, int, int e) {
+    const Gelu key = gelu(b.z_k[e]);
+    const real slope_v = gelu(b.z_v[e]).slope;
+    real da = b.de[e];
+    if (DELTA1) {
+      const real unit = key.value * s.inverse[i];
+      da = (da - unit * sums.at(i, e)) * s.inverse[i] + unit * s.along_act[i];
+    }
+    if (AIMED) {
+      dz_k[e] = da * key.slope;
+      dz_v[e] = d_act[e] * slope_v;
+    } else {
+      const real through = b.du2[e] * pulled[e];
+      b.rows.add(i, e, -through * key.slope);
+      dz_k[e] = through * key.curvature + (da + d_act[e]) * key.slope;
+      dz_v[e] = -d_act[e] * slope_v;
+    }
+  });
+  put<C>(s.dz_k, dz_k);
+  put<C>(s.dz_v, dz_v);
+  const auto value = read<C, D>(call.v + block.here * D);
+  put<C>(s.value_again, value);
+  store_rows(b.rows, s.room);
+  store_whole(b.boundary, s.room3);
+  barrier();
+  range(C, [&](int i) { s.rows[i] += row<C>(s.room, i); });
+  store_rows(b.p, s.room2);
+  add_product<H>(b.d_key, s.dz_k, turned(s.frozen2));
+  auto d_value = product<C, D, H>(s.dz_v, turned(s.frozen2));
+  each<C, D>([&](int, int, int e) {
+    b.d_key[e] += b.r[e];
+    d_value[e] += AIMED ? back[e] : -b.r[e];
+  });
+  write<C, D>(call.dk + here * D, b.d_key);
+  write<C, D>(call.dv + here * D, d_value);
+  barrier();
+  range(C, [&](int i) {
+    real later = whole(s.room3);
+    for (int t = i + 1; t < C; t++) later += s.rows[t];
+    const real p = row<C>(s.room2, i);
+    call.d_log_eta[here + i] = p;
+    call.d_log_alpha[here + i] = later - p;
+  });
+}
+
+// What a block sends to the chunk-start W, from the operands that `through_frozen` left.
+DEVICE void add_frozen(const Gradients& s, Sent& sent) {
+  if (WRITES2) add_product<C>(sent.s1, turned(s.r), s.x_slope);
+  add_product<C>(sent.s1, turned(s.back), s.gap);
+  add_product<C>(sent.s2, turned(s.key), s.dz_k);
+  add_product<C>(sent.s2, turned(s.value_again), s.dz_v);
+}
+
+// Those operands of a block out of the way, and back.
+DEVICE void stash(const Gradients& s, half* to) {
+  keep<C>(s.r, to);
+  keep<C>(s.x_slope, to + C * WIDTH);
+  keep<C>(s.back, to + 2 * C * WIDTH);
+  keep<C>(s.gap, to + 3 * C * WIDTH);
+  keep<C>(s.dz_k, to + 4 * C * WIDTH);
+  keep<C>(s.dz_v, to + 5 * C * WIDTH);
+}
+DEVICE void unstash(const Call& call, const Gradients& s, const Block& block, const half* from) {
+  fetch<C>(from, s.r);
+  fetch<C>(from + C * WIDTH, s.x_slope);
+  fetch<C>(from + 2 * C * WIDTH, s.back);
+  fetch<C>(from + 3 * C * WIDTH, s.gap);
+  fetch<C>(from + 4 * C * WIDTH, s.dz_k);
+  fetch<C>(from + 5 * C * WIDTH, s.dz_v);
+  put<C>(s.key, read<C, D>(call.k + block.here * D));
+  put<C>(s.value_again, read<C, D>(call.v + block.here * D));
+  fetched();
+}
+
+// The derivative of `read_start`.
+DEVICE void read_start_backward(const Call& call, const Gradients& s, const Block& block,
+                                Sent& sent) {
+  const auto given = read<C, D>(call.d_out + block.token * D, block.valid);
+  put<C>(s.given, given);
+  put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
+  barrier();
+  const auto z = product<C, H, D>(s.query, s.frozen2), d_act = product<C, H, D>(s.given, s.frozen1);
+  put<C>(s.act_q, [&](int, int, int e) { return gelu(z[e]).value; });
+  put<C>(s.dz, [&](int, int, int e) { return d_act[e] * gelu(z[e]).slope; });
+  barrier();
+  auto d_query = product<C, D, H>(s.dz, turned(s.frozen2));
+  each<C, D>([&](int, int, int e) { d_query[e] += given[e]; });
+  write<C, D>(call.dq + block.at_q, d_query, block.valid);
+  add_product<C>(sent.s1, turned(s.given), s.act_q);
+  add_product<C>(sent.s2, turned(s.query), s.dz);
+}
+
+// W of the chunk that a block is in.
+DEVICE void fetch_frozen(const Call& call, const Gradients& s, const Place& place, int number) {
+  const half* start = place.opening(call, number);
+  fetch<D>(start, s.frozen1);
+  fetch<D>(start + SIZE, s.frozen2);
+}
+
+// Derivative of `project` and then of `write_forward`: more_blocks behind the call's first, whose
+// inputs' gradients all launches before have left, then those themselves; d_state, the gradient of W
+// behind them, becomes that of W before them. The blocks that share a frozen W are gone through
+// last to first, then what all of them send to it is added.
+DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
+  Shared shared = {memory};
+  const Gradients s(shared);
+  const Place place(call, g, m);
+  const long long own = (long long)m * call.count + g;
+  real *d_state = call.d_state + own * 2 * SIZE, *d_base = call.d_base + own * 2 * SIZE;
+  half* stashed = call.stash + own * call.open * 6 * C * WIDTH;
+  Sent sent;
+  sent.s1 = read<D, H>(d_state), sent.s2 = read<D, H>(d_state + SIZE);
+  if (READ == NONE && call.more_blocks) {
+    fetch_frozen(call, s, place, call.first_block + call.blocks);
+    fetched();
+    project_backward(call, s.projection(), g, m, call.first + call.blocks * C, call.more_blocks,
+                     sent.s1, sent.s2);
+  }
+  if (INITIAL || HAS_RESET)
+    sent.base1 = read<D, H>(d_base), sent.base2 = read<D, H>(d_base + SIZE);
+  if (INITIAL) {
+    fetch<D>(place.base, s.base1);
+    fetch<D>(place.base + SIZE, s.base2);
+  }
+  const int sets = (call.blocks + call.open - 1) / call.open;
+  for (int set = sets - 1; set >= 0; set--) {
+    const int opening = set * call.open, together = smaller(call.blocks - opening, call.open);
+    fetch_frozen(call, s, place, call.first_block + opening);
+    for (int nth = together - 1; nth >= 0; nth--) {
+      const int number = call.first_block + opening + nth;
+      const Block block(call, g, call.first + (opening + nth) * C);
+      const Record record(place.work + (long long)number * Record::size);
+      if (starts_again(call, g, call.first_token + block.local + C)) {
+        each<D, H>([&](int, int, int e) {
+          sent.base1[e] += sent.s1[e], sent.base2[e] += sent.s2[e];
+          sent.s1[e] = sent.s2[e] = 0;
+        });
+      }
+      Passed b = {};
+      load_block(call, s, block, record, place.deltas + (long long)number * 2 * SIZE, sent);
+      fetched();
+      barrier();
+      activate_again(s, sent, b);
+      barrier();
+      reach_u(call, s, block, record, b);
+      through_system(s, record.system1, DELTA1, b.du1, record.u1, s.x1, b);
+      if (WRITES2)
+        through_system(s, place.systems + (long long)number * C * C, DELTA2, b.du2, record.u2,
+                       s.x2, b);
+      reach_keys(s, b, sent);
+      through_frozen(call, s, block, m, b);
+      if (together > 1)
+        stash(s, stashed + nth * 6 * C * WIDTH);
+      else
+        add_frozen(s, sent);
+      barrier();
+    }
+    for (int nth = 0; nth < together; nth++) {
+      const Block block(call, g, call.first + (opening + nth) * C);
+      if (together > 1) {
+        unstash(call, s, block, stashed + nth * 6 * C * WIDTH);
+        barrier();
+        add_frozen(s, sent);
+      }
+      if (READ == START) read_start_backward(call, s, block, sent);
+      barrier();
+    }
+  }
+  write<D, H>(d_state, sent.s1);
+  write<D, H>(d_state + SIZE, sent.s2);
+  if (INITIAL || HAS_RESET) {
+    write<D, H>(d_base, sent.base1);
+    write<D, H>(d_base + SIZE, sent.base2);
+  }
+}
+
+// Derivative of `project_forward`.
+DEVICE void projection_backward(const Call& call, int g, int m, char* memory) {
+  Shared shared = {memory};
+  const Gradients s(shared);
+  real* d_state = call.d_state + ((long long)m * call.count + g) * 2 * SIZE;
+  auto s1 = read<D, H>(d_state), s2 = read<D, H>(d_state + SIZE);
+  fetch_frozen(call, s, Place(call, g, m), call.first_block);
+  fetched();
+  project_backward(call, s.projection(), g, m, call.first, call.blocks, s1, s2);
+  write<D, H>(d_state, s1);
+  write<D, H>(d_state + SIZE, s2);
+}
+
+}  // namespace hope
