@@ -253,10 +253,18 @@ def _scan_call(
 
 
 def _triton_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flops:
-    """The same for the kernels' operators: backward runs forward twice again, once to have every
-    block's state and once inside each block. Their triangular inverses are not counted."""
+    """The same for the kernels' operators: backward runs forward again to have every block's state,
+    and inside each block once more; those in CUDA C++ there only what makes k's and v's
+    activations, r and what the projections give. Their triangular inverses are not counted."""
     once = _scan_call(operator, args, kwargs, executed=False)
-    return Flops(once.forward, once.backward + 2 * once.forward)
+    bound = _bound(operator, args, kwargs)
+    inside = once.forward
+    if bound["on_chip"]:
+        rows, heads, tokens, width = bound["x"].shape
+        memories, _, _, hidden = bound["w1"].shape
+        products = 3 * memories + 2 * (memories - 1) + (bound["read"] == "chunk_start")
+        inside = 2 * products * rows * heads * tokens * width * hidden
+    return Flops(once.forward, once.backward + once.forward + inside)
 
 
 def _formula(operator: Any, call: Callable[..., Flops], backward: bool) -> Callable[..., float]:

@@ -1,13 +1,13 @@
 """python -m tools.bench_gpu: our kernels and whole models on one GPU.
 
-Four parts, in this order (--parts): parity of the kernels in float32 and bfloat16 against float64
-on the same device; microseconds of each kernel beside its floor (tools.kernel_costs); one layer;
-the 340M, 760M and 1.3B sizes with their loss. Layers and models take one step's forward and
-backward of 32K tokens, in rows of 2K to 32K, in bfloat16: Hope, Hope-Attention and a Transformer++,
-each eager, as a CUDA graph, and as one of compiled layers, and flash-linear-attention's Gated
-DeltaNet where it is installed. What does not fit is run in 2, 4, ... micro-batches. Prints tables
-and writes docs/gpu/NAME.json with the chip, date and versions, after every size what there is so
-far.
+Five parts, in this order (--parts): the scan alone, by Triton's kernels and by those in CUDA C++,
+whose parity comes first; parity of all kernels in float32 and bfloat16 against float64 on the same
+device; microseconds of each kernel beside its floor (tools.kernel_costs); one layer; the 340M, 760M
+and 1.3B sizes with their loss. Layers and models take one step's forward and backward of 32K
+tokens, in rows of 2K to 32K, in bfloat16: Hope, Hope-Attention and a Transformer++, each eager, as
+a CUDA graph, and as one of compiled layers, and flash-linear-attention's Gated DeltaNet where it is
+installed. What does not fit is run in 2, 4, ... micro-batches. Prints tables and writes
+docs/gpu/NAME.json with the chip, date and versions, after every size what there is so far.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import median
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ from hope.layer import HopeLayer
 from hope.model import num_parameters
 from hope.scan.contract import Implementation
 from tools.figures import table
-from tools.gpu_kernels import kernels, parity
+from tools.gpu_kernels import as_graph, kernels, milliseconds, parity, scans
 from tools.kernel_costs import PEAK_FLOPS
 from tools.kernel_parity import Figures
 from train.config import load_config
@@ -47,7 +45,7 @@ STEP_TOKENS = 32_768
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
 MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8624}
 """Hidden width of the Transformer++ of equal parameters; the files in configs/ say the same."""
-PARTS = ("parity", "kernels", "layer", "models")
+PARTS = ("scan", "parity", "kernels", "layer", "models")
 SCANS: tuple[Implementation, ...] = ("auto", "triton", "cuda", "chunked")
 KINDS = ("eager", "graph", "compiled")
 """How a step is run; compiled: every layer by torch.compile, the step as a graph."""
@@ -91,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def parts(options: argparse.Namespace) -> Iterator[Figures]:
     """The figures of the parts that were asked for, size by size."""
+    if "scan" in options.parts:
+        yield scans(options.repetitions)
     if "parity" in options.parts:
         yield parity()
     if "kernels" in options.parts:
@@ -119,20 +119,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
-    """Median time of a call on the device, after one to warm up."""
-    call()
-    times = []
-    for _ in range(repetitions):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return median(times)
-
-
 def step_of(module: nn.Module, x: Tensor) -> Callable[[], None]:
     """Forward and backward of a model of tokens x with its loss, or of a layer of activations x."""
     leaves = [x] if x.is_floating_point() else []
@@ -145,18 +131,6 @@ def step_of(module: nn.Module, x: Tensor) -> Callable[[], None]:
         torch.autograd.grad(loss, leaves, allow_unused=True)
 
     return step
-
-
-def as_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """The same work captured once and replayed; the step before it compiles what it needs."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
 
 
 def measure(

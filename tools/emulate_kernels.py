@@ -115,7 +115,9 @@ def calls(
         for case in SCAN_CASES if how == "triton" else CUDA_CASES:
             if case.key in names:
                 short = replace(case, config=replace(case.config, checkpoint_chunks=2))
-                yield how, case.key, *scan_call(short, 2, 1, tokens, "cpu")
+                # One head's gradient of a gate's bias can be next to nothing by chance.
+                heads = 1 if how == "triton" else 2
+                yield how, case.key, *scan_call(short, 2, heads, tokens, "cpu")
 
 
 def machine(dtype: torch.dtype) -> list[str]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +27,81 @@ from tools.kernel_parity import (
 )
 
 
-def parity() -> Figures:
-    """Largest errors of outputs and gradients, relative to the largest value of each."""
+def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
+    """Median time of a call on the device, after one to warm up."""
+    call()
+    times = []
+    for _ in range(repetitions):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times)
+
+
+def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The same work captured once and replayed; the step before it compiles what it needs."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def scans(repetitions: int) -> Figures:
+    """Parity of the kernels in CUDA C++, then milliseconds of a scan alone by them and by Triton's,
+    forward and backward, at the 340M size: 32K tokens in rows of 4K and of 16K."""
+    figures, rows = cuda_parity()
+    print(table(HEADER, rows), flush=True)
+    rows = []
+    for batch, tokens in ((8, 4096), (2, 16_384)):
+        x, q, weights = scan_inputs(Shape(batch, 16, tokens, 64, 64), torch.bfloat16)
+        frozen = ScanWeights(*(w.detach() for w in weights))
+        for how in ("triton", "cuda"):
+            config = ScanConfig(implementation=how)  # type: ignore[arg-type]
+
+            forward = partial(scanned, x.detach(), q.detach(), frozen, config)
+            step = partial(scan_step, x, q, weights, config)
+            for stage, call in (("forward", forward), ("step", step)):
+                key = f"scan_{how}_{batch}x{tokens}_{stage}"
+                found = milliseconds(as_graph(call), repetitions)
+                eager = milliseconds(call, repetitions)
+                figures |= {f"ms_{key}": found, f"eager_ms_{key}": eager}
+                rows.append([key, f"{found:.2f}", f"{eager:.2f}"])
+                print(" ".join(rows[-1]), file=sys.stderr, flush=True)
+    print(table(["scan of 32K tokens", "graph, ms", "eager, ms"], rows), flush=True)
+    return figures
+
+
+def scan_step(x: Tensor, q: Tensor, weights: ScanWeights, config: ScanConfig) -> None:
+    """A scan's forward and backward."""
+    out = scanned(x, q, weights, config)
+    torch.autograd.grad(out, [x, q, *weights], torch.ones_like(out))
+
+
+def cuda_parity() -> tuple[Figures, list[list[str]]]:
+    """The kernels in CUDA C++, as `parity` does all."""
     figures: Figures = {}
     rows = []
-    calls = [(case.key, *scan_call(case, 2, 4, 1000, "cuda")) for case in SCAN_CASES]
-    for key, call, leaves in [*calls, *fused_calls(Shape(2, 4, 1024, 64, 64))]:
-        for row, found in compared(key, call, leaves, (torch.float32, torch.bfloat16)):
-            rows.append(row)
-            figures |= found
     for case in CUDA_CASES:
         call, leaves = scan_call(case, 2, 4, 1000, "cuda")
         for row, found in compared(case.key, call, leaves, (torch.bfloat16,), "cuda"):
+            rows.append(row)
+            figures |= found
+    return figures, rows
+
+
+def parity() -> Figures:
+    """Largest errors of outputs and gradients, relative to the largest value of each."""
+    figures, rows = cuda_parity()
+    calls = [(case.key, *scan_call(case, 2, 4, 1000, "cuda")) for case in SCAN_CASES]
+    for key, call, leaves in [*calls, *fused_calls(Shape(2, 4, 1024, 64, 64))]:
+        for row, found in compared(key, call, leaves, (torch.float32, torch.bfloat16)):
             rows.append(row)
             figures |= found
     print(table(HEADER, rows), flush=True)

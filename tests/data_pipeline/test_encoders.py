@@ -46,13 +46,17 @@ def hugging_face(request, texts):
     return Tokenizer.from_bytes(byte_level(texts, request.param).to_str().encode())
 
 
+@pytest.fixture(scope="module")
+def fast_hugging_face(hugging_face):
+    assert choose(hugging_face)[0] == "gigatoken"
+    return Gigatoken(hugging_face)
+
+
 @settings(max_examples=200, deadline=None)
 @given(TEXT)
-def test_any_text_has_the_ids_of_a_hugging_face_tokenizer(hugging_face, text):
-    assert choose(hugging_face)[0] == "gigatoken"
-    fast = Gigatoken(hugging_face)
+def test_any_text_has_the_ids_of_a_hugging_face_tokenizer(hugging_face, fast_hugging_face, text):
     for whole in (text, text + "<|endoftext|>"):
-        np.testing.assert_array_equal(fast(whole), hugging_face.encode(whole))
+        np.testing.assert_array_equal(fast_hugging_face(whole), hugging_face.encode(whole))
 
 
 def test_it_is_chosen_where_it_is_the_same(tokenizer):

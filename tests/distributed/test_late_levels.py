@@ -61,6 +61,7 @@ def check(world: int, cases: list[Case]) -> None:
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 
 
+@pytest.mark.slow
 def test_four_ranks_follow_one_process() -> None:
     check(4, FOUR)
 

@@ -185,9 +185,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
     "overrides",
     [
         [],
-        ["model.mixer=attention"],
+        pytest.param(["model.mixer=attention"], marks=pytest.mark.slow),
         ["training.state_carry=stream", "data.order=stream"],
-        ["model.titans.writes=false"],
+        pytest.param(["model.titans.writes=false"], marks=pytest.mark.slow),
         ["model.cms.mode=nested", "model.cms.levels.2.update_every_tokens=1536"],
     ],
     ids=["hope", "attention", "stream", "writes_off", "nested"],
@@ -218,9 +218,9 @@ def test_two_ranks_give_the_losses_of_one(
     ("before", "after", "overrides"),
     [
         (1, 2, ["training.state_carry=stream", "data.order=stream"]),
-        (2, 1, []),
+        pytest.param(2, 1, [], marks=pytest.mark.slow),
         (2, 1, ["optimizer.reduce=at_update"]),
-        (2, 2, ["optimizer.reduce=at_update"]),
+        pytest.param(2, 2, ["optimizer.reduce=at_update"], marks=pytest.mark.slow),
     ],
 )
 def test_a_run_is_taken_up_by_other_ranks(

@@ -120,7 +120,7 @@ def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
 
 
 @pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
-@pytest.mark.parametrize("read", ["causal", "chunk_start"])
+@pytest.mark.parametrize("read", ["causal", pytest.param("chunk_start", marks=pytest.mark.slow)])
 def test_several_tiles_and_blocks_of_a_chunk(
     rule: str, read: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,7 +186,7 @@ def problem_on_device(**options: object) -> Problem:
 CONFIG = ScanConfig(16, 16, checkpoint_chunks=1, implementation="triton")
 
 
-@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_operators_pass_torchs_own_checks(with_state: bool) -> None:
     p = problem_on_device(tokens=17, with_state=with_state, resets=((1, 16),))
     options = (16, 16, 0.5, "normalised", "initial", "causal", 1, True)
