@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hope.scan.contract import MEM, ScanConfig, compute_dtype
 from hope.scan.kernels.frames import frame_size
-from hope.scan.kernels.writes import work_size
+from hope.scan.kernels.writes import work_matrices, work_size
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
 BLOCK, FLOAT32_BLOCK = 32, 16
@@ -80,8 +80,9 @@ class Layouts:
         """Numbers of what all memories share of a block of that many tokens."""
         return frame_size(block)
 
-    def work_size(self, wide: int, block: int, keep: bool) -> int:
+    def work_size(self, block: int, read: str, keep: bool) -> int:
         """Numbers of what passes over a block hand on in one memory, and backward needs."""
+        wide = work_matrices(read == "causal", keep)
         return work_size(wide, block, self.width, self.hidden, keep)
 
     def mem_last(self, z: Tensor) -> Tensor:

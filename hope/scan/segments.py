@@ -115,6 +115,6 @@ def _writer(
         layouts.states(memories, blocks if keep else 0, dtype=layouts.base.dtype),
         layouts.new(layouts.count, blocks, layouts.frame_size(block)),
         layouts.new(
-            memories * layouts.count, blocks if keep else 1, layouts.work_size(wide, block, keep)
+            memories * layouts.count, blocks if keep else 1, layouts.work_size(block, read, keep)
         ),
     )

@@ -80,6 +80,7 @@ OPERATORS = {
         scan_triton._scan_triton, scan_triton._scan_triton_backward, gated_norm._gated_norm,
         gated_norm._gated_norm_backward, loss._rows, loss._rows_backward,
     ),
+    "cuda": (scan_triton._scan_triton, scan_triton._scan_triton_backward),
     "chunked": (chunked._scan_chunked, chunked._scan_chunked_backward),
 }  # fmt: skip
 
@@ -93,6 +94,8 @@ def test_a_step(
 ) -> None:
     """On the meta device, where nothing has values; and with the operators' bodies in view."""
     monkeypatch.setattr("hope.scan.check_reset", lambda *_: None)  # asserted on a device
+    monkeypatch.setattr("hope.scan.cuda.device.why_not", lambda *_: "")
+    monkeypatch.setattr("hope.scan.cuda.device.launch", lambda *_: None)  # nothing can wait in it
     model = HopeModel(tiny(implementation, 16, adaptive_query=adaptive_query)).to(device)
     tokens = torch.zeros(2, 32, dtype=torch.int64, device=device)
     starts = torch.zeros(2, 32, dtype=torch.bool, device=device)
@@ -114,11 +117,14 @@ def test_what_waits_is_found() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("triton", torch.float32), ("triton", torch.bfloat16), ("cuda", torch.bfloat16)],
+)
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_step_as_a_cuda_graph(documents: bool, dtype: torch.dtype) -> None:
+def test_a_step_as_a_cuda_graph(documents: bool, implementation: str, dtype: torch.dtype) -> None:
     """Captured once and replayed on other tokens: the loss and gradients of an eager step."""
-    model = HopeModel(tiny("auto", 128, layers=2)).to("cuda", dtype)
+    model = HopeModel(tiny(implementation, 128, layers=2)).to("cuda", dtype)
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randint(0, 80, (2, 2, 65), generator=generator).cuda() for _ in range(2)]
     tokens, labels = draws[0][0][:, :-1].clone(), draws[0][0][:, 1:].clone()

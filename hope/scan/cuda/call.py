@@ -69,9 +69,10 @@ def compiled_for(
     )
 
 
-def record_size(block: int) -> int:
+def record_size(block: int, read: str) -> int:
     """Numbers of a block's `Record`."""
-    return 3 * block * WIDTH + 2 * block * block + 3 * block
+    of_read = WIDTH + block if read == "causal" else 0
+    return block * (2 * WIDTH + block + 3 + of_read)
 
 
 def shared_bytes(kernel: str, options: Options) -> int:

@@ -27,9 +27,9 @@ class CudaLauncher(Launcher):
         """W2's system."""
         return block * block
 
-    def work_size(self, wide: int, block: int, keep: bool) -> int:
+    def work_size(self, block: int, read: str, keep: bool) -> int:
         """A `Record`."""
-        return record_size(block) if keep else 0
+        return record_size(block, read) if keep else 0
 
     def scratch(self, memories: int, chunk: int) -> Tensor:
         """What the blocks of a chunk send to the W that it starts from, as products take it."""

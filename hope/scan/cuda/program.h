@@ -74,7 +74,7 @@ struct Record {
         shorter(length + 2 * C),
         z_q(length + 3 * C),
         across1(z_q + C * H) {}
-  static constexpr int size = C * D + 2 * C * H + 2 * C * C + 3 * C;
+  static constexpr int size = C * D + C * H + C * C + 3 * C + (READ == CAUSAL) * (C * H + C * C);
 };
 
 // Shared memory, piece by piece.

@@ -11,7 +11,7 @@ import torch
 
 from hope.scan import ScanConfig, scan
 from hope.scan.cuda import device
-from hope.scan.cuda.call import Options, shared_bytes
+from hope.scan.cuda.call import Options, record_size, shared_bytes
 from hope.scan.cuda.device import why_not
 from hope.scan.cuda.nvrtc import compiled, library
 from tests.hope.scan import on_host as host
@@ -122,8 +122,10 @@ def test_shared_memory_is_what_a_program_takes(
     kernel: str, block: int, read: int, initial: bool
 ) -> None:
     options = Options(block, 0, read, initial, False, False)
-    taken = getattr(host.library(options, host.ROUNDED), kernel.split("_")[1] + "_bytes")()
+    functions = host.library(options, host.ROUNDED)
+    taken = getattr(functions, kernel.split("_")[1] + "_bytes")()
     assert shared_bytes(kernel, options) == taken
+    assert record_size(block, ("", "causal", "chunk_start")[read]) == functions.record_size()
     if read == 0:
         # Two programs, and a kilobyte of each that the device keeps, in an H100's 228 KB.
         assert 2 * (taken + 1024) <= 228 * 1024
