@@ -5,9 +5,9 @@
 #ifdef __CUDACC_RTC__
 extern __shared__ __align__(128) char shared_memory[];
 
-#define KERNEL(name, blocks, program)                                                      \
+#define KERNEL(name, blocks, program)                                                         \
   extern "C" __global__ void __launch_bounds__(hope::THREADS, blocks) name(hope::Call call) { \
-    hope::program(call, blockIdx.x, blockIdx.y, shared_memory);                             \
+    hope::program(call, blockIdx.x, blockIdx.y, shared_memory);                               \
   }
 KERNEL(write_forward, 2, write_forward)
 KERNEL(write_backward, 2, write_backward)
@@ -16,7 +16,6 @@ KERNEL(project_forward, 2, project_forward)
 KERNEL(project_backward, 2, projection_backward)
 #endif
 #else
-#include <limits>
 #include <vector>
 
 namespace hope {
@@ -47,9 +46,9 @@ extern "C" int backward_bytes() {
 extern "C" int record_size() {
   return hope::Record::size;
 }
-#define KERNEL(name, bytes, program)                                  \
-  extern "C" void name(const hope::Call* call, int memories) {         \
-    hope::run(*call, memories, bytes(), hope::program);                \
+#define KERNEL(name, bytes, program)                           \
+  extern "C" void name(const hope::Call* call, int memories) { \
+    hope::run(*call, memories, bytes(), hope::program);        \
   }
 KERNEL(write_forward, forward_bytes, write_forward)
 KERNEL(write_backward, backward_bytes, write_backward)

@@ -10,7 +10,10 @@ from importlib.util import find_spec
 from typing import NamedTuple
 
 MAIN = "kernels.cu"
-HEADERS = ("block.h", "program.h", "projections.h", "writes.h", "writes_backward.h")
+HEADERS = (
+    "block.h", "products.h", "sums.h", "program.h", "projections.h", "writes.h",
+    "reads_backward.h", "writes_backward.h",
+)  # fmt: skip
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _FLAGS = ("--std=c++17", "-default-device", "-lineinfo")
 _FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")

@@ -3,9 +3,9 @@
 // One block of threads is one memory of one (row, head); it walks over blocks of TOKENS tokens with
 // the state's float32 numbers in registers and its operands in shared memory.
 //
-// Tensors, with g = row * heads + head of `count`, F = `length` tokens of a segment's buffers, which
-// begin at first_token of the sequence: x, source, q, out, d_out [G, T, WIDTH]; k, v, query [G, F,
-// WIDTH]; eta, log_alpha [G, F]; fresh [memories, heads, 2, WIDTH, WIDTH]: M_0 (W1, then W2
+// Tensors, with g = row * heads + head of `count`, F = `length` tokens of a segment's buffers,
+// which begin at first_token of the sequence: x, source, q, out, d_out [G, T, WIDTH]; k, v, query
+// [G, F, WIDTH]; eta, log_alpha [G, F]; fresh [memories, heads, 2, WIDTH, WIDTH]: M_0 (W1, then W2
 // transposed), base: the same as products take it; state [memories, G, 2, ...]: Delta, moved on in
 // place; frozen [memories, G, opened, 2, ...]: W at the start of memory chunk c in slot c % opened;
 // deltas [memories, G, works, 2, ...]: Delta before every block; work [memories, G, works, Record];
@@ -14,7 +14,8 @@
 // has one for each of `all_memories`, of which the launch's begin at `offset`: dk, dv [.., G, F,
 // WIDTH], d_log_eta, d_log_alpha [.., G, F]; dx [memories, G, F, WIDTH].
 #pragma once
-#include "block.h"
+#include "products.h"
+#include "sums.h"
 
 namespace hope {
 

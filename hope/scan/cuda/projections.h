@@ -1,5 +1,5 @@
-// k, v, eta, alpha and the adaptive query, read out of the memories that make them (Eqs. 84-86), and
-// the derivative: hope/scan/kernels/projections.py. Memory m makes what `Memory` says.
+// k, v, eta, alpha and the adaptive query, read out of the memories that make them (Eqs. 84-86),
+// and the derivative: hope/scan/kernels/projections.py. Memory m makes what `Memory` says.
 #pragma once
 #include "program.h"
 
@@ -28,8 +28,7 @@ DEVICE void apply(const Call& call, const Projection& s, int m, const Block& blo
 }
 
 // Store <w, y> of every token; `row` has it behind the next barrier.
-DEVICE void read_out(const Call& call, const Projection& s, int g, int m,
-                     const Fragment<C, D>& y) {
+DEVICE void read_out(const Call& call, const Projection& s, int g, int m, const Fragment<C, D>& y) {
   const real* weight = call.readout + ((m - ETA) * call.heads + g % call.heads) * D;
   Rows<C> logit = {};
   each<C, D>([&](int i, int j, int e) { logit.add(i, e, y[e] * weight[j]); });

@@ -33,7 +33,7 @@ struct Buffers {
     room = shared.take<real>(512);
     solved = shared.take<real>(2 * C * C);
   }
-  static_assert(2 * C * C * sizeof(real) <= 4 * Matrix<C>::size(C) * sizeof(half) * 2);
+  static_assert(2 * C * C * sizeof(real) <= 4 * Matrix<C>::size(C) * sizeof(half));
 
   DEVICE Projection projection() const {
     return {frozen1, frozen2, key, act, gap, value, room, room + 128, shorter};

@@ -1,70 +1,9 @@
-// The derivative of writing blocks into a memory, and of M_mem's read; the mathematics is
+// The derivative of writing blocks into a memory; the mathematics is
 // hope/scan/writes_backward.py's.
 #pragma once
-#include "projections.h"
+#include "reads_backward.h"
 
 namespace hope {
-
-// Shared memory of `write_backward`. What is written late has the place of what is read early.
-struct Gradients {
-  Matrix<WIDTH> frozen1, frozen2, base1, base2, delta1, delta2, state1, state2;
-  Matrix<WIDTH> key, value, e, gap, r, u1, u2, x1, x2, x_slope, back, dz_k, dz_v;
-  Matrix<WIDTH> value_again;
-  Matrix<WIDTH> given, query, act_q, dz;
-  Split<WIDTH> side;
-  Split<C> system;
-  Matrix<C> gram1, gram2, across1, across2, d_across1, d_across2;
-  Decays decays;
-  real *length, *inverse, *shorter, *along_act, *rows, *room, *room2, *room3;
-
-  DEVICE explicit Gradients(Shared& shared) : decays(shared) {
-    frozen1 = shared.state(), frozen2 = shared.state();
-    if (INITIAL) base1 = shared.state(), base2 = shared.state();
-    delta1 = shared.state(), delta2 = shared.state();
-    state1 = shared.state(), state2 = shared.state();
-    key = shared.tokens(), e = shared.tokens(), gap = shared.tokens(), value = shared.tokens();
-    r = value;
-    u1 = shared.tokens(), u2 = shared.tokens(), x1 = shared.tokens(), x2 = shared.tokens();
-    side = {shared.tokens(), shared.tokens()};
-    x_slope = side.high, back = side.low, dz_k = x1, dz_v = x2;
-    value_again = e;
-    system = {shared.square(), shared.square()};
-    gram1 = system.high, gram2 = system.low;
-    if (READ != NONE) given = shared.tokens(), query = shared.tokens(), dz = shared.tokens();
-    if (READ != NONE) act_q = shared.tokens();
-    if (READ == CAUSAL) {
-      across1 = shared.square(), across2 = shared.square();
-      d_across1 = shared.square(), d_across2 = shared.square();
-    }
-    length = shared.row(), inverse = shared.row(), shorter = shared.row();
-    along_act = shared.row(), rows = shared.row();
-    room = shared.take<real>(128);
-    room2 = shared.take<real>(128);
-    room3 = shared.take<real>(WARPS);
-  }
-
-  DEVICE Projection projection() const {
-    return {frozen1, frozen2, key, e, back, x_slope, room, room2, rows};
-  }
-};
-
-using Tokens = Fragment<C, WIDTH>;
-using State = Fragment<D, H>;
-
-// S: the gradient of W behind what is still to come, and what M_0 gets at fixed W.
-struct Sent {
-  State s1, s2, base1, base2;
-};
-
-// What a block's passes hand on in a thread's registers.
-struct Passed {
-  Tokens z_k, z_v;   // W2 k, W2 v
-  Tokens r;          // and then its gradient
-  Tokens du1, du2;   // gradients of U1 and U2, then X1 and X2: of the right-hand sides of their systems
-  Tokens de, d_key;  // of W1's keys, of k
-  Rows<C> rows, p;   // what the decay before a token multiplies; <dU, U>
-  real boundary;     // <S, Delta> behind the block
-};
 
 // Load what a block needs, and S as products take it.
 DEVICE void load_block(const Call& call, const Gradients& s, const Block& block,
@@ -103,55 +42,9 @@ DEVICE void activate_again(const Gradients& s, const Sent& sent, Passed& b) {
   });
   real along = 0;
   const auto delta1 = get<D>(s.delta1), delta2 = get<D>(s.delta2);
-  each<D, H>([&](int, int, int e) {
-    along += sent.s1[e] * delta1[e] + sent.s2[e] * delta2[e];
-  });
+  each<D, H>([&](int, int, int e) { along += sent.s1[e] * delta1[e] + sent.s2[e] * delta2[e]; });
   b.boundary = along;
   s.decays.fill();
-}
-
-// The derivative of a causal read: into U1, U2, the query, its keys; what it sends to the state is
-// left in shared memory.
-DEVICE void read_causal_backward(const Call& call, const Gradients& s, const Block& block,
-                                 const Record& record, Passed& b) {
-  const auto d_written = product<C, C, D>(s.given, turned(s.u1));
-  put<C>(s.d_across1,
-         [&](int i, int j, int e) { return -d_written[e] * s.decays.ratio(i, j); });
-  Fragment<C, C> across = {};
-  if (WRITES2) {
-    across = product<C, C, D>(s.query, turned(s.key));
-    each<C, C>([&](int i, int j, int e) { across[e] *= s.decays.ratio(i, j); });
-    put<C>(s.across2, across);
-  }
-  barrier();
-  less_product<C>(b.du1, turned(s.across1), s.given);
-  auto d_act = product<C, H, D>(s.given, s.delta1);
-  each<C, H>([&](int i, int, int e) { d_act[e] *= s.decays.prev[i]; });
-  add_product<C>(d_act, s.d_across1, s.e);
-  const auto z_q = read<C, H>(record.z_q);
-  each<C, H>([&](int i, int, int e) { b.rows.add(i, e, d_act[e] * gelu(z_q[e]).value); });
-  if (INITIAL) add_product<D>(d_act, s.given, s.base1);
-  put<C>(s.dz, [&](int, int, int e) { return d_act[e] * gelu(z_q[e]).slope; });
-  barrier();
-  auto d_query = product<C, D, H>(s.dz, turned(s.delta2));
-  const auto query = read<C, D>(call.q + block.at_q, block.valid);
-  const auto given = read<C, D>(call.d_out + block.token * D, block.valid);
-  each<C, D>([&](int i, int, int e) {
-    d_query[e] *= s.decays.prev[i];
-    b.rows.add(i, e, d_query[e] * query[e]);
-    d_query[e] += given[e];
-  });
-  if (INITIAL) add_product<H>(d_query, s.dz, turned(s.base2));
-  if (WRITES2) {
-    less_product<C>(b.du2, turned(s.across2), s.dz);
-    const auto d_read = product<C, C, H>(s.dz, turned(s.u2));
-    each<C, C>([&](int i, int, int e) { b.rows.add(i, e, -d_read[e] * across[e]); });
-    put<C>(s.d_across2, [&](int i, int j, int e) { return -d_read[e] * s.decays.ratio(i, j); });
-    barrier();
-    add_product<C>(d_query, s.d_across2, s.key);
-    add_product<C>(b.d_key, turned(s.d_across2), s.query);
-  }
-  write<C, D>(call.dq + block.at_q, d_query, block.valid);
 }
 
 // r again, and the gradients of U1 and U2: what the state behind the block sends them, and what a
@@ -208,8 +101,7 @@ DEVICE void through_system(const Gradients& s, const real* system, bool there, T
 }
 
 // Gram matrices of a system and its transpose, weighed: what U's own block sends to its keys.
-DEVICE void both_grams(const Gradients& s, Matrix<WIDTH> x, Matrix<WIDTH> u,
-                       Matrix<C> gram) {
+DEVICE void both_grams(const Gradients& s, Matrix<WIDTH> x, Matrix<WIDTH> u, Matrix<C> gram) {
   const auto one = product<C, C, WIDTH>(x, turned(u)), other = product<C, C, WIDTH>(u, turned(x));
   put<C>(gram, [&](int i, int j, int e) {
     return one[e] * s.decays.ratio(i, j) + other[e] * s.decays.ratio(j, i);
@@ -304,9 +196,8 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
     s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) / (floor * floor) : real(0);
   });
   Rows<C> along = {};
-  each<C, H>([&](int i, int, int e) {
-    along.add(i, e, b.de[e] * gelu(b.z_k[e]).value * s.inverse[i]);
-  });
+  each<C, H>(
+      [&](int i, int, int e) { along.add(i, e, b.de[e] * gelu(b.z_k[e]).value * s.inverse[i]); });
   store_rows(along, s.room2);
   Tokens back;
   if (AIMED) {
@@ -320,12 +211,10 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
     });
     store_rows(through, s.room);
     barrier();
-    const auto sums = per_row<C>([&](int i) {
-      return s.shorter[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room, i);
-    });
-    each<C, D>([&](int i, int, int e) {
-      back[e] = -(b.r[e] - unit[e] * sums.at(i, e)) * s.shorter[i];
-    });
+    const auto sums = per_row<C>(
+        [&](int i) { return s.shorter[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room, i); });
+    each<C, D>(
+        [&](int i, int, int e) { back[e] = -(b.r[e] - unit[e] * sums.at(i, e)) * s.shorter[i]; });
   } else {
     add_product<H>(b.r, s.x_slope, turned(s.frozen1));
     back = b.r;
@@ -337,9 +226,8 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
   const auto d_act = product<C, H, D>(s.back, s.frozen1);
   Fragment<C, H> pulled = {};
   if (WRITES2) pulled = product<C, H, D>(s.r, s.frozen1);
-  const auto sums = per_row<C>([&](int i) {
-    return s.inverse[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room2, i);
-  });
+  const auto sums = per_row<C>(
+      [&](int i) { return s.inverse[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room2, i); });
   Fragment<C, H> dz_k, dz_v;
   each<C, H>([&](int i, int, int e) {
     const Gelu key = gelu(b.z_k[e]);
@@ -415,24 +303,6 @@ DEVICE void unstash(const Call& call, const Gradients& s, const Block& block, co
   fetched();
 }
 
-// The derivative of `read_start`.
-DEVICE void read_start_backward(const Call& call, const Gradients& s, const Block& block,
-                                Sent& sent) {
-  const auto given = read<C, D>(call.d_out + block.token * D, block.valid);
-  put<C>(s.given, given);
-  put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
-  barrier();
-  const auto z = product<C, H, D>(s.query, s.frozen2), d_act = product<C, H, D>(s.given, s.frozen1);
-  put<C>(s.act_q, [&](int, int, int e) { return gelu(z[e]).value; });
-  put<C>(s.dz, [&](int, int, int e) { return d_act[e] * gelu(z[e]).slope; });
-  barrier();
-  auto d_query = product<C, D, H>(s.dz, turned(s.frozen2));
-  each<C, D>([&](int, int, int e) { d_query[e] += given[e]; });
-  write<C, D>(call.dq + block.at_q, d_query, block.valid);
-  add_product<C>(sent.s1, turned(s.given), s.act_q);
-  add_product<C>(sent.s2, turned(s.query), s.dz);
-}
-
 // W of the chunk that a block is in.
 DEVICE void fetch_frozen(const Call& call, const Gradients& s, const Place& place, int number) {
   const half* start = place.opening(call, number);
@@ -441,8 +311,8 @@ DEVICE void fetch_frozen(const Call& call, const Gradients& s, const Place& plac
 }
 
 // Derivative of `project` and then of `write_forward`: more_blocks behind the call's first, whose
-// inputs' gradients all launches before have left, then those themselves; d_state, the gradient of W
-// behind them, becomes that of W before them. The blocks that share a frozen W are gone through
+// inputs' gradients all launches before have left, then those themselves; d_state, the gradient of
+// W behind them, becomes that of W before them. The blocks that share a frozen W are gone through
 // last to first, then what all of them send to it is added.
 DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
   Shared shared = {memory};
@@ -459,8 +329,7 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
     project_backward(call, s.projection(), g, m, call.first + call.blocks * C, call.more_blocks,
                      sent.s1, sent.s2);
   }
-  if (INITIAL || HAS_RESET)
-    sent.base1 = read<D, H>(d_base), sent.base2 = read<D, H>(d_base + SIZE);
+  if (INITIAL || HAS_RESET) sent.base1 = read<D, H>(d_base), sent.base2 = read<D, H>(d_base + SIZE);
   if (INITIAL) {
     fetch<D>(place.base, s.base1);
     fetch<D>(place.base + SIZE, s.base2);
@@ -488,8 +357,8 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
       reach_u(call, s, block, record, b);
       through_system(s, record.system1, DELTA1, b.du1, record.u1, s.x1, b);
       if (WRITES2)
-        through_system(s, place.systems + (long long)number * C * C, DELTA2, b.du2, record.u2,
-                       s.x2, b);
+        through_system(s, place.systems + (long long)number * C * C, DELTA2, b.du2, record.u2, s.x2,
+                       b);
       reach_keys(s, b, sent);
       through_frozen(call, s, block, m, b);
       if (together > 1)
