@@ -32,7 +32,7 @@ from train.parallel.layout import Job, resolve
 from train.parallel.ranks import Ranks
 from train.section import ConfigError
 
-QUICK = {"hope": (2,), "hope-attention": (4,), "transformer": ()}
+QUICK = {"hope": (2,), "hope-attention": (), "transformer": ()}
 
 
 def compare(model: str, world: int, configs: dict[str, RunConfig]) -> None:

@@ -148,6 +148,7 @@ def compare_zero(world: int, cases: list[tuple[int, dict[str, Any]]], **changes:
     check(world, configs)
 
 
+@pytest.mark.slow
 def test_formula_of_deepspeed_on_two_ranks() -> None:
     compare_zero(2, ZERO)
     compare_zero(2, [(2, {})], **{"model.cms.mode": "nested"})
@@ -202,7 +203,13 @@ LATE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("levels", [{"b": {"reduce": "at_update"}}, {"a": {"reduce": "at_update"}}])
+@pytest.mark.parametrize(
+    "levels",
+    [
+        pytest.param({"b": {"reduce": "at_update"}}, marks=pytest.mark.slow),
+        {"a": {"reduce": "at_update"}},
+    ],
+)
 def test_replicas_add_up_a_level_when_it_fires(levels: dict[str, Any]) -> None:
     """Of shares what a replica's ranks have added up, and nothing between micro-batches."""
     compare(4, "hope", LATE, **SMALL, **{"optimizer.levels": levels})

@@ -119,7 +119,10 @@ def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
     check_parity(problem, config)
 
 
-@pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
+@pytest.mark.parametrize(
+    "rule",
+    ["normalised", "target", *(pytest.param(z, marks=pytest.mark.slow) for z in ("input", "off"))],
+)
 @pytest.mark.parametrize("read", ["causal", pytest.param("chunk_start", marks=pytest.mark.slow)])
 def test_several_tiles_and_blocks_of_a_chunk(
     rule: str, read: str, monkeypatch: pytest.MonkeyPatch
@@ -189,7 +192,7 @@ CONFIG = ScanConfig(16, 16, checkpoint_chunks=1, implementation="triton")
 @pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_operators_pass_torchs_own_checks(with_state: bool) -> None:
     p = problem_on_device(tokens=17, with_state=with_state, resets=((1, 16),))
-    options = (16, 16, 0.5, "normalised", "initial", "causal", 1, True)
+    options = (16, 16, 0.5, "normalised", "initial", "causal", 1, False, True)
     arguments = (p.x, p.q, *p.weights, *(p.state or (None, None)), p.reset, *options)
     torch.library.opcheck(_scan_triton, arguments)
 
