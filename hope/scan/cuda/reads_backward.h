@@ -59,8 +59,7 @@ struct Sent {
 struct Passed {
   Tokens z_k, z_v;  // W2 k, W2 v
   Tokens r;         // and then its gradient
-  Tokens du1,
-      du2;  // gradients of U1 and U2, then X1 and X2: of the right-hand sides of their systems
+  Tokens du1, du2;  // gradients of U1 and U2, then of their systems' right-hand sides
   Tokens de, d_key;  // of W1's keys, of k
   Rows<C> rows, p;   // what the decay before a token multiplies; <dU, U>
   real boundary;     // <S, Delta> behind the block
