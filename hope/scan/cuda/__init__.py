@@ -1,3 +1,3 @@
-"""The scan's kernels that write memories, in CUDA C++ with the states on chip: `hope.scan.kernels.
-writes` and `writes_backward` for heads and hidden layers of 64 in bfloat16 (`call.py`), compiled on
-the device's machine when they are first launched (`device.py`). All other launches are Triton's."""
+"""The scan's kernels in CUDA C++ with the states on chip, for heads and hidden layers of 64 in
+bfloat16: what they are compiled for and told (`call.py`), the order of launches (`launch.py`),
+their compiler (`nvrtc.py`) and the driver (`device.py`). None of Triton's runs beside them."""

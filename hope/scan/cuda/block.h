@@ -1,5 +1,5 @@
-// What all threads of a block do together: matrix products, sums and copies, each in a phase of its
-// own between two barriers.
+// What all threads of a block do together, each in a phase of its own between two barriers: here what
+// a thread has of a matrix, and copies; products.h and sums.h have the rest.
 //
 // The programs above this file name no thread. On a device (NVRTC) a thread has some elements of
 // every Fragment, and products are mma.sync of 16 x 8 x 16 in bfloat16; elsewhere the one thread

@@ -167,4 +167,5 @@ DEVICE Gelu gelu(real z) {
   return {z * gate, gate + z * tilt * rise,
           tilt * (rise * (2 + z * rise * (1 - 2 * gate)) + 6 * three * square)};
 }
+
 }  // namespace hope
