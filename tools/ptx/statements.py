@@ -51,6 +51,8 @@ def step(instruction: Instruction) -> Step:
         return lambda group: group.barrier()
     if base == "shfl":
         return lambda group: _shuffle(group, flags, operands, active(group))
+    if base == "red":
+        return _add(flags, operands, active)
     if base in ("ld", "st") and flags[0] in ("global", "shared", "param"):
         return _move(base, flags, operands, active)
     if name.startswith("cp.async.wait_all"):
@@ -88,7 +90,7 @@ def _shuffle(
     group: Group, flags: list[str], operands: tuple[str, ...], active: Array | None
 ) -> None:
     """shfl.sync among whole warps."""
-    if (group.value(operands[3], "u32") != 31).any():
+    if (group.every(operands[3], "u32")[group.lanes(active)] != 31).any():
         raise NotImplementedError("shfl within parts of a warp")
     a = group.every(operands[1], "b32").reshape(-1, WARP)
     b = group.every(operands[2], "u32").reshape(-1, WARP)
@@ -171,6 +173,27 @@ def _move(
             group.shared.write(index, words, group.access(lanes))
 
     return load if base == "ld" else store
+
+
+def _add(
+    flags: list[str], operands: tuple[str, ...], active: Callable[[Group], Array | None]
+) -> Step:
+    """red.global.add.f32 of words that no other warp touches: the order of several is not decided
+    here."""
+    if flags[:2] != ["global", "add"] or flags[-1] != "f32":
+        raise NotImplementedError(f"red.{'.'.join(flags)}")
+    names = listed(operands[1])
+
+    def add(group: Group) -> None:
+        lanes = group.lanes(active(group))
+        if not lanes.size:
+            return
+        where, access = group.address(operands[0], "u64")[lanes], group.access(lanes)
+        values = np.stack([group.every(name, "f32") for name in names], 1)[lanes]
+        there = group.memory.read(where, 2 * len(names), access).view(np.float32)
+        group.memory.write(where, (there + values).view(np.uint16), access)
+
+    return add
 
 
 def _byte(group: Group, where: Array, lanes: Array) -> Array:

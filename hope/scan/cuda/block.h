@@ -10,6 +10,7 @@
 
 #ifdef __CUDACC_RTC__
 #define DEVICE __device__ __forceinline__
+extern __shared__ __align__(128) char shared_memory[];
 #else
 #include <cmath>
 #include <cstdint>
@@ -41,10 +42,12 @@ DEVICE half rounded(float x) {
   return {static_cast<unsigned short>(packed(x, 0.0f) & 0xffff)};
 }
 DEVICE float exponential(float x) {
-  return __expf(x);
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x * 1.4426950408889634f));
+  return x;
 }
 DEVICE float inverted(float x) {
-  return __fdividef(1.0f, x);
+  asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
 }
 DEVICE float decayed(float log_share) {
   return expf(log_share);
@@ -56,7 +59,8 @@ DEVICE float log_sigmoid(float x) {
   return fminf(x, 0.0f) - log1pf(expf(-fabsf(x)));
 }
 DEVICE float root(float x) {
-  return sqrtf(x);
+  asm("sqrt.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
 }
 DEVICE unsigned lane() {
   return threadIdx.x & 31u;
@@ -64,8 +68,16 @@ DEVICE unsigned lane() {
 DEVICE unsigned warp() {
   return threadIdx.x >> 5;
 }
+// What all threads of a warp agree on, so that the compiler knows that they do.
+DEVICE bool whole_warp(bool x) {
+  return __shfl_sync(0xffffffffu, int(x), 0) != 0;
+}
 DEVICE void barrier() {
   __syncthreads();
+}
+// Loads behind this are not brought before it: registers are scarcer than instructions.
+DEVICE void in_order() {
+  __syncwarp();
 }
 #else
 #ifndef REAL
@@ -117,6 +129,7 @@ inline real inverted(real x) {
   return 1 / x;
 }
 inline void barrier() {}
+inline void in_order() {}
 #endif
 
 template <class T>
@@ -136,7 +149,7 @@ struct Fragment {
   static constexpr int SIZE = 4 * TILES;
   static DEVICE unsigned row() { return 16 * (warp() % DOWN); }
   static DEVICE unsigned column() { return 8 * TILES * (warp() / DOWN); }
-  static DEVICE bool has() { return ACROSS * TILES * 8 == N || column() < N; }
+  static DEVICE bool has() { return ACROSS * TILES * 8 == N || whole_warp(column() < N); }
   // Its first element's row and column, and where number e lies from there.
   static DEVICE unsigned first_row() { return row() + lane() / 4; }
   static DEVICE unsigned first_column() { return column() + lane() % 4 * 2; }
@@ -165,6 +178,12 @@ DEVICE void each(F f) {
 }
 
 // What is computed from x behind this is computed anew: registers are scarcer than instructions.
+#ifdef __CUDACC_RTC__
+DEVICE unsigned anew(unsigned x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+#endif
 template <int M, int N>
 DEVICE void forget(Fragment<M, N>& x) {
 #ifdef __CUDACC_RTC__
@@ -191,18 +210,37 @@ DEVICE void range(int count, F f) {
 template <int COLUMNS>
 struct Matrix {
   static constexpr int STRIDE = COLUMNS == 64 ? 64 : COLUMNS + 8;
-  half* at;
-
+  static constexpr int size(int rows) { return rows * STRIDE; }
   static DEVICE unsigned place(unsigned i, unsigned j) {
     return COLUMNS == 64 ? i * 64 + ((j / 8 ^ i % 8) * 8 + j % 8) : i * STRIDE + j;
   }
-  // Of row i + down and column j + across from that of (i, j), for multiples of 8 that have no bit
-  // in common with j.
-  static DEVICE unsigned further(unsigned place, int down, int across) {
-    return COLUMNS == 64 ? (place ^ across) + down * STRIDE : place + down * STRIDE + across;
+#ifdef __CUDACC_RTC__
+  unsigned at;  // bytes from the beginning of shared memory, known when compiled
+
+  // Where (i, j) is in a matrix that begins there; `further` is known when compiled. The address
+  // is what all matrices share, so that one register serves them.
+  static DEVICE unsigned begin(unsigned i, unsigned j) {
+    return anew(static_cast<unsigned>(__cvta_generic_to_shared(shared_memory)) + 2 * place(i, j));
   }
-  static constexpr int size(int rows) { return rows * STRIDE; }
+  // Of row i + down and column j + across from `begin` of (i, j), for multiples of 8 that have no
+  // bit in common with j.
+  DEVICE unsigned address(unsigned begin, int down, int across) const {
+    return (COLUMNS == 64 ? begin ^ 2 * across : begin + 2 * across) + (2 * down * STRIDE + at);
+  }
+#else
+  half* at;
+#endif
 };
+#ifdef __CUDACC_RTC__
+DEVICE void store(unsigned address, unsigned two) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(two) : "memory");
+}
+DEVICE unsigned load(unsigned address) {
+  unsigned two;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(two) : "r"(address) : "memory");
+  return two;
+}
+#endif
 
 // Store f(i, j, e) of every element, rounded.
 template <int M, int N, class F>
@@ -210,12 +248,12 @@ DEVICE void put(Matrix<N> to, F f) {
 #ifdef __CUDACC_RTC__
   using P = Fragment<M, N>;
   if (!P::has()) return;
-  const unsigned i = P::first_row(), j = P::first_column(), place = to.place(i, j);
+  const unsigned i = P::first_row(), j = P::first_column(), begin = to.begin(i, j);
 #pragma unroll
   for (int e = 0; e < P::SIZE; e += 2) {
     const int down = P::down(e), across = P::across(e);
-    *reinterpret_cast<unsigned*>(to.at + to.further(place, down, across)) =
-        packed(f(i + down, j + across, e), f(i + down, j + across + 1, e + 1));
+    store(to.address(begin, down, across),
+          packed(f(i + down, j + across, e), f(i + down, j + across + 1, e + 1)));
   }
 #else
   for (int e = 0; e < M * N; e++) to.at[to.place(e / N, e % N)] = rounded(f(e / N, e % N, e));
@@ -233,11 +271,10 @@ DEVICE Fragment<M, N> get(Matrix<N> from) {
 #ifdef __CUDACC_RTC__
   using P = Fragment<M, N>;
   if (!P::has()) return to;
-  const unsigned place = from.place(P::first_row(), P::first_column());
+  const unsigned begin = from.begin(P::first_row(), P::first_column());
 #pragma unroll
   for (int e = 0; e < P::SIZE; e += 2) {
-    const unsigned two =
-        *reinterpret_cast<const unsigned*>(from.at + from.further(place, P::down(e), P::across(e)));
+    const unsigned two = load(from.address(begin, P::down(e), P::across(e)));
     to[e] = __uint_as_float(two << 16);
     to[e + 1] = __uint_as_float(two & 0xffff0000u);
   }
@@ -321,23 +358,45 @@ DEVICE void write(T* to, const Fragment<M, N>& from, int count = M) {
 #endif
 }
 
+// Add to [M, N] row after row, of which no other thread touches this one's elements meanwhile.
+template <int M, int N>
+DEVICE void add(real* to, const Fragment<M, N>& x) {
+#ifdef __CUDACC_RTC__
+  using P = Fragment<M, N>;
+  if (!P::has()) return;
+  to += P::first_row() * N + P::first_column();
+#pragma unroll
+  for (int e = 0; e < P::SIZE; e += 2) {
+    float* target = to + (P::down(e) * N + P::across(e));
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x[e]), "f"(x[e + 1])
+                 : "memory");
+#else
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x[e]) : "memory");
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target + 1), "f"(x[e + 1]) : "memory");
+#endif
+  }
+#else
+  for (int e = 0; e < M * N; e++) to[e] += x[e];
+#endif
+}
+
 // Copy operands [ROWS, 64] that lie row after row to shared memory, or back. `fetch` is under way
 // until `fetched()`, and a barrier behind that.
 #ifdef __CUDACC_RTC__
-// f(number of 16 bytes in global memory, place in shared memory).
+// f(number of 16 bytes in global memory, their address in shared memory).
 template <int ROWS, class F>
-DEVICE void sixteens(F f) {
-  const unsigned n = threadIdx.x, place = Matrix<64>::place(n / 8, n % 8 * 8);
+DEVICE void sixteens(Matrix<64> x, F f) {
+  const unsigned n = threadIdx.x, begin = x.begin(n / 8, n % 8 * 8);
 #pragma unroll
   for (int more = 0; more < ROWS * 8; more += THREADS)
-    if (ROWS * 8 % THREADS == 0 || n + more < ROWS * 8) f(n + more, place + more * 8);
+    if (ROWS * 8 % THREADS == 0 || n + more < ROWS * 8) f(n + more, x.address(begin, more / 8, 0));
 }
 #endif
 template <int ROWS>
 DEVICE void fetch(const half* from, Matrix<64> to) {
 #ifdef __CUDACC_RTC__
-  sixteens<ROWS>([&](unsigned n, unsigned place) {
-    const unsigned target = static_cast<unsigned>(__cvta_generic_to_shared(to.at)) + 2 * place;
+  sixteens<ROWS>(to, [&](unsigned n, unsigned target) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from + n * 8)
                  : "memory");
   });
@@ -353,8 +412,13 @@ DEVICE void fetched() {
 template <int ROWS>
 DEVICE void keep(Matrix<64> from, half* to) {
 #ifdef __CUDACC_RTC__
-  sixteens<ROWS>([&](unsigned n, unsigned place) {
-    reinterpret_cast<int4*>(to)[n] = *reinterpret_cast<const int4*>(from.at + place);
+  sixteens<ROWS>(from, [&](unsigned n, unsigned source) {
+    int4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(source)
+                 : "memory");
+    reinterpret_cast<int4*>(to)[n] = x;
   });
 #else
   for (int n = 0; n < ROWS * 64; n++) to[n] = from.at[from.place(n / 64, n % 64)];

@@ -81,8 +81,8 @@ def shared_bytes(kernel: str, options: Options) -> int:
     state, tokens = 2 * WIDTH * WIDTH, 2 * block * WIDTH
     square, row = _whole(2 * block * (block + 8)), _whole(4 * block)
     if kernel.endswith("forward"):
-        states, each, squares, rows = 4, 9 + 2 * reads, 4 + 2 * causal, 13
-        rest = 4 * 512 + _whole(2 * 4 * block * block)
+        states, each, squares, rows = 4, 9 + 2 * reads, 4 + 2 * causal, 12
+        rest = 4 * 256 + 2 * _whole(4 * block * (block + 4)) + 2 * _whole(4 * block * 20)
     else:
         states, each, squares, rows = 6, 10 + 4 * reads, 2 + 4 * causal, 13
         rest = 4 * (128 + 128) + _whole(4 * 8)

@@ -3,8 +3,6 @@
 #include "writes_backward.h"
 
 #ifdef __CUDACC_RTC__
-extern __shared__ __align__(128) char shared_memory[];
-
 #define KERNEL(name, blocks, program)                                                         \
   extern "C" __global__ void __launch_bounds__(hope::THREADS, blocks) name(hope::Call call) { \
     hope::program(call, blockIdx.x, blockIdx.y, shared_memory);                               \

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 MAIN = "kernels.cu"
 HEADERS = (
-    "block.h", "products.h", "sums.h", "program.h", "projections.h", "writes.h",
+    "block.h", "products.h", "sums.h", "systems.h", "program.h", "projections.h", "writes.h",
     "reads_backward.h", "writes_backward.h",
 )  # fmt: skip
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")

@@ -25,11 +25,6 @@ DEVICE Scaled<COLUMNS> turned(Matrix<COLUMNS> of, const real* factor) {
 }
 
 #ifdef __CUDACC_RTC__
-// The address of a place in a matrix; its beginning is known when compiled.
-template <int N>
-DEVICE unsigned address(Matrix<N> of, unsigned place) {
-  return static_cast<unsigned>(__cvta_generic_to_shared(of.at)) + 2 * place;
-}
 DEVICE void load4(unsigned (&r)[4], unsigned at) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -41,19 +36,31 @@ DEVICE void load4_turned(unsigned (&r)[4], unsigned at) {
                : "r"(at));
 }
 
-// Rows i..i+15 and k..k+15 of a left operand as mma.sync takes them; k is known when compiled.
+// Where rows i..i+15 of a left operand begin for the thread, and from there its columns k..k+15 as
+// mma.sync takes them; k is known when compiled.
 template <int N>
-DEVICE void left(unsigned (&a)[4], Matrix<N> of, unsigned i, int k) {
-  load4(a, address(of, of.further(of.place(i + lane() % 16, lane() / 16 * 8), 0, k)));
+DEVICE unsigned left_begin(Matrix<N> of, unsigned i) {
+  return of.begin(i + lane() % 16, lane() / 16 * 8);
 }
 template <int N>
-DEVICE void left(unsigned (&a)[4], Turned<N> x, unsigned i, int k) {
-  const unsigned place = x.of.place(lane() % 8 + lane() / 16 * 8, i + lane() / 8 % 2 * 8);
-  load4_turned(a, address(x.of, x.of.further(place, k, 0)));
+DEVICE unsigned left_begin(Turned<N> x, unsigned i) {
+  return x.of.begin(lane() % 8 + lane() / 16 * 8, i + lane() / 8 % 2 * 8);
 }
 template <int N>
-DEVICE void left(unsigned (&a)[4], Scaled<N> x, unsigned i, int k) {
-  left(a, Turned<N>{x.of}, i, k);
+DEVICE unsigned left_begin(Scaled<N> x, unsigned i) {
+  return left_begin(Turned<N>{x.of}, i);
+}
+template <int N>
+DEVICE void left(unsigned (&a)[4], Matrix<N> of, unsigned begin, int k) {
+  load4(a, of.address(begin, 0, k));
+}
+template <int N>
+DEVICE void left(unsigned (&a)[4], Turned<N> x, unsigned begin, int k) {
+  load4_turned(a, x.of.address(begin, k, 0));
+}
+template <int N>
+DEVICE void left(unsigned (&a)[4], Scaled<N> x, unsigned begin, int k) {
+  left(a, Turned<N>{x.of}, begin, k);
   const float* factor = x.factor + k + lane() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < 4; n++) {
@@ -62,31 +69,36 @@ DEVICE void left(unsigned (&a)[4], Scaled<N> x, unsigned i, int k) {
   }
 }
 
-// k..k+15 of a right operand, whose first column is j, and columns j + more to j + more + 15: two
-// tiles of 8 columns, registers 0 and 1, 2 and 3. k and more are known when compiled.
+// The same of columns from j on of a right operand, and from there of k..k+15 and columns `more` to
+// more + 15 further: two tiles of 8 columns, registers 0 and 1, 2 and 3, or one in registers 0 and 1.
+// k and more are known when compiled.
 template <int N>
-DEVICE void right(unsigned (&b)[4], Matrix<N> of, int k, unsigned j, int more) {
-  const unsigned place = of.place(lane() % 16, j + lane() / 16 * 8);
-  load4_turned(b, address(of, of.further(place, k, more)));
+DEVICE unsigned right_begin(Matrix<N> of, unsigned j, bool pair) {
+  return of.begin(lane() % 16, pair ? j + lane() / 16 * 8 : j);
 }
 template <int N>
-DEVICE void right(unsigned (&b)[4], Turned<N> x, int k, unsigned j, int more) {
-  const unsigned place = x.of.place(j + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2 * 8);
-  load4(b, address(x.of, x.of.further(place, more, k)));
+DEVICE unsigned right_begin(Turned<N> x, unsigned j, bool pair) {
+  return x.of.begin(pair ? j + lane() % 8 + lane() / 16 * 8 : j + lane() % 8, lane() / 8 % 2 * 8);
 }
-// The same of one tile.
 template <int N>
-DEVICE void right8(unsigned (&b)[2], Matrix<N> of, int k, unsigned j) {
+DEVICE void right(unsigned (&b)[4], Matrix<N> of, unsigned begin, int k, int more) {
+  load4_turned(b, of.address(begin, k, more));
+}
+template <int N>
+DEVICE void right(unsigned (&b)[4], Turned<N> x, unsigned begin, int k, int more) {
+  load4(b, x.of.address(begin, more, k));
+}
+template <int N>
+DEVICE void right8(unsigned (&b)[4], Matrix<N> of, unsigned begin, int k) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                : "=r"(b[0]), "=r"(b[1])
-               : "r"(address(of, of.further(of.place(lane() % 16, j), k, 0))));
+               : "r"(of.address(begin, k, 0)));
 }
 template <int N>
-DEVICE void right8(unsigned (&b)[2], Turned<N> x, int k, unsigned j) {
-  const unsigned place = x.of.place(j + lane() % 8, lane() / 8 % 2 * 8);
+DEVICE void right8(unsigned (&b)[4], Turned<N> x, unsigned begin, int k) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(b[0]), "=r"(b[1])
-               : "r"(address(x.of, x.of.further(place, 0, k))));
+               : "r"(x.of.address(begin, 0, k)));
 }
 DEVICE void mma(real* c, const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
@@ -123,19 +135,19 @@ DEVICE void add_product(Fragment<M, N>& c, A a, B b) {
 #ifdef __CUDACC_RTC__
   using P = Fragment<M, N>;
   if (!P::has()) return;
+  const unsigned from_left = left_begin(a, P::row());
+  const unsigned from_right = right_begin(b, P::column(), P::TILES > 1);
 #pragma unroll
   for (int k = 0; k < K; k += 16) {
-    unsigned l[4];
-    left(l, a, P::row(), k);
+    unsigned l[4], r[4];
+    left(l, a, from_left, k);
     if constexpr (P::TILES == 1) {
-      unsigned r[2];
-      right8(r, b, k, P::column());
+      right8(r, b, from_right, k);
       mma(c.v, l, r[0], r[1]);
     } else {
 #pragma unroll
       for (int tile = 0; tile < P::TILES; tile += 2) {
-        unsigned r[4];
-        right(r, b, k, P::column(), 8 * tile);
+        right(r, b, from_right, k, 8 * tile);
         mma(c.v + 4 * tile, l, r[0], r[1]);
         mma(c.v + 4 * tile + 4, l, r[2], r[3]);
       }

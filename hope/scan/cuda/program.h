@@ -14,8 +14,8 @@
 // has one for each of `all_memories`, of which the launch's begin at `offset`: dk, dv [.., G, F,
 // WIDTH], d_log_eta, d_log_alpha [.., G, F]; dx [memories, G, F, WIDTH].
 #pragma once
-#include "products.h"
 #include "sums.h"
+#include "systems.h"
 
 namespace hope {
 
@@ -88,9 +88,18 @@ struct Shared {
     at += (count * int(sizeof(T)) + 127) / 128 * 128;
     return piece;
   }
-  DEVICE Matrix<WIDTH> state() { return {take<half>(SIZE)}; }
-  DEVICE Matrix<WIDTH> tokens() { return {take<half>(C * WIDTH)}; }
-  DEVICE Matrix<C> square() { return {take<half>(Matrix<C>::size(C))}; }
+  template <int N>
+  DEVICE Matrix<N> matrix(int rows) {
+    half* piece = take<half>(Matrix<N>::size(rows));
+#ifdef __CUDACC_RTC__
+    return {unsigned(reinterpret_cast<char*>(piece) - shared_memory)};
+#else
+    return {piece};
+#endif
+  }
+  DEVICE Matrix<WIDTH> state() { return matrix<WIDTH>(D); }
+  DEVICE Matrix<WIDTH> tokens() { return matrix<WIDTH>(C); }
+  DEVICE Matrix<C> square() { return matrix<C>(C); }
   DEVICE real* row() { return take<real>(C); }
 };
 
@@ -135,6 +144,16 @@ struct Block {
   }
 };
 
+// What a block of tokens is written from, in float32.
+struct Inputs {
+  Fragment<C, D> key, value;
+
+  DEVICE void load(const Call& call, const Block& block) {
+    key = read<C, D>(call.k + block.here * D);
+    value = read<C, D>(call.v + block.here * D);
+  }
+};
+
 // Decays of a block [C], as logs too: before a token, and behind it; total: of the whole block, and
 // what it loses.
 struct Decays {
@@ -152,26 +171,23 @@ struct Decays {
   }
   // Behind a barrier.
   DEVICE void fill() const {
-    range(C, [&](int i) {
-      real sum = 0, rest = 0;
-      for (int t = 0; t < C; t++) {
-        sum += t < i ? log_alpha[t] : real(0);
-        rest += t > i ? log_alpha[t] : real(0);
-      }
-      before[i] = sum;
-      through[i] = sum + log_alpha[i];
-      prev[i] = decayed(sum);
-      lost[i] = hope::lost(sum);
-      end[i] = decayed(rest);
-      if (i == C - 1) {
-        total[0] = decayed(through[i]);
-        total[1] = hope::lost(through[i]);
-      }
-    });
+    running<C>([&](int i) { return log_alpha[i]; },
+               [&](int i, real sum, real rest) {
+                 before[i] = sum;
+                 through[i] = sum + log_alpha[i];
+                 prev[i] = decayed(sum);
+                 lost[i] = hope::lost(sum);
+                 end[i] = decayed(rest);
+                 if (i == C - 1) {
+                   total[0] = decayed(through[i]);
+                   total[1] = hope::lost(through[i]);
+                 }
+               });
   }
   // A_{i-1} / A_j for j < i, else zero.
   DEVICE real ratio(int i, int j) const {
-    return j < i ? exponential(before[i] - through[j]) : real(0);
+    const real share = exponential(before[i] - through[j]);
+    return j < i ? share : real(0);
   }
 };
 

@@ -60,7 +60,7 @@ DEVICE void project(const Call& call, const Projection& s, int g, int m, int loc
       store_rows(square, s.room);
       barrier();
       const auto inverse =
-          per_row<C>([&](int i) { return 1 / larger(root(row<C>(s.room, i)), NORM_EPS); });
+          per_row<C>([&](int i) { return inverted(larger(root(row<C>(s.room, i)), NORM_EPS)); });
       each<C, D>([&](int i, int, int e) { y[e] *= inverse.at(i, e); });
       write<C, D>((m == KEY ? call.k : m == VALUE ? call.v : call.query) + block.here * D, y);
     }
@@ -89,7 +89,7 @@ DEVICE void unit_backward(const Call& call, const Projection& s, int m, const Bl
   store_rows(along, s.room2);
   barrier();
   const auto inverse =
-      per_row<C>([&](int i) { return 1 / larger(root(row<C>(s.room, i)), NORM_EPS); });
+      per_row<C>([&](int i) { return inverted(larger(root(row<C>(s.room, i)), NORM_EPS)); });
   const auto share = per_row<C>([&](int i) { return row<C>(s.room2, i); });
   each<C, D>([&](int i, int, int e) {
     const real scale = inverse.at(i, e);

@@ -10,8 +10,8 @@ struct Gradients {
   Matrix<WIDTH> key, value, e, gap, r, u1, u2, x1, x2, x_slope, back, dz_k, dz_v;
   Matrix<WIDTH> value_again;
   Matrix<WIDTH> given, query, act_q, dz;
-  Split<WIDTH> side;
-  Split<C> system;
+  Split<WIDTH> side1, side2;
+  Split<C> system1, system2;
   Matrix<C> gram1, gram2, across1, across2, d_across1, d_across2;
   Decays decays;
   real *length, *inverse, *shorter, *along_act, *rows, *room, *room2, *room3;
@@ -24,11 +24,11 @@ struct Gradients {
     key = shared.tokens(), e = shared.tokens(), gap = shared.tokens(), value = shared.tokens();
     r = value;
     u1 = shared.tokens(), u2 = shared.tokens(), x1 = shared.tokens(), x2 = shared.tokens();
-    side = {shared.tokens(), shared.tokens()};
-    x_slope = side.high, back = side.low, dz_k = x1, dz_v = x2;
-    value_again = e;
-    system = {shared.square(), shared.square()};
-    gram1 = system.high, gram2 = system.low;
+    x_slope = shared.tokens(), back = shared.tokens(), dz_k = x1, dz_v = x2;
+    value_again = u1;
+    gram1 = shared.square(), gram2 = shared.square();
+    side1 = {x_slope, back}, side2 = {u1, u2};
+    system1 = {gram1, gram2}, system2 = {{x1.at}, {x2.at}};
     if (READ != NONE) given = shared.tokens(), query = shared.tokens(), dz = shared.tokens();
     if (READ != NONE) act_q = shared.tokens();
     if (READ == CAUSAL) {
@@ -41,6 +41,7 @@ struct Gradients {
     room2 = shared.take<real>(128);
     room3 = shared.take<real>(WARPS);
   }
+  static_assert(Matrix<C>::size(C) <= C * WIDTH);
 
   DEVICE Projection projection() const {
     return {frozen1, frozen2, key, e, back, x_slope, room, room2, rows};
@@ -50,14 +51,13 @@ struct Gradients {
 using Tokens = Fragment<C, WIDTH>;
 using State = Fragment<D, H>;
 
-// S: the gradient of W behind what is still to come, and what M_0 gets at fixed W.
+// S: the gradient of W behind what is still to come.
 struct Sent {
-  State s1, s2, base1, base2;
+  State s1, s2;
 };
 
 // What a block's passes hand on in a thread's registers.
 struct Passed {
-  Tokens z_k, z_v;  // W2 k, W2 v
   Tokens r;         // and then its gradient
   Tokens du1, du2;  // gradients of U1 and U2, then of their systems' right-hand sides
   Tokens de, d_key;  // of W1's keys, of k

@@ -1,4 +1,4 @@
-// Sums over rows, columns and all of a matrix that threads share, triangular systems, activations.
+// Sums over rows, columns and all of a matrix that threads share, and activations.
 #pragma once
 #include "block.h"
 
@@ -104,52 +104,31 @@ DEVICE Rows<M> per_row(F f) {
   return x;
 }
 
-// ---- triangular systems ------------------------------------------------------------------------
-
-// (I + strict)^-1 of `count` strictly lower [C, C], one behind another: the blocks of 16 on their
-// diagonals.
-template <int C>
-DEVICE void invert_diagonals(int count, const real* strict, real* inverse) {
-  range(count * C, [&](int n) {
-    const int column = n % C, first = column / 16 * 16;
-    const real* row = strict + n / C * C * C + first * C + first;
-    real* to = inverse + n / C * C * C + first * C + column;
-    real x[16];
+// use(i, before, behind) for every row i of M: sums of f(j) over the rows before it and behind it.
+template <int M, class F, class G>
+DEVICE void running(F f, G use) {
+#ifdef __CUDACC_RTC__
+  static_assert(M <= 32);
+  if (!whole_warp(warp() == 0)) return;
+  const unsigned i = lane(), everyone = 0xffffffffu;
+  float before = i < M ? f(i) : 0.0f, behind = before;
 #pragma unroll
-    for (int t = 0; t < 16; t++) {
-      x[t] = first + t == column;
-#pragma unroll
-      for (int s = 0; s < t; s++) x[t] -= row[t * C + s] * x[s];
-      to[t * C] = x[t];
-    }
-  });
-}
-
-// What is left of them for C = 32, in two phases, behind a barrier; room for 256 numbers each.
-template <int C>
-DEVICE void invert_below(int count, const real* strict, real* inverse, real* room) {
-  static_assert(C == 16 || C == 32);
-  if constexpr (C == 32) {
-    range(count * 256, [&](int n) {
-      const int which = n / 256 * C * C, i = n % 256 / 16, j = n % 16;
-      real sum = 0;
-#pragma unroll
-      for (int s = 0; s < 16; s++)
-        sum += strict[which + (16 + i) * C + s] * inverse[which + s * C + j];
-      room[n] = sum;
-    });
-    barrier();
-    range(count * 256, [&](int n) {
-      const int which = n / 256 * C * C, i = n % 256 / 16, j = n % 16;
-      real sum = 0;
-#pragma unroll
-      for (int s = 0; s < 16; s++)
-        sum -= inverse[which + (16 + i) * C + 16 + s] * room[n / 256 * 256 + s * 16 + j];
-      inverse[which + (16 + i) * C + j] = sum;
-      inverse[which + i * C + 16 + j] = 0;
-    });
-    barrier();
+  for (int n = 1; n < M; n *= 2) {
+    const float above = __shfl_sync(everyone, before, i - n);
+    const float below = __shfl_sync(everyone, behind, i + n);
+    before += i >= n ? above : 0.0f;
+    behind += i + n < M ? below : 0.0f;
   }
+  before = __shfl_sync(everyone, before, i - 1), behind = __shfl_sync(everyone, behind, i + 1);
+  if (i < M) use(i, i > 0 ? before : 0.0f, i + 1 < M ? behind : 0.0f);
+#else
+  for (int i = 0; i < M; i++) {
+    real before = 0, behind = 0;
+    for (int j = 0; j < i; j++) before += f(j);
+    for (int j = i + 1; j < M; j++) behind += f(j);
+    use(i, before, behind);
+  }
+#endif
 }
 
 // ---- functions ---------------------------------------------------------------------------------

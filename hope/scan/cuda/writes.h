@@ -13,8 +13,8 @@ struct Buffers {
   Split<C> system1, system2;
   Matrix<C> across1, across2;
   Decays decays;
-  real *length, *inverse, *pace, *reach, *shorter, *room;
-  real *strict, *solved;  // of both systems, W1's first
+  real *length, *inverse, *reach, *shorter, *room;
+  real *strict1, *strict2, *room1, *room2;  // of both systems
 
   DEVICE explicit Buffers(Shared& shared) : decays(shared) {
     frozen1 = shared.state(), frozen2 = shared.state();
@@ -24,16 +24,14 @@ struct Buffers {
     r = value, u1 = gap;
     u2 = shared.tokens();
     side1 = {shared.tokens(), shared.tokens()}, side2 = {shared.tokens(), shared.tokens()};
-    strict = reinterpret_cast<real*>(shared.at);
     system1 = {shared.square(), shared.square()}, system2 = {shared.square(), shared.square()};
     if (READ != NONE) query = shared.tokens(), act_q = shared.tokens();
     if (READ == CAUSAL) across1 = shared.square(), across2 = shared.square();
-    length = shared.row(), inverse = shared.row(), pace = shared.row(), reach = shared.row();
-    shorter = shared.row();
-    room = shared.take<real>(512);
-    solved = shared.take<real>(2 * C * C);
+    length = shared.row(), inverse = shared.row(), reach = shared.row(), shorter = shared.row();
+    room = shared.take<real>(256);
+    strict1 = shared.take<real>(Triangle<C>::size), strict2 = shared.take<real>(Triangle<C>::size);
+    room1 = shared.take<real>(Triangle<C>::room), room2 = shared.take<real>(Triangle<C>::room);
   }
-  static_assert(2 * C * C * sizeof(real) <= 4 * Matrix<C>::size(C) * sizeof(half));
 
   DEVICE Projection projection() const {
     return {frozen1, frozen2, key, act, gap, value, room, room + 128, shorter};
@@ -60,45 +58,33 @@ DEVICE void activate(const Buffers& s, Fragment<C, H>& slope) {
   s.decays.fill();
 }
 
-// The triangular systems, from their strictly lower parts; keep: in the record, W2's in `shares`.
-DEVICE void invert(const Buffers& s, const Record& record, bool keep, real* shares) {
-  // Without W1's system, W2's is the only one, and the other way round.
-  constexpr int first = DELTA1 ? 0 : 1, count = int(DELTA1) + int(DELTA2);
-  if (count == 0) return;
-  invert_below<C>(count, s.strict + first * C * C, s.solved + first * C * C, s.room);
-  if (DELTA1) {
-    const auto system = read<C, C>(s.solved);
-    put<C>(s.system1, system);
-    if (keep) write<C, C>(record.system1, system);
-  }
-  if (DELTA2) {
-    const auto system = read<C, C>(s.solved + C * C);
-    put<C>(s.system2, system);
-    if (keep && shares) write<C, C>(shares, system);
-  }
-  barrier();
-}
-
-// U1, U2 of a block whose keys, values and Delta are there; both also in shared memory.
-DEVICE void solve(const Call& call, const Buffers& s, const Block& block, const Record& record,
+// U1, U2 of a block whose keys, values and Delta are there; both also in shared memory. The systems
+// are inverted by a warp each while the others make what they are applied to.
+DEVICE void solve(const Call& call, const Buffers& s, const Inputs& given, const Record& record,
                   real* shares, Fragment<C, D>& u1, Fragment<C, H>& u2) {
-  constexpr int first = DELTA1 ? 0 : 1, count = int(DELTA1) + int(DELTA2);
+  const auto &key = given.key, &value = given.value;
   Fragment<C, H> slope;
   activate(s, slope);
   barrier();
+  const auto length = [&](int i) { return root(row<C>(s.room, i)); };
+  const auto inverse = [&](int i) { return inverted(larger(length(i), NORM_EPS)); };
   auto r = product<C, D, H>(s.gap, turned(s.frozen1));
-  Fragment<C, D> lift = {};
-  Fragment<C, C> gram = {};
   if (DELTA1) {
-    lift = product<C, D, H>(s.act, turned(s.delta1));
-    each<C, D>([&](int i, int, int e) { lift[e] *= s.decays.prev[i]; });
-    if (INITIAL) add_product<H>(lift, s.act, turned(s.base1));
-    gram = product<C, C, H>(s.act, turned(s.act));
+    u1 = product<C, D, H>(s.act, turned(s.delta1));
+    each<C, D>([&](int i, int, int e) { u1[e] *= s.decays.prev[i]; });
+    if (INITIAL) add_product<H>(u1, s.act, turned(s.base1));
+    const auto inverses = per_row<C>(inverse);
+    each<C, D>([&](int i, int, int e) { u1[e] *= inverses.at(i, e); });
+    const auto gram = product<C, C, H>(s.act, turned(s.act));
+    each<C, C>([&](int i, int j, int e) {
+      const real scale = s.decays.ratio(i, j) * s.decays.eta[i];
+      s.strict1[i * Triangle<C>::ROW + j] = gram[e] * scale * inverses.at(i, e) * inverse(j);
+    });
   }
   if (DELTA2) {
     const auto keys = product<C, C, D>(s.key, turned(s.key));
     each<C, C>([&](int i, int j, int e) {
-      s.strict[(C + i) * C + j] = keys[e] * s.decays.ratio(i, j) * s.decays.eta[i];
+      s.strict2[i * Triangle<C>::ROW + j] = keys[e] * s.decays.ratio(i, j) * s.decays.eta[i];
     });
   }
   if (READ == CAUSAL && WRITES2) {
@@ -106,41 +92,37 @@ DEVICE void solve(const Call& call, const Buffers& s, const Block& block, const 
     put<C>(s.across2, [&](int i, int j, int e) { return across[e] * s.decays.ratio(i, j); });
   }
   range(C, [&](int i) {
-    const real length = root(row<C>(s.room, i));
-    s.length[i] = DELTA1 ? length : real(0);
-    s.inverse[i] = DELTA1 ? 1 / larger(length, NORM_EPS) : real(1);
-    s.pace[i] = DELTA1 ? length / (length * length + STEP_FLOOR) : real(1);
+    s.length[i] = DELTA1 ? length(i) : real(0);
+    s.inverse[i] = DELTA1 ? inverse(i) : real(1);
     s.reach[i] = s.inverse[i] * s.decays.end[i];
   });
-  const auto key = read<C, D>(call.k + block.here * D), value = read<C, D>(call.v + block.here * D);
-  barrier();
   if (AIMED) {
     Rows<C> square = {};
     each<C, D>([&](int i, int, int e) {
       r[e] += value[e];
       square.add(i, e, r[e] * r[e]);
     });
-    store_rows(square, s.room);
+    store_rows(square, s.room2);
     barrier();
-    range(C, [&](int i) { s.shorter[i] = 1 / larger(root(row<C>(s.room, i)), NORM_EPS); });
+    range(C, [&](int i) { s.shorter[i] = inverted(larger(root(row<C>(s.room2, i)), NORM_EPS)); });
     barrier();
     each<C, D>([&](int i, int, int e) { r[e] = key[e] - r[e] * s.shorter[i]; });
   } else {
     each<C, D>([&](int, int, int e) { r[e] += key[e] - value[e]; });
   }
   put<C>(s.r, r);
-  each<C, D>([&](int i, int, int e) {
-    u1[e] = (r[e] * s.pace[i] + lift[e] * s.inverse[i]) * s.decays.eta[i];
+  const auto pace = per_row<C>([&](int i) {
+    const real own = length(i);
+    return DELTA1 ? own * inverted(own * own + STEP_FLOOR) : real(1);
   });
-  if (DELTA1) {
-    put<C>(s.side1, u1);
-    each<C, C>([&](int i, int j, int e) {
-      const real scale = s.decays.ratio(i, j) * s.decays.eta[i];
-      s.strict[i * C + j] = gram[e] * scale * s.inverse[i] * s.inverse[j];
-    });
-  }
+  each<C, D>([&](int i, int, int e) {
+    u1[e] = (r[e] * pace.at(i, e) + (DELTA1 ? u1[e] : real(0))) * s.decays.eta[i];
+  });
+  if (DELTA1) put<C>(s.side1, u1);
   barrier();
-  invert_diagonals<C>(count, s.strict + first * C * C, s.solved + first * C * C);
+  if (DELTA1)
+    invert<C>(0, s.strict1, s.room1, s.system1, call.keep ? record.system1 : nullptr);
+  if (DELTA2) invert<C>(1, s.strict2, s.room2, s.system2, call.keep ? shares : nullptr);
   if (WRITES2) {
     u2 = product<C, H, D>(s.r, s.frozen1);
     each<C, H>([&](int, int, int e) { u2[e] *= slope[e]; });
@@ -153,7 +135,6 @@ DEVICE void solve(const Call& call, const Buffers& s, const Block& block, const 
     if (DELTA2) put<C>(s.side2, u2);
   }
   barrier();
-  invert(s, record, call.keep, shares);
   if (DELTA1) u1 = exact_product<C, D, C>(s.system1, s.side1);
   put<C>(s.u1, u1);
   if (WRITES2) {
@@ -219,23 +200,30 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
   }
   put<D>(s.delta1, d1);
   put<D>(s.delta2, d2);
+  // Where the records are, and the frozen W, of `opened` chunks one after another.
+  int slot = call.first_block % call.works, chunk = call.first_block / call.open % call.opened;
+  int inside = call.first_block % call.open;
+  Block block(call, g, call.first);
+  Inputs given;
+  given.load(call, block);
+  s.decays.load(call, block);
   for (int n = 0; n < call.blocks; n++) {
-    const int number = call.first_block + n;
-    const Block block(call, g, call.first + n * C);
-    const Record record(place.work + (long long)(number % call.works) * Record::size);
-    put<C>(s.key, read<C, D>(call.k + block.here * D));
-    put<C>(s.value, read<C, D>(call.v + block.here * D));
+    const Record record(place.work + (long long)slot * Record::size);
+    put<C>(s.key, given.key);
+    put<C>(s.value, given.value);
     if (READ != NONE) put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
-    s.decays.load(call, block);
     if (n == 0) fetched();
     barrier();
 
     Fragment<C, D> u1;
     Fragment<C, H> u2;
-    real* shares = m == 0 ? place.systems + (long long)(number % call.works) * C * C : nullptr;
-    solve(call, s, block, record, shares, u1, u2);
+    real* shares = m == 0 ? place.systems + (long long)slot * C * C : nullptr;
+    solve(call, s, given, record, shares, u1, u2);
+    const Block next(call, g, block.local + (n + 1 < call.blocks ? C : 0));
+    given.load(call, next);
+    s.decays.load(call, next);
     if (call.keep) {
-      half* before = place.deltas + (long long)(number % call.works) * 2 * SIZE;
+      half* before = place.deltas + (long long)slot * 2 * SIZE;
       keep<D>(s.delta1, before);
       keep<D>(s.delta2, before + SIZE);
       write<C, D>(record.u1, u1);
@@ -259,7 +247,7 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
       each<D, H>([&](int, int, int e) { d2[e] *= total; });
     }
     const bool again = starts_again(call, g, call.first_token + block.local + C);
-    const bool closes = number % call.open == call.open - 1;
+    const bool closes = ++inside == call.open;
     Fragment<D, H> fresh1 = {}, fresh2 = {};
     if (closes || again) fresh1 = read<D, H>(place.fresh), fresh2 = read<D, H>(place.fresh + SIZE);
     if (again) {
@@ -281,10 +269,13 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
         fresh1 = d1, fresh2 = d2;
       put<D>(s.frozen1, fresh1);
       put<D>(s.frozen2, fresh2);
-      half* after = place.opening(call, number + 1);
+      inside = 0, chunk = chunk + 1 < call.opened ? chunk + 1 : 0;
+      half* after = place.frozen + (long long)chunk * 2 * SIZE;
       write<D, H>(after, fresh1);
       write<D, H>(after + SIZE, fresh2);
     }
+    slot = slot + 1 < call.works ? slot + 1 : 0;
+    block = next;
   }
   write<D, H>(state, d1);
   write<D, H>(state + SIZE, d2);

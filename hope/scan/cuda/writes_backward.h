@@ -5,44 +5,52 @@
 
 namespace hope {
 
-// Load what a block needs, and S as products take it.
+// Load what a block needs but for Delta, which is under way, and S as products take it.
 DEVICE void load_block(const Call& call, const Gradients& s, const Block& block,
-                       const Record& record, const half* delta, const Sent& sent) {
-  fetch<D>(delta, s.delta1);
-  fetch<D>(delta + SIZE, s.delta2);
-  put<D>(s.state1, sent.s1);
-  put<D>(s.state2, sent.s2);
-  put<C>(s.key, read<C, D>(call.k + block.here * D));
-  put<C>(s.value, read<C, D>(call.v + block.here * D));
-  put<C>(s.u1, read<C, D>(record.u1));
-  if (WRITES2) put<C>(s.u2, read<C, H>(record.u2));
-  if (READ == CAUSAL) {
-    put<C>(s.given, read<C, D>(call.d_out + block.token * D, block.valid));
-    put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
-    const auto z_q = read<C, H>(record.z_q);
-    put<C>(s.act_q, [&](int, int, int e) { return gelu(z_q[e]).value; });
-    put<C>(s.across1, read<C, C>(record.across1));
-  }
+                       const Record& record, const Sent& sent) {
   s.decays.load(call, block);
   range(C, [&](int i) {
     s.length[i] = record.length[i];
     s.inverse[i] = record.inverse[i];
     if (AIMED) s.shorter[i] = record.shorter[i];
   });
+  put<C>(s.key, read<C, D>(call.k + block.here * D));
+  put<C>(s.value, read<C, D>(call.v + block.here * D));
+  put<D>(s.state1, sent.s1);
+  put<D>(s.state2, sent.s2);
+  if (READ == CAUSAL) {
+    put<C>(s.u1, read<C, D>(record.u1));
+    if (WRITES2) put<C>(s.u2, read<C, H>(record.u2));
+    put<C>(s.given, read<C, D>(call.d_out + block.token * D, block.valid));
+    put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
+    const auto z_q = read<C, H>(record.z_q);
+    put<C>(s.act_q, [&](int, int, int e) { return gelu(z_q[e]).value; });
+    put<C>(s.across1, read<C, C>(record.across1));
+  }
 }
 
-// z, W1's keys, what makes r, and decays; boundary is still to be scaled.
+// W1's keys, what makes r, and decays; boundary is still to be scaled.
 DEVICE void activate_again(const Gradients& s, const Sent& sent, Passed& b) {
-  b.z_k = product<C, H, D>(s.key, s.frozen2);
-  b.z_v = product<C, H, D>(s.value, s.frozen2);
-  put<C>(s.e, [&](int i, int, int e) { return gelu(b.z_k[e]).value * s.inverse[i]; });
-  put<C>(s.gap, [&](int, int, int e) {
-    const real value = gelu(b.z_v[e]).value;
-    return AIMED ? value : gelu(b.z_k[e]).value - value;
-  });
   real along = 0;
-  const auto delta1 = get<D>(s.delta1), delta2 = get<D>(s.delta2);
-  each<D, H>([&](int, int, int e) { along += sent.s1[e] * delta1[e] + sent.s2[e] * delta2[e]; });
+  {
+    const auto delta1 = get<D>(s.delta1);
+    each<D, H>([&](int, int, int e) { along += sent.s1[e] * delta1[e]; });
+  }
+  in_order();
+  {
+    const auto delta2 = get<D>(s.delta2);
+    each<D, H>([&](int, int, int e) { along += sent.s2[e] * delta2[e]; });
+  }
+  in_order();
+  const auto z_k = product<C, H, D>(s.key, s.frozen2);
+  const auto z_v = product<C, H, D>(s.value, s.frozen2);
+  Tokens gap;
+  put<C>(s.e, [&](int i, int, int e) {
+    const real key = gelu(z_k[e]).value, value = gelu(z_v[e]).value;
+    gap[e] = AIMED ? value : key - value;
+    return key * s.inverse[i];
+  });
+  put<C>(s.gap, gap);
   b.boundary = along;
   s.decays.fill();
 }
@@ -51,28 +59,25 @@ DEVICE void activate_again(const Gradients& s, const Sent& sent, Passed& b) {
 // causal read does.
 DEVICE void reach_u(const Call& call, const Gradients& s, const Block& block, const Record& record,
                     Passed& b) {
+  const auto key = read<C, D>(call.k + block.here * D), value = read<C, D>(call.v + block.here * D);
   b.r = product<C, D, H>(s.gap, turned(s.frozen1));
-  {
-    const auto key = read<C, D>(call.k + block.here * D);
-    const auto value = read<C, D>(call.v + block.here * D);
-    each<C, D>([&](int i, int, int e) {
-      if (AIMED)
-        b.r[e] = key[e] - (b.r[e] + value[e]) * s.shorter[i];
-      else
-        b.r[e] += key[e] - value[e];
-    });
-  }
+  each<C, D>([&](int i, int, int e) {
+    if (AIMED)
+      b.r[e] = key[e] - (b.r[e] + value[e]) * s.shorter[i];
+    else
+      b.r[e] += key[e] - value[e];
+  });
   put<C>(s.r, b.r);
   b.boundary *= s.decays.total[0];
-  b.du1 = product<C, D, H>(s.e, turned(s.state1));
   const auto u1 = read<C, D>(record.u1);
+  b.du1 = product<C, D, H>(s.e, turned(s.state1));
   each<C, D>([&](int i, int, int e) {
     b.du1[e] *= -s.decays.end[i];
     b.boundary += b.du1[e] * u1[e];
   });
   if (WRITES2) {
-    b.du2 = product<C, H, D>(s.key, s.state2);
     const auto u2 = read<C, H>(record.u2);
+    b.du2 = product<C, H, D>(s.key, s.state2);
     each<C, H>([&](int i, int, int e) {
       b.du2[e] *= -s.decays.end[i];
       b.boundary += b.du2[e] * u2[e];
@@ -81,22 +86,36 @@ DEVICE void reach_u(const Call& call, const Gradients& s, const Block& block, co
   if (READ == CAUSAL) read_causal_backward(call, s, block, record, b);
 }
 
-// du, of U = system x, becomes the gradient of x / eta; stored in x times eta.
-DEVICE void through_system(const Gradients& s, const real* system, bool there, Tokens& du,
-                           const real* u, Matrix<WIDTH> x, Passed& b) {
-  if (there) {
-    const auto whole = read<C, C>(system);
-    put<C>(s.side, du);
-    put<C>(s.system, whole);
-    barrier();
-    du = exact_product<C, WIDTH, C>(turned(s.system), s.side);
+// du, of U = system x, becomes the gradient of x / eta times eta: X1 and X2, stored with U1 and U2.
+DEVICE void through_systems(const Gradients& s, const Record& record, const real* system2,
+                            Passed& b) {
+  if (DELTA1) {
+    put<C>(s.side1, b.du1);
+    put<C>(s.system1, read<C, C>(record.system1));
   }
-  const auto written = read<C, WIDTH>(u);
-  each<C, WIDTH>([&](int i, int, int e) {
-    b.p.add(i, e, du[e] * written[e]);
-    du[e] *= s.decays.eta[i];
+  in_order();
+  if (DELTA2) {
+    put<C>(s.side2, b.du2);
+    put<C>(s.system2, read<C, C>(system2));
+  }
+  barrier();
+  const auto u1 = read<C, D>(record.u1);
+  Fragment<C, H> u2 = {};
+  if (WRITES2) u2 = read<C, H>(record.u2);
+  if (DELTA1) b.du1 = exact_product<C, D, C>(turned(s.system1), s.side1);
+  if (DELTA2) b.du2 = exact_product<C, H, C>(turned(s.system2), s.side2);
+  each<C, D>([&](int i, int, int e) {
+    b.p.add(i, e, b.du1[e] * u1[e] + (WRITES2 ? b.du2[e] * u2[e] : real(0)));
+    b.du1[e] *= s.decays.eta[i];
+    if (WRITES2) b.du2[e] *= s.decays.eta[i];
   });
-  put<C>(x, [&](int, int, int e) { return du[e]; });
+  barrier();
+  put<C>(s.x1, b.du1);
+  put<C>(s.u1, u1);
+  if (WRITES2) {
+    put<C>(s.x2, b.du2);
+    put<C>(s.u2, u2);
+  }
   barrier();
 }
 
@@ -108,35 +127,41 @@ DEVICE void both_grams(const Gradients& s, Matrix<WIDTH> x, Matrix<WIDTH> u, Mat
   });
 }
 
-// From X1, X2 in shared memory: S before the block but for its frozen terms, what M_0 gets, the
-// gradients of keys. b.r becomes the gradient of r from W1's step.
-DEVICE void reach_keys(const Gradients& s, Passed& b, Sent& sent) {
-  forget(b.z_k);
+// From X1, X2 in shared memory: S before the block but for its frozen terms, what M_0 gets at fixed
+// W, the gradients of keys. b.r becomes the gradient of r from W1's step.
+DEVICE void reach_keys(const Gradients& s, real* d_base, Passed& b, Sent& sent) {
   Rows<C> along = {};
   each<C, D>([&](int i, int, int e) { along.add(i, e, b.du1[e] * b.r[e]); });
   store_rows(along, s.room);
-  if (DELTA1) both_grams(s, s.x1, s.u1, s.gram1);
-  if (DELTA2) both_grams(s, s.x2, s.u2, s.gram2);
   each<C, D>([&](int i, int, int e) {
-    const real floor = s.length[i] * s.length[i] + STEP_FLOOR;
-    b.r[e] = DELTA1 ? b.du1[e] * (s.length[i] / floor) : b.du1[e];
+    const real pace = s.length[i] * inverted(s.length[i] * s.length[i] + STEP_FLOOR);
+    b.r[e] = DELTA1 ? b.du1[e] * pace : b.du1[e];
   });
-  b.de = product<C, H, D>(s.u1, s.state1);
-  each<C, H>([&](int i, int, int e) { b.de[e] *= -s.decays.end[i]; });
+  const auto z_k = product<C, H, D>(s.key, s.frozen2);
+  if (DELTA1 && INITIAL) b.de = product<C, H, D>(s.x1, s.base1);
+  Tokens x_slope;
+  each<C, H>([&](int i, int, int e) {
+    const Gelu key = gelu(z_k[e]);
+    x_slope[e] = b.du2[e] * key.slope;
+    if (DELTA1 && INITIAL) b.rows.add(i, e, -b.de[e] * key.value * s.inverse[i]);
+  });
+  if (WRITES2) put<C>(s.x_slope, x_slope);
+  in_order();
   if (DELTA1) {
     const auto moved = product<C, H, D>(s.x1, s.delta1);
     each<C, H>([&](int i, int, int e) { b.de[e] += moved[e] * s.decays.prev[i]; });
-    if (INITIAL) {
-      const auto own = product<C, H, D>(s.x1, s.base1);
-      each<C, H>([&](int i, int, int e) {
-        b.de[e] += own[e];
-        b.rows.add(i, e, -own[e] * gelu(b.z_k[e]).value * s.inverse[i]);
-      });
-    }
   }
+  in_order();
+  {
+    const auto out = product<C, H, D>(s.u1, s.state1);
+    each<C, H>([&](int i, int, int e) { b.de[e] -= out[e] * s.decays.end[i]; });
+  }
+  if (READ == CAUSAL) add_product<C>(b.de, turned(s.d_across1), s.act_q);
+  in_order();
   if (WRITES2) {
     const auto out = product<C, D, H>(s.u2, turned(s.state2));
     each<C, D>([&](int i, int, int e) { b.d_key[e] -= out[e] * s.decays.end[i]; });
+    in_order();
     if (DELTA2) {
       const auto moved = product<C, D, H>(s.x2, turned(s.delta2));
       each<C, D>([&](int i, int, int e) { b.d_key[e] += moved[e] * s.decays.prev[i]; });
@@ -150,34 +175,34 @@ DEVICE void reach_keys(const Gradients& s, Passed& b, Sent& sent) {
       }
     }
   }
+  in_order();
+  if (DELTA1) both_grams(s, s.x1, s.u1, s.gram1);
+  if (DELTA2) both_grams(s, s.x2, s.u2, s.gram2);
+  in_order();
   const real total = s.decays.total[0], total_lost = s.decays.total[1];
+  if (INITIAL) {
+    State own;
+    each<D, H>([&](int, int, int e) { own[e] = sent.s1[e] * total_lost; });
+    if (DELTA1) add_product<C>(own, turned(s.x1, s.decays.lost), s.e);
+    if (READ == CAUSAL) add_product<C>(own, turned(s.given, s.decays.lost), s.act_q);
+    add<D, H>(d_base, own);
+    in_order();
+    each<D, H>([&](int, int, int e) { own[e] = sent.s2[e] * total_lost; });
+    if (DELTA2) add_product<C>(own, turned(s.key, s.decays.lost), s.x2);
+    if (READ == CAUSAL) add_product<C>(own, turned(s.query, s.decays.lost), s.dz);
+    add<D, H>(d_base + SIZE, own);
+    in_order();
+  }
   each<D, H>([&](int, int, int e) {
-    if (INITIAL) {
-      sent.base1[e] += sent.s1[e] * total_lost;
-      sent.base2[e] += sent.s2[e] * total_lost;
-    }
     sent.s1[e] *= total;
     sent.s2[e] *= total;
   });
-  if (DELTA1) {
-    add_product<C>(sent.s1, turned(s.x1, s.decays.prev), s.e);
-    if (INITIAL) add_product<C>(sent.base1, turned(s.x1, s.decays.lost), s.e);
-  }
-  if (DELTA2) {
-    add_product<C>(sent.s2, turned(s.key, s.decays.prev), s.x2);
-    if (INITIAL) add_product<C>(sent.base2, turned(s.key, s.decays.lost), s.x2);
-  }
+  if (DELTA1) add_product<C>(sent.s1, turned(s.x1, s.decays.prev), s.e);
+  if (DELTA2) add_product<C>(sent.s2, turned(s.key, s.decays.prev), s.x2);
   if (READ == CAUSAL) {
-    add_product<C>(b.de, turned(s.d_across1), s.act_q);
     add_product<C>(sent.s1, turned(s.given, s.decays.prev), s.act_q);
     add_product<C>(sent.s2, turned(s.query, s.decays.prev), s.dz);
-    if (INITIAL) {
-      add_product<C>(sent.base1, turned(s.given, s.decays.lost), s.act_q);
-      add_product<C>(sent.base2, turned(s.query, s.decays.lost), s.dz);
-    }
   }
-  forget(b.z_k);
-  if (WRITES2) put<C>(s.x_slope, [&](int, int, int e) { return b.du2[e] * gelu(b.z_k[e]).slope; });
   barrier();
 }
 
@@ -187,17 +212,20 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
                            Passed& b) {
   // Where the memory's own part of what goes back begins, and the block in it.
   const long long here = ((long long)(call.offset + m) * call.count) * call.length + block.here;
-  forget(b.z_k);
+  put<C>(s.value_again, read<C, D>(call.v + block.here * D));
+  auto z_k = product<C, H, D>(s.key, s.frozen2);
   if (DELTA1) less_product<C>(b.de, s.gram1, s.e);
+  in_order();
   if (DELTA2) less_product<C>(b.d_key, s.gram2, s.key);
   range(C, [&](int i) {
-    const real floor = s.length[i] * s.length[i] + STEP_FLOOR, along = row<C>(s.room, i);
-    s.rows[i] = DELTA1 ? -along * s.length[i] / floor : -along;
-    s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) / (floor * floor) : real(0);
+    const real along = row<C>(s.room, i), floor = s.length[i] * s.length[i] + STEP_FLOOR;
+    const real share = inverted(floor);
+    s.rows[i] = DELTA1 ? -along * s.length[i] * share : -along;
+    s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) * share * share : real(0);
   });
   Rows<C> along = {};
   each<C, H>(
-      [&](int i, int, int e) { along.add(i, e, b.de[e] * gelu(b.z_k[e]).value * s.inverse[i]); });
+      [&](int i, int, int e) { along.add(i, e, b.de[e] * gelu(z_k[e]).value * s.inverse[i]); });
   store_rows(along, s.room2);
   Tokens back;
   if (AIMED) {
@@ -221,36 +249,36 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
   }
   put<C>(s.back, back);
   barrier();
-  forget(b.z_k);
-  forget(b.z_v);
+  forget(z_k);
   const auto d_act = product<C, H, D>(s.back, s.frozen1);
+  {
+    const auto z_v = product<C, H, D>(s.value_again, s.frozen2);
+    put<C>(s.dz_v, [&](int, int, int e) {
+      const real own = d_act[e] * gelu(z_v[e]).slope;
+      return AIMED ? own : -own;
+    });
+  }
+  in_order();
   Fragment<C, H> pulled = {};
   if (WRITES2) pulled = product<C, H, D>(s.r, s.frozen1);
   const auto sums = per_row<C>(
       [&](int i) { return s.inverse[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room2, i); });
-  Fragment<C, H> dz_k, dz_v;
   each<C, H>([&](int i, int, int e) {
-    const Gelu key = gelu(b.z_k[e]);
-    const real slope_v = gelu(b.z_v[e]).slope;
+    const Gelu key = gelu(z_k[e]);
     real da = b.de[e];
     if (DELTA1) {
       const real unit = key.value * s.inverse[i];
       da = (da - unit * sums.at(i, e)) * s.inverse[i] + unit * s.along_act[i];
     }
     if (AIMED) {
-      dz_k[e] = da * key.slope;
-      dz_v[e] = d_act[e] * slope_v;
+      b.de[e] = da * key.slope;
     } else {
       const real through = b.du2[e] * pulled[e];
       b.rows.add(i, e, -through * key.slope);
-      dz_k[e] = through * key.curvature + (da + d_act[e]) * key.slope;
-      dz_v[e] = -d_act[e] * slope_v;
+      b.de[e] = through * key.curvature + (da + d_act[e]) * key.slope;
     }
   });
-  put<C>(s.dz_k, dz_k);
-  put<C>(s.dz_v, dz_v);
-  const auto value = read<C, D>(call.v + block.here * D);
-  put<C>(s.value_again, value);
+  put<C>(s.dz_k, b.de);
   store_rows(b.rows, s.room);
   store_whole(b.boundary, s.room3);
   barrier();
@@ -265,13 +293,12 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
   write<C, D>(call.dk + here * D, b.d_key);
   write<C, D>(call.dv + here * D, d_value);
   barrier();
-  range(C, [&](int i) {
-    real later = whole(s.room3);
-    for (int t = i + 1; t < C; t++) later += s.rows[t];
-    const real p = row<C>(s.room2, i);
-    call.d_log_eta[here + i] = p;
-    call.d_log_alpha[here + i] = later - p;
-  });
+  running<C>([&](int i) { return s.rows[i]; },
+             [&](int i, real, real later) {
+               const real p = row<C>(s.room2, i);
+               call.d_log_eta[here + i] = p;
+               call.d_log_alpha[here + i] = whole(s.room3) + later - p;
+             });
 }
 
 // What a block sends to the chunk-start W, from the operands that `through_frozen` left.
@@ -310,6 +337,13 @@ DEVICE void fetch_frozen(const Call& call, const Gradients& s, const Place& plac
   fetch<D>(start + SIZE, s.frozen2);
 }
 
+// Delta before a block.
+DEVICE void fetch_delta(const Gradients& s, const Place& place, int number) {
+  const half* before = place.deltas + (long long)number * 2 * SIZE;
+  fetch<D>(before, s.delta1);
+  fetch<D>(before + SIZE, s.delta2);
+}
+
 // Derivative of `project` and then of `write_forward`: more_blocks behind the call's first, whose
 // inputs' gradients all launches before have left, then those themselves; d_state, the gradient of
 // W behind them, becomes that of W before them. The blocks that share a frozen W are gone through
@@ -329,11 +363,11 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
     project_backward(call, s.projection(), g, m, call.first + call.blocks * C, call.more_blocks,
                      sent.s1, sent.s2);
   }
-  if (INITIAL || HAS_RESET) sent.base1 = read<D, H>(d_base), sent.base2 = read<D, H>(d_base + SIZE);
   if (INITIAL) {
     fetch<D>(place.base, s.base1);
     fetch<D>(place.base + SIZE, s.base2);
   }
+  fetch_delta(s, place, call.first_block + call.blocks - 1);
   const int sets = (call.blocks + call.open - 1) / call.open;
   for (int set = sets - 1; set >= 0; set--) {
     const int opening = set * call.open, together = smaller(call.blocks - opening, call.open);
@@ -343,23 +377,20 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
       const Block block(call, g, call.first + (opening + nth) * C);
       const Record record(place.work + (long long)number * Record::size);
       if (starts_again(call, g, call.first_token + block.local + C)) {
-        each<D, H>([&](int, int, int e) {
-          sent.base1[e] += sent.s1[e], sent.base2[e] += sent.s2[e];
-          sent.s1[e] = sent.s2[e] = 0;
-        });
+        add<D, H>(d_base, sent.s1);
+        add<D, H>(d_base + SIZE, sent.s2);
+        sent = {};
       }
       Passed b = {};
-      load_block(call, s, block, record, place.deltas + (long long)number * 2 * SIZE, sent);
+      load_block(call, s, block, record, sent);
       fetched();
       barrier();
       activate_again(s, sent, b);
       barrier();
       reach_u(call, s, block, record, b);
-      through_system(s, record.system1, DELTA1, b.du1, record.u1, s.x1, b);
-      if (WRITES2)
-        through_system(s, place.systems + (long long)number * C * C, DELTA2, b.du2, record.u2, s.x2,
-                       b);
-      reach_keys(s, b, sent);
+      through_systems(s, record, place.systems + (long long)number * C * C, b);
+      reach_keys(s, d_base, b, sent);
+      if (number > call.first_block) fetch_delta(s, place, number - 1);
       through_frozen(call, s, block, m, b);
       if (together > 1)
         stash(s, stashed + nth * 6 * C * WIDTH);
@@ -380,10 +411,6 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
   }
   write<D, H>(d_state, sent.s1);
   write<D, H>(d_state + SIZE, sent.s2);
-  if (INITIAL || HAS_RESET) {
-    write<D, H>(d_base, sent.base1);
-    write<D, H>(d_base + SIZE, sent.base2);
-  }
 }
 
 // Derivative of `project_forward`.
