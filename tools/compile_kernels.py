@@ -195,10 +195,11 @@ def cuda_cases(memory_chunk: int) -> Iterator[CudaCase]:
 
     config = ScanConfig(memory_chunk, 64)
     blocks = layouts.block_lengths(config, torch.bfloat16)
-    for block, read, suffix in zip(blocks, ("", config.read), ("", "_mem"), strict=True):
-        options = compiled_for(config, block, read, has_reset=True, adaptive=False)
-        kernels = KERNELS[2:] if read else KERNELS
-        for kernel in kernels:
+    for memories, block, read, suffix in zip(
+        (4, 1), blocks, ("", config.read), ("", "_mem"), strict=True
+    ):
+        options = compiled_for(config, memories, block, read, has_reset=True, adaptive=False)
+        for kernel in KERNELS:
             yield CudaCase(f"cuda_{kernel}{suffix}_c{block}_bf16", kernel, options)
 
 

@@ -54,34 +54,43 @@ def scan(
         check_reset(reset, config.projection_chunk)
     # Autocast would turn the matmuls of the fast weights into low-precision ones.
     with no_autocast(x):
-        if config.implementation == "reference":
+        kind = chosen(x, weights.w1.shape[3], config)
+        if kind == "reference":
             return scan_reference(x, q, weights, config, state, reset)
-        hidden = weights.w1.shape[3]
-        if _asked_for(config, "triton", x.is_cuda) and _usable(
-            config, "triton", why_not(x, hidden, config)
-        ):
-            return scan_triton(x, q, weights, config, state, reset)
-        if config.implementation == "cuda" and _usable(
-            config, "cuda", cuda_device.why_not(x, hidden, config.memory_chunk)
-        ):
-            return scan_triton(x, q, weights, config, state, reset)
-        if _asked_for(config, "native", x.is_cpu) and _usable(config, "native", why_not_native(x)):
+        if kind in ("cuda", "triton"):
+            return scan_triton(x, q, weights, config, state, reset, on_chip=kind == "cuda")
+        if kind == "native":
             return scan_native(x, q, weights, config, state, reset)
         return scan_chunked(x, q, weights, config, state, reset)
 
 
-def _asked_for(config: ScanConfig, kind: Implementation, its_device: bool) -> bool:
-    """Whether an implementation is named, or "auto" prefers it on this device."""
-    return config.implementation == kind or (config.implementation == "auto" and its_device)
+def chosen(x: Tensor, hidden: int, config: ScanConfig) -> Implementation:
+    """What runs a call on activations x [B, N, T, d] and memories of that hidden width: what
+    config.implementation names, or with "auto" the fastest that takes it on x's device. Where that
+    is only "chunked", the reason is said once.
 
-
-def _usable(config: ScanConfig, kind: Implementation, reason: str) -> bool:
-    """Whether there is no reason against an implementation; ValueError where there is one against
-    what is named, and with "auto" it is said once."""
-    if reason and config.implementation == kind:
+    Raises ValueError, in one line, for what is named and does not take it.
+    """
+    asked = config.implementation
+    if asked in ("reference", "chunked"):
+        return asked
+    reason, instead_of = "", ""
+    if asked == "cuda" or (asked == "auto" and x.is_cuda):
+        reason, instead_of = cuda_device.why_not(x, hidden, config.memory_chunk), "cuda"
+        if not reason:
+            return "cuda"
+    if asked == "triton" or (asked == "auto" and x.is_cuda):
+        reason, instead_of = why_not(x, hidden, config), "triton"
+        if not reason:
+            return "triton"
+    if asked == "native" or (asked == "auto" and x.is_cpu):
+        reason, instead_of = why_not_native(x), "native"
+        if not reason:
+            return "native"
+    if asked != "auto":
         raise ValueError(
-            f"scan: implementation={kind} can't be used: {reason}; take auto or chunked"
+            f"scan: implementation={asked} can't be used: {reason}; take auto or chunked"
         )
     if reason and not torch.compiler.is_compiling():
-        warn_once(reason, kind)
-    return not reason
+        warn_once(reason, instead_of)
+    return "chunked"

@@ -246,9 +246,11 @@ def scan_triton(
     config: ScanConfig,
     state: MemoryState | None = None,
     reset: Tensor | None = None,
+    on_chip: bool = False,
 ) -> tuple[Tensor, MemoryState]:
-    """The scan by kernels: on a CUDA device, or Triton's anywhere under TRITON_INTERPRET=1;
-    config.implementation "cuda" takes those of `hope.scan.cuda`.
+    """The scan by kernels: on a CUDA device, or Triton's anywhere under TRITON_INTERPRET=1.
+
+    on_chip: by those of `hope.scan.cuda`.
 
     Shapes as in `hope.scan.scan`; inputs are expected to have passed
     `hope.scan.contract.check_inputs` and `why_not` (of `hope.scan.cuda.device`). Differentiable
@@ -282,7 +284,7 @@ def scan_triton(
         config.decay_to,
         config.read,
         config.segment_chunks,
-        config.implementation == "cuda",
+        on_chip,
         save,
     )
     if more_d or more_h:

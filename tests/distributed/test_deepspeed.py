@@ -93,6 +93,7 @@ NESTED_CASES: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 def test_levels_set_back_to_their_starts() -> None:
     """Eq. 72: the starts are partitions, too, with moments of their own."""
     expected = trained(0, make_config("hope", **NESTED), ranks=Ranks.alone())

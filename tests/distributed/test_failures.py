@@ -117,10 +117,15 @@ def test_a_stopped_rank_is_found_and_named(data: Path, tmp_path: Path) -> None:
 
 TWO = r" of ranks \[0, 1\] of step 5"
 HANGS: list[Any] = [
-    (2, {"tp": 2}, "all_reduce" + TWO),
-    (2, {"dp_replicate": 1, "dp_shard": 2}, r"\w*all_gather\w*" + TWO),
     (2, {"pp": 2, "micro_batches": 2}, r"\w*p2p" + TWO),
-    (2, {"cp": 2}, "recv" + TWO),
+    *(
+        pytest.param(2, parallel, where + TWO, marks=pytest.mark.slow)
+        for parallel, where in (
+            ({"tp": 2}, "all_reduce"),
+            ({"dp_replicate": 1, "dp_shard": 2}, r"\w*all_gather\w*"),
+            ({"cp": 2}, "recv"),
+        )
+    ),
     pytest.param(
         4,
         {"tp": 2, "dp_replicate": 1, "dp_shard": 2},

@@ -174,6 +174,7 @@ KNOBS: list[tuple[int, dict[str, Any]]] = [
 """ZeRO's stage and what a user's DeepSpeed file says of its buckets."""
 
 
+@pytest.mark.slow
 def test_formula_of_deepspeed_with_buckets_of_a_users_own(tmp_path: Path) -> None:
     """Layers are 8,664 numbers each; what ZeRO 3 lets go of after forward it gathers again."""
     changes: dict[str, Any] = {"model.cms.levels": LEVELS, **SMALL}
@@ -203,13 +204,8 @@ LATE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    "levels",
-    [
-        pytest.param({"b": {"reduce": "at_update"}}, marks=pytest.mark.slow),
-        {"a": {"reduce": "at_update"}},
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("levels", [{"b": {"reduce": "at_update"}}, {"a": {"reduce": "at_update"}}])
 def test_replicas_add_up_a_level_when_it_fires(levels: dict[str, Any]) -> None:
     """Of shares what a replica's ranks have added up, and nothing between micro-batches."""
     compare(4, "hope", LATE, **SMALL, **{"optimizer.levels": levels})

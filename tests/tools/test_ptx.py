@@ -138,6 +138,37 @@ def test_programs_must_not_meet_in_memory(body: str, complaint: str) -> None:
     assert complaint in str(error.value)
 
 
+MEET = "barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n"
+PARTED = "setp.eq.b32 %p1, %r2, 0;\n@%p1 bra $L1;\nadd.s32 %r1, %r1, 100;\n$L1:\n"
+OWN_AND_OTHER = (
+    "mul.wide.u32 %rd5, %r2, 256;\nadd.s64 %rd6, %rd3, %rd5;\n"
+    "xor.b32 %r7, %r2, 1;\nmul.wide.u32 %rd7, %r7, 256;\nadd.s64 %rd8, %rd3, %rd7;\n"
+)
+
+
+def test_programs_of_a_cluster_exchange_at_its_barrier() -> None:
+    """Those that have branched apart too."""
+    exchange = "st.global.b32 [%rd6], %r1;\n{}ld.global.b32 %r8, [%rd8];\n"
+    keep = MEET + "st.global.b32 [%rd6], %r8;\n"
+    buffer = numbers()
+    launch(OWN_AND_OTHER + PARTED + exchange.format(MEET) + keep, buffer, programs=2)
+    assert buffer.tolist() == [*range(100, 164), *range(64)]
+    with pytest.raises(ProgramError, match="of what another program (reads|writes)"):
+        launch(OWN_AND_OTHER + PARTED + exchange.format("") + keep, numbers(), programs=2)
+    with pytest.raises(ProgramError, match="a cluster that some programs do not reach"):
+        launch(f"setp.eq.b32 %p1, %r2, 0;\n@%p1 bra $L1;\n{MEET}$L1:\n", numbers(), programs=2)
+
+
+def test_numbers_are_added_where_they_lie() -> None:
+    buffer = torch.arange(2.0 * THREADS)
+    two = "shl.b32 %r7, %r1, 3;\ncvt.u64.u32 %rd4, %r7;\nadd.s64 %rd5, %rd1, %rd4;\n"
+    value = "mov.b32 %r8, 0f3F000000;\n"
+    launch(two + value + "red.global.add.v2.f32 [%rd5], {%r8, %r8};\n" * 2, buffer)
+    assert torch.equal(buffer, torch.arange(2.0 * THREADS) + 1)
+    with pytest.raises(ProgramError, match="write of what another program"):
+        launch(value + "red.global.add.f32 [%rd3], %r8;", buffer, programs=2)
+
+
 def test_the_last_byte_of_an_odd_buffer_is_inside() -> None:
     buffer = torch.arange(4 * THREADS + 1, dtype=torch.int32).to(torch.uint8)
     load = "setp.eq.u32 %p1, %r1, 63;\n@%p1 ld.global.b8 {%rs1}, [%rd3+4];\n"

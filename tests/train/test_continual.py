@@ -159,6 +159,7 @@ def test_a_skipped_step_does_not_make_the_stream_run_dry(
     assert len(rows_of(config, "domain_evaluation")) == 2
 
 
+@pytest.mark.slow
 def test_two_ranks_follow_one_and_take_its_run_up(continual, raw_config, tmp_path: Path) -> None:
     continual()
     path = tmp_path / "config.yaml"

@@ -20,6 +20,7 @@ from train.callbacks.mlflow_sender import Backlog, Sender
 from train.config import MLflowConfig
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_together_share_the_store(
     raw_config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -239,6 +239,7 @@ def train_with_huge_gradients(
         return train(config, resume=False)
 
 
+@pytest.mark.slow
 def test_deepspeed_skips_a_sum_that_overflows(make_config, tmp_path: Path) -> None:
     """Where its gradients are reduced, and the accumulators lie over ZeRO's partitions."""
     configs = [make_config(engine="deepspeed"), make_config(run_dir=str(tmp_path / "without"))]

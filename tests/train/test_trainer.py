@@ -186,7 +186,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
     [
         [],
         pytest.param(["model.mixer=attention"], marks=pytest.mark.slow),
-        ["training.state_carry=stream", "data.order=stream"],
+        pytest.param(["training.state_carry=stream", "data.order=stream"], marks=pytest.mark.slow),
         pytest.param(["model.titans.writes=false"], marks=pytest.mark.slow),
         ["model.cms.mode=nested", "model.cms.levels.2.update_every_tokens=1536"],
     ],
@@ -219,7 +219,7 @@ def test_two_ranks_give_the_losses_of_one(
     [
         (1, 2, ["training.state_carry=stream", "data.order=stream"]),
         pytest.param(2, 1, [], marks=pytest.mark.slow),
-        (2, 1, ["optimizer.reduce=at_update"]),
+        pytest.param(2, 1, ["optimizer.reduce=at_update"], marks=pytest.mark.slow),
         pytest.param(2, 2, ["optimizer.reduce=at_update"], marks=pytest.mark.slow),
     ],
 )
@@ -245,7 +245,10 @@ def test_a_run_is_taken_up_by_other_ranks(
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_bit(
     config_file: Path, make_config, tmp_path: Path, number: int, code: int
 ) -> None:

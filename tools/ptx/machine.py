@@ -19,6 +19,7 @@ from tools.ptx.statements import step
 
 TOGETHER = 32
 """Programs of a group, at most: more take more memory, and little less time."""
+MEETING = "barrier.cluster.wait"
 
 
 class Machine:
@@ -41,7 +42,7 @@ class Machine:
         Raises ProgramError with the statement at which something went wrong.
         """
         programs = np.arange(grid[0] * grid[1] * grid[2])
-        done = 0
+        done, waiting = 0, []
         for start in range(0, programs.size, TOGETHER):
             group = Group(self.kernel, grid, programs[start : start + TOGETHER], shared, memory)
             for (name, kind), value in zip(self.kernel.parameters, arguments, strict=True):
@@ -51,13 +52,27 @@ class Machine:
                 dtype = TYPES[kind]
                 bits = np.array([value], dtype).view(TYPES[f"u{8 * dtype(0).itemsize}"])
                 group.registers[name] = np.repeat(bits, group.slot.size)
-            done += self._run(group, 0)
+            done += self._run(group, 0, waiting)
+        while waiting:
+            # Programs of other clusters are waited for too: they have nothing to do with these.
+            there, waiting = waiting, []
+            if sum(group.programs.size for group, _ in there) < programs.size:
+                raise ProgramError("a barrier of a cluster that some programs do not reach")
+            memory.meet()
+            interval = 1 + max(group.interval for group, _ in there)
+            for group, at in there:
+                group.interval = interval
+                done += self._run(group, at, waiting)
         return done
 
-    def _run(self, group: Group, at: int) -> int:
-        """A group from a statement on, to its end."""
+    def _run(self, group: Group, at: int, waiting: list[tuple[Group, int]]) -> int:
+        """A group from a statement on, to its end or to where it waits for the whole cluster: into
+        `waiting`, with the statement behind."""
         done = 0
         while at < len(self.steps):
+            if self.kernel.instructions[at].name.startswith(MEETING):
+                waiting.append((group, at + 1))
+                return done
             jump = self._step(group, at)
             done += 1
             at += 1
@@ -72,7 +87,7 @@ class Machine:
             elif goes.all():
                 at = there
             elif goes.any():
-                done += self._run(group.part(np.flatnonzero(goes)), there)
+                done += self._run(group.part(np.flatnonzero(goes)), there, waiting)
                 group = group.part(np.flatnonzero(~goes))
         return done
 

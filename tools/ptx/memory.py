@@ -43,9 +43,14 @@ class Region:
         self.readers = np.zeros(size, np.uint32)
         self.read_interval = np.zeros(size, np.int32)
         if across:
-            self.write_program = np.full(size, -1, np.int32)
-            self.first_reader = np.full(size, np.iinfo(np.int32).max, np.int32)
-            self.last_reader = np.full(size, -1, np.int32)
+            self.begin()
+
+    def begin(self) -> None:
+        """No program has touched anything yet."""
+        size = self.words.size
+        self.write_program = np.full(size, -1, np.int32)
+        self.first_reader = np.full(size, np.iinfo(np.int32).max, np.int32)
+        self.last_reader = np.full(size, -1, np.int32)
 
     def _fail(self, what: str, index: Array, bad: Array) -> None:
         raise AccessError(f"{what} at halfword {int(index[bad][0])} of {self.name}")
@@ -186,6 +191,12 @@ class GlobalMemory:
             bases.append(address)
             ends.append(address + size)
         self.bases, self.ends = np.array(bases, np.uint64), np.array(ends, np.uint64)
+
+    def meet(self) -> None:
+        """All programs have reached a barrier of their cluster: what they touch from here on is no
+        conflict with what they touched before."""
+        for region in self.regions:
+            region.begin()
 
     def _places(self, address: Array, count: int) -> list[tuple[Region, Array, Array]]:
         size = 2 * count

@@ -14,7 +14,9 @@ from tools.ptx.memory import AccessError, Array
 from tools.ptx.parsing import Instruction
 
 Step = Callable[[Group], "str | None"]
-WITHOUT_EFFECT = ("fence", "wgmma.fence", "wgmma.commit_group", "bar.warp.sync")
+WITHOUT_EFFECT = (
+    "fence", "wgmma.fence", "wgmma.commit_group", "bar.warp.sync", "barrier.cluster.arrive",
+)  # fmt: skip
 """Here, where a warp's threads are never apart and every product is waited for."""
 
 
@@ -45,6 +47,8 @@ def step(instruction: Instruction) -> Step:
         return lambda group: group.copies.append([])
     if name.startswith(WITHOUT_EFFECT):
         return lambda group: None
+    if name.startswith("barrier.cluster.wait"):  # by whole programs: the machine stops there
+        return lambda group: group.barrier()
     if base in ("bar", "barrier"):
         if operands[1:]:
             raise NotImplementedError("a barrier of a part of the program")

@@ -1,5 +1,6 @@
-// What all threads of a block do together, each in a phase of its own between two barriers: here what
-// a thread has of a matrix, and copies; products.h and sums.h have the rest.
+// What all threads of a block do together, each in a phase of its own between two barriers: here
+// what a thread has of a matrix, and operands in shared memory; copies.h, products.h, sums.h and
+// systems.h have the rest.
 //
 // The programs above this file name no thread. On a device (NVRTC) a thread has some elements of
 // every Fragment, and products are mma.sync of 16 x 8 x 16 in bfloat16; elsewhere the one thread
@@ -79,6 +80,12 @@ DEVICE void barrier() {
 DEVICE void in_order() {
   __syncwarp();
 }
+// Of the programs that write what one another reads, the memories of a (row, head): what they have
+// written to global memory before it is there for all of them behind it.
+DEVICE void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+}
 #else
 #ifndef REAL
 #define REAL double
@@ -130,6 +137,7 @@ inline real inverted(real x) {
 }
 inline void barrier() {}
 inline void in_order() {}
+void cluster_barrier();
 #endif
 
 template <class T>
@@ -293,136 +301,6 @@ template <int M, int N>
 DEVICE void put(Split<N> to, const Fragment<M, N>& from) {
   put<M>(to.high, from);
   put<M>(to.low, [&](int, int, int e) { return from[e] - number(rounded(from[e])); });
-}
-
-// ---- global memory ----------------------------------------------------------------------------
-
-// The thread's elements of [M, N] whose rows are N numbers one after another; rows from `count` on
-// are zero.
-template <int M, int N, class T>
-DEVICE Fragment<M, N> read(const T* from, int count = M) {
-  Fragment<M, N> to = {};
-#ifdef __CUDACC_RTC__
-  using P = Fragment<M, N>;
-  if (!P::has()) return to;
-  const int i = P::first_row();
-  from += i * N + P::first_column();
-#pragma unroll
-  for (int e = 0; e < P::SIZE; e += 2) {
-    if (i + P::down(e) >= count) continue;
-    const T* source = from + (P::down(e) * N + P::across(e));
-    if constexpr (sizeof(T) == 4) {
-      const float2 two = *reinterpret_cast<const float2*>(source);
-      to[e] = two.x;
-      to[e + 1] = two.y;
-    } else {
-      const unsigned two = *reinterpret_cast<const unsigned*>(source);
-      to[e] = __uint_as_float(two << 16);
-      to[e + 1] = __uint_as_float(two & 0xffff0000u);
-    }
-  }
-#else
-  for (int e = 0; e < count * N; e++) {
-    if constexpr (std::is_floating_point_v<T>)
-      to[e] = from[e];
-    else
-      to[e] = number(from[e]);
-  }
-#endif
-  return to;
-}
-
-template <int M, int N, class T>
-DEVICE void write(T* to, const Fragment<M, N>& from, int count = M) {
-#ifdef __CUDACC_RTC__
-  using P = Fragment<M, N>;
-  if (!P::has()) return;
-  const int i = P::first_row();
-  to += i * N + P::first_column();
-#pragma unroll
-  for (int e = 0; e < P::SIZE; e += 2) {
-    if (i + P::down(e) >= count) continue;
-    T* target = to + (P::down(e) * N + P::across(e));
-    if constexpr (sizeof(T) == 4)
-      *reinterpret_cast<float2*>(target) = make_float2(from[e], from[e + 1]);
-    else
-      *reinterpret_cast<unsigned*>(target) = packed(from[e], from[e + 1]);
-  }
-#else
-  for (int e = 0; e < count * N; e++) {
-    if constexpr (std::is_floating_point_v<T>)
-      to[e] = T(from[e]);
-    else
-      to[e] = rounded(from[e]);
-  }
-#endif
-}
-
-// Add to [M, N] row after row, of which no other thread touches this one's elements meanwhile.
-template <int M, int N>
-DEVICE void add(real* to, const Fragment<M, N>& x) {
-#ifdef __CUDACC_RTC__
-  using P = Fragment<M, N>;
-  if (!P::has()) return;
-  to += P::first_row() * N + P::first_column();
-#pragma unroll
-  for (int e = 0; e < P::SIZE; e += 2) {
-    float* target = to + (P::down(e) * N + P::across(e));
-#if __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(target), "f"(x[e]), "f"(x[e + 1])
-                 : "memory");
-#else
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target), "f"(x[e]) : "memory");
-    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target + 1), "f"(x[e + 1]) : "memory");
-#endif
-  }
-#else
-  for (int e = 0; e < M * N; e++) to[e] += x[e];
-#endif
-}
-
-// Copy operands [ROWS, 64] that lie row after row to shared memory, or back. `fetch` is under way
-// until `fetched()`, and a barrier behind that.
-#ifdef __CUDACC_RTC__
-// f(number of 16 bytes in global memory, their address in shared memory).
-template <int ROWS, class F>
-DEVICE void sixteens(Matrix<64> x, F f) {
-  const unsigned n = threadIdx.x, begin = x.begin(n / 8, n % 8 * 8);
-#pragma unroll
-  for (int more = 0; more < ROWS * 8; more += THREADS)
-    if (ROWS * 8 % THREADS == 0 || n + more < ROWS * 8) f(n + more, x.address(begin, more / 8, 0));
-}
-#endif
-template <int ROWS>
-DEVICE void fetch(const half* from, Matrix<64> to) {
-#ifdef __CUDACC_RTC__
-  sixteens<ROWS>(to, [&](unsigned n, unsigned target) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from + n * 8)
-                 : "memory");
-  });
-#else
-  for (int n = 0; n < ROWS * 64; n++) to.at[to.place(n / 64, n % 64)] = from[n];
-#endif
-}
-DEVICE void fetched() {
-#ifdef __CUDACC_RTC__
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-template <int ROWS>
-DEVICE void keep(Matrix<64> from, half* to) {
-#ifdef __CUDACC_RTC__
-  sixteens<ROWS>(from, [&](unsigned n, unsigned source) {
-    int4 x;
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                 : "r"(source)
-                 : "memory");
-    reinterpret_cast<int4*>(to)[n] = x;
-  });
-#else
-  for (int n = 0; n < ROWS * 64; n++) to[n] = from.at[from.place(n / 64, n % 64)];
-#endif
 }
 
 }  // namespace hope

@@ -10,8 +10,8 @@ from hope.scan.contract import DeltaRule, ScanConfig
 WIDTH = 64
 """Of heads and of their memories' hidden layer."""
 THREADS = 256
-KERNELS = ("project_forward", "project_backward", "write_forward", "write_backward")
-"""The last two of M_mem too."""
+KERNELS = ("write_forward", "write_backward")
+"""Of the memories that project, and of M_mem."""
 READS = {"": 0, "causal": 1, "chunk_start": 2}
 STASHED = 6
 """Matrices [block, WIDTH] of every block of a chunk that backward puts aside."""
@@ -22,8 +22,8 @@ _POINTERS = (
     "stash",
 )  # fmt: skip
 _NUMBERS = (
-    "count", "heads", "q_first", "tokens", "length", "first_token", "first", "first_block",
-    "blocks", "more_blocks", "opened", "works", "open", "chunk", "chunks", "keep", "offset",
+    "count", "heads", "q_first", "tokens", "length", "first_token", "blocks",
+    "opened", "works", "open", "chunk", "chunks", "keep", "offset",
     "all_memories",
 )  # fmt: skip
 
@@ -40,8 +40,10 @@ class Arguments(ctypes.Structure):
 
 
 class Options(NamedTuple):
-    """What a kernel is compiled for: tokens of a block, `Rule`, `Read` and so on of program.h."""
+    """What a kernel is compiled for: memories that wait for one another, tokens of a block, `Rule`,
+    `Read` and so on of program.h."""
 
+    memories: int
     tokens: int
     rule: int
     read: int
@@ -55,11 +57,12 @@ class Options(NamedTuple):
 
 
 def compiled_for(
-    config: ScanConfig, block: int, read: str, has_reset: bool, adaptive: bool
+    config: ScanConfig, memories: int, block: int, read: str, has_reset: bool, adaptive: bool
 ) -> Options:
-    """Of a launch on blocks of that many tokens, which reads in that way; adaptive: its queries
-    are made by a memory."""
+    """Of a launch on so many memories and blocks of that many tokens, which reads in that way;
+    adaptive: its queries are made by a memory."""
     return Options(
+        memories,
         block,
         get_args(DeltaRule).index(config.delta_rule),
         READS[read],

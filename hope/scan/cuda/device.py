@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hope.scan.cuda.call import THREADS, WIDTH, Options, arguments, shared_bytes
 from hope.scan.cuda.nvrtc import compiled, library
+from hope.triton import why_no_kernels
 
 _MOST_SHARED, _CARVEOUT = 8, 9  # of CUfunction_attribute
 
@@ -20,6 +21,8 @@ def why_not(x: Tensor, hidden: int, memory_chunk: int) -> str:
     width, as a clause; empty if they can."""
     if not x.is_cuda:
         return "x is on the CPU"
+    if reason := why_no_kernels(x):
+        return reason
     if x.dtype != torch.bfloat16:
         return f"activations are {str(x.dtype).removeprefix('torch.')}, not bfloat16"
     if (x.shape[3], hidden) != (WIDTH, WIDTH):
@@ -34,12 +37,14 @@ def _why_not_on(device: int | None) -> str:
     """The same of a device."""
     properties = torch.cuda.get_device_properties(device)
     needed = max(
-        shared_bytes(kernel, Options(32, 0, read, True, False, False))
+        shared_bytes(kernel, Options(1, 32, 0, read, True, False, False))
         for kernel in ("write_forward", "write_backward")
         for read in (0, 1)
     )
     there = int(getattr(properties, "shared_memory_per_block_optin", 0))
-    if properties.major < 8 or needed > there:
+    if properties.major < 9:
+        return f"the device ({properties.name}) is older than an H100: it has no clusters"
+    if needed > there:
         return f"the device ({properties.name}) has {there:,} B of shared memory, not {needed:,}"
     nvrtc = library()
     return nvrtc if isinstance(nvrtc, str) else ""

@@ -3,20 +3,39 @@
 #include "writes_backward.h"
 
 #ifdef __CUDACC_RTC__
-#define KERNEL(name, blocks, program)                                                         \
-  extern "C" __global__ void __launch_bounds__(hope::THREADS, blocks) name(hope::Call call) { \
-    hope::program(call, blockIdx.x, blockIdx.y, shared_memory);                               \
-  }
-KERNEL(write_forward, 2, write_forward)
-KERNEL(write_backward, 2, write_backward)
-#if !READ
-KERNEL(project_forward, 2, project_forward)
-KERNEL(project_backward, 2, projection_backward)
-#endif
+#if READ
+#define CLUSTER
 #else
+#define CLUSTER __cluster_dims__(1, MEMORIES, 1)
+#endif
+#define KERNEL(name)                                                                             \
+  extern "C" __global__ void CLUSTER __launch_bounds__(hope::THREADS, 2) name(hope::Call call) { \
+    hope::name(call, blockIdx.x, blockIdx.y, shared_memory);                                     \
+  }
+KERNEL(write_forward)
+KERNEL(write_backward)
+#else
+#include <condition_variable>
+#include <mutex>
+#include <thread>
 #include <vector>
 
 namespace hope {
+// Where a thread for each memory of a (row, head) waits for the others.
+std::mutex lock;
+std::condition_variable all_there;
+int expected, arrived, round_number;
+void cluster_barrier() {
+  std::unique_lock<std::mutex> held(lock);
+  const int mine = round_number;
+  if (++arrived == expected) {
+    arrived = 0, round_number++;
+    all_there.notify_all();
+  } else {
+    all_there.wait(held, [&] { return round_number != mine; });
+  }
+}
+
 template <class Buffers>
 int needed() {
   Shared shared = {nullptr};
@@ -25,13 +44,18 @@ int needed() {
 }
 template <class Program>
 void run(const Call& call, int memories, int bytes, Program program) {
-  std::vector<double> memory(bytes / sizeof(double) + 64);
-  for (int m = 0; m < memories; m++)
-    for (int g = 0; g < call.count; g++) {
-      // Shared memory that nothing has written is not a number.
-      for (double& x : memory) std::memset(&x, 0xff, sizeof(x));
-      program(call, g, m, reinterpret_cast<char*>(memory.data()));
-    }
+  expected = memories;
+  for (int g = 0; g < call.count; g++) {
+    std::vector<std::thread> together;
+    for (int m = 0; m < memories; m++)
+      together.emplace_back([=, &call] {
+        // Shared memory that nothing has written is not a number.
+        std::vector<double> memory(bytes / sizeof(double) + 64);
+        for (double& x : memory) std::memset(&x, 0xff, sizeof(x));
+        program(call, g, m, reinterpret_cast<char*>(memory.data()));
+      });
+    for (std::thread& one : together) one.join();
+  }
 }
 }  // namespace hope
 
@@ -44,12 +68,10 @@ extern "C" int backward_bytes() {
 extern "C" int record_size() {
   return hope::Record::size;
 }
-#define KERNEL(name, bytes, program)                           \
+#define KERNEL(name, bytes)                                    \
   extern "C" void name(const hope::Call* call, int memories) { \
-    hope::run(*call, memories, bytes(), hope::program);        \
+    hope::run(*call, memories, bytes(), hope::name);           \
   }
-KERNEL(write_forward, forward_bytes, write_forward)
-KERNEL(write_backward, backward_bytes, write_backward)
-KERNEL(project_forward, forward_bytes, project_forward)
-KERNEL(project_backward, backward_bytes, projection_backward)
+KERNEL(write_forward, forward_bytes)
+KERNEL(write_backward, backward_bytes)
 #endif

@@ -1,11 +1,9 @@
-"""The order of launches of the CUDA kernels: that of `hope.scan.launch`, with what it launches for
-a projection chunk in one kernel, forward and backward.
+"""The order of launches of the CUDA kernels: that of `hope.scan.launch`, with a segment of the
+memories that project in one launch, forward and backward.
 
-A launch that writes the projection memories also makes k, v, eta and alpha of the next chunk, whose
-W it has at hand, and every program computes what memories share of a block itself. The derivative
-of a chunk begins with that of the next one's k, v, eta and alpha, which needs what all memories
-have sent back. So a launch of their own (`project_forward`, `project_backward`) is needed only by a
-segment's first chunk.
+The memories of a (row, head) need each other's k, v, eta and alpha at every projection chunk: their
+programs are a cluster, which a device runs at the same time, and wait for one another there, so
+that states stay where they are. What memories share of a block, each computes for itself.
 """
 
 from __future__ import annotations
@@ -42,10 +40,9 @@ class CudaLauncher(Launcher):
         writer: Writer,
         segment: int,
         at: Segment,
-        place: dict[str, int],
         **given: Any,
     ) -> None:
-        """Launch a kernel on a writer's memories, and the blocks of a `place` of the buffers."""
+        """Launch a kernel on a writer's memories and the blocks of a segment."""
         queries = self.queries(segment, at.buffers) if writer.read else {"q": self.q}
         told = {
             "x": self.x,
@@ -71,52 +68,43 @@ class CudaLauncher(Launcher):
             "heads": self.heads,
             "tokens": self.tokens,
             "length": self.length(0),
+            "blocks": self.length(segment) // writer.block,
             "first_token": self.first_token(segment),
             "eta_max": self.config.eta_max,
             "offset": writer.which.start or 0,
             "all_memories": self.memories,
-            **place,
             **given,
         }
+        memories = writer.state.shape[0]
         options = compiled_for(
-            self.config, writer.block, writer.read, self.has_reset, self.adaptive
+            self.config, memories, writer.block, writer.read, self.has_reset, self.adaptive
         )
-        device.launch(kernel, options, (self.count, writer.state.shape[0]), told)
+        device.launch(kernel, options, (self.count, memories), told)
 
     def project(self, segment: int, at: Segment, keep: bool) -> None:
         """The projection memories over a segment: fills the buffers and moves their state on."""
-        places = self.chunks_of(segment)
-        self.run("project_forward", at.projections, segment, at, places[0])
-        for place, after in zip(places, [*places[1:], {"blocks": 0}], strict=True):
-            more = after["blocks"]
-            self.run(
-                "write_forward", at.projections, segment, at, place, keep=keep, more_blocks=more
-            )
+        self.run("write_forward", at.projections, segment, at, keep=keep)
 
     def memorise(self, segment: int, at: Segment, out: Tensor | None) -> None:
         """M_mem over a segment: writes `out`, or without it keeps what backward needs."""
-        place, keep = self.whole(segment), out is None
         given = {} if out is None else {"out": out}
-        self.run("write_forward", at.mem, segment, at, place, keep=keep, **given)
+        self.run("write_forward", at.mem, segment, at, keep=out is None, **given)
 
     def back(
         self,
-        kernel: str,
         writer: Writer,
         segment: int,
         at: Segment,
-        place: dict[str, int],
         gradients: dict[str, Tensor],
         **given: Any,
     ) -> None:
-        """Launch a kernel's derivative."""
+        """Launch the derivative of a writer's launch."""
         d_query = gradients["dq"] if at.d_query is None else at.d_query
         self.run(
-            kernel,
+            "write_backward",
             writer,
             segment,
             at,
-            place,
             **{name: gradients[name][writer.which] for name in ("d_base", "d_state")},
             **{name: gradients[name] for name in ("d_out", "d_readout", "d_bias")},
             **at.sent,
@@ -136,17 +124,10 @@ class CudaLauncher(Launcher):
         **queries: Any,
     ) -> None:
         """The derivative of M_mem's launch."""
-        self.back("write_backward", writer, segment, at, place, gradients)
+        self.back(writer, segment, at, gradients)
 
     def project_back(
         self, segment: int, at: Segment, each_dx: Tensor, gradients: dict[str, Tensor]
     ) -> None:
         """The derivative of `project`; fills each_dx, what each memory sends to x or to q."""
-        places = self.chunks_of(segment)
-        given = (at.projections, segment, at)
-        for place, after in zip(
-            reversed(places), [{"blocks": 0}, *reversed(places[1:])], strict=True
-        ):
-            more = after["blocks"]
-            self.back("write_backward", *given, place, gradients, more_blocks=more, dx=each_dx)
-        self.back("project_backward", *given, places[0], gradients, dx=each_dx)
+        self.back(at.projections, segment, at, gradients, dx=each_dx)

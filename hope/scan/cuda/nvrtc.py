@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 MAIN = "kernels.cu"
 HEADERS = (
-    "block.h", "products.h", "sums.h", "systems.h", "program.h", "projections.h", "writes.h",
-    "reads_backward.h", "writes_backward.h",
+    "block.h", "copies.h", "products.h", "sums.h", "systems.h", "program.h", "projections.h",
+    "writes.h", "reads_backward.h", "frozen_backward.h", "writes_backward.h",
 )  # fmt: skip
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _FLAGS = ("--std=c++17", "-default-device", "-lineinfo")

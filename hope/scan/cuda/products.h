@@ -70,8 +70,8 @@ DEVICE void left(unsigned (&a)[4], Scaled<N> x, unsigned begin, int k) {
 }
 
 // The same of columns from j on of a right operand, and from there of k..k+15 and columns `more` to
-// more + 15 further: two tiles of 8 columns, registers 0 and 1, 2 and 3, or one in registers 0 and 1.
-// k and more are known when compiled.
+// more + 15 further: two tiles of 8 columns, registers 0 and 1, 2 and 3, or one in registers 0
+// and 1. k and more are known when compiled.
 template <int N>
 DEVICE unsigned right_begin(Matrix<N> of, unsigned j, bool pair) {
   return of.begin(lane() % 16, pair ? j + lane() / 16 * 8 : j);

@@ -14,6 +14,7 @@
 // has one for each of `all_memories`, of which the launch's begin at `offset`: dk, dv [.., G, F,
 // WIDTH], d_log_eta, d_log_alpha [.., G, F]; dx [memories, G, F, WIDTH].
 #pragma once
+#include "copies.h"
 #include "sums.h"
 #include "systems.h"
 
@@ -57,7 +58,7 @@ struct Call {
   real *d_base, *d_state, *d_readout, *d_bias;
   half* stash;  // [memories, G, open, 6, C, WIDTH]
   long long q_stride;
-  int count, heads, q_first, tokens, length, first_token, first, first_block, blocks, more_blocks;
+  int count, heads, q_first, tokens, length, first_token, blocks;
   int opened, works, open, chunk, chunks, keep, offset, all_memories;
   double eta_max;
 };
@@ -121,10 +122,6 @@ struct Place {
     work = call.work + own * call.works * Record::size;
     systems = call.systems + (long long)g * call.works * C * C;
   }
-  // The W that a block's chunk starts from.
-  DEVICE half* opening(const Call& call, int block) const {
-    return frozen + block / call.open % call.opened * 2 * SIZE;
-  }
 };
 
 // A block of tokens: where it lies in the buffers, and how many of it there are.
@@ -164,12 +161,10 @@ struct Decays {
     prev = shared.row(), end = shared.row(), lost = shared.row(), total = shared.row();
   }
   DEVICE void load(const Call& call, const Block& block) const {
-    range(C, [&](int i) {
-      eta[i] = call.eta[block.here + i];
-      log_alpha[i] = call.log_alpha[block.here + i];
-    });
+    fetch<C>(call.eta + block.here, eta);
+    fetch<C>(call.log_alpha + block.here, log_alpha);
   }
-  // Behind a barrier.
+  // Behind `fetched` and a barrier.
   DEVICE void fill() const {
     running<C>([&](int i) { return log_alpha[i]; },
                [&](int i, real sum, real rest) {

@@ -58,11 +58,17 @@ struct Sent {
 
 // What a block's passes hand on in a thread's registers.
 struct Passed {
-  Tokens r;         // and then its gradient
-  Tokens du1, du2;  // gradients of U1 and U2, then of their systems' right-hand sides
+  Tokens u1, u2;
+  Tokens r;          // and then its gradient
+  Tokens du1, du2;   // gradients of U1 and U2, then of their systems' right-hand sides
   Tokens de, d_key;  // of W1's keys, of k
   Rows<C> rows, p;   // what the decay before a token multiplies; <dU, U>
   real boundary;     // <S, Delta> behind the block
+
+  DEVICE void load(const Record& record) {
+    u1 = read<C, D>(record.u1);
+    if (WRITES2) u2 = read<C, H>(record.u2);
+  }
 };
 
 // The derivative of a causal read: into U1, U2, the query, its keys; what it sends to the state is

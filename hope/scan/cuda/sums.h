@@ -18,10 +18,10 @@ struct Rows {
 #endif
 };
 
-// Numbers that `store_rows` and `row` need for M rows.
-constexpr int row_room(int M) {
-  return WARPS * 16 / M * M;
-}
+// Numbers that `store_rows` and `row` need for a row: one of each warp that has a part of it.
+template <int M>
+constexpr int PARTS = WARPS * 16 / M;
+static_assert(PARTS<16> % 4 == 0 && PARTS<32> % 4 == 0);
 
 // Store what all threads have of each row; `row` adds it up behind the next barrier.
 template <int M>
@@ -33,17 +33,26 @@ DEVICE void store_rows(const Rows<M>& rows, real* room) {
     float sum = rows.v[n];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (lane() % 4 == 0) room[warp() / DOWN * M + 16 * (warp() % DOWN) + lane() / 4 + 8 * n] = sum;
+    const unsigned i = 16 * (warp() % DOWN) + lane() / 4 + 8 * n;
+    if (lane() % 4 == 0) room[i * PARTS<M> + warp() / DOWN] = sum;
   }
 #else
-  for (int n = 0; n < row_room(M); n++) room[n] = n < M ? rows.v[n] : real(0);
+  for (int n = 0; n < M * PARTS<M>; n++) room[n] = n % PARTS<M> ? real(0) : rows.v[n / PARTS<M>];
 #endif
 }
 template <int M>
 DEVICE real row(const real* room, int i) {
   real sum = 0;
+#ifdef __CUDACC_RTC__
+  const float4* parts = reinterpret_cast<const float4*>(room + i * PARTS<M>);
 #pragma unroll
-  for (int n = 0; n < row_room(M) / M; n++) sum += room[n * M + i];
+  for (int n = 0; n < PARTS<M> / 4; n++) {
+    const float4 four = parts[n];
+    sum += (four.x + four.y) + (four.z + four.w);
+  }
+#else
+  for (int n = 0; n < PARTS<M>; n++) sum += room[i * PARTS<M> + n];
+#endif
   return sum;
 }
 

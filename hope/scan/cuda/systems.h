@@ -62,7 +62,8 @@ DEVICE void write_part(real* to, F f, int first, int left) {
   to += (first + lane() / 4) * C + left + lane() % 4 * 2;
 #pragma unroll
   for (int n = 0; n < 4; n++)
-    *reinterpret_cast<float2*>(to + n % 2 * 8 * C + n / 2 * 8) = make_float2(f(2 * n), f(2 * n + 1));
+    *reinterpret_cast<float2*>(to + n % 2 * 8 * C + n / 2 * 8) =
+        make_float2(f(2 * n), f(2 * n + 1));
 }
 #endif
 
@@ -76,7 +77,7 @@ DEVICE void invert(int which, const real* strict, real* room, Split<C> to, real*
   if (!whole_warp(warp() == unsigned(which))) return;
   // The blocks of 16 on the diagonal, a column of one by each lane; transposed in `room`.
   if (lane() < C) {
-    const unsigned column = lane() % 16, first = lane() - column;
+    const unsigned column = lane() % 16, first = lane() / 16 * 16;
     const real* row = strict + first * T::ROW + first;
     real x[16];
 #pragma unroll
@@ -97,8 +98,8 @@ DEVICE void invert(int which, const real* strict, real* room, Split<C> to, real*
     if (kept) {
       own += lane() / 4 + lane() % 4 * 2 * T::COLUMN;
       write_part<C>(
-          kept,
-          [&](int e) { return own[e / 2 % 2 * 8 + (e / 4 * 8 + e % 2) * T::COLUMN]; }, first, first);
+          kept, [&](int e) { return own[e / 2 % 2 * 8 + (e / 4 * 8 + e % 2) * T::COLUMN]; }, first,
+          first);
     }
   }
   if constexpr (C == 32) {
@@ -120,8 +121,7 @@ DEVICE void invert(int which, const real* strict, real* room, Split<C> to, real*
     store_part<C>(to, left, 16, 0);
     store_part<C>(to, none, 0, 16);
     if (kept) {
-      write_part<C>(
-          kept, [&](int e) { return -below[e / 4 * 4 + e / 2 % 2 * 2 + e % 2]; }, 16, 0);
+      write_part<C>(kept, [&](int e) { return -below[e / 4 * 4 + e / 2 % 2 * 2 + e % 2]; }, 16, 0);
       write_part<C>(kept, [&](int) { return 0.0f; }, 0, 16);
     }
   }

@@ -120,8 +120,7 @@ DEVICE void solve(const Call& call, const Buffers& s, const Inputs& given, const
   });
   if (DELTA1) put<C>(s.side1, u1);
   barrier();
-  if (DELTA1)
-    invert<C>(0, s.strict1, s.room1, s.system1, call.keep ? record.system1 : nullptr);
+  if (DELTA1) invert<C>(0, s.strict1, s.room1, s.system1, call.keep ? record.system1 : nullptr);
   if (DELTA2) invert<C>(1, s.strict2, s.room2, s.system2, call.keep ? shares : nullptr);
   if (WRITES2) {
     u2 = product<C, H, D>(s.r, s.frozen1);
@@ -183,27 +182,30 @@ DEVICE void read_start(const Call& call, const Buffers& s, const Block& block) {
   write<C, D>(call.out + block.token * D, answer, block.valid);
 }
 
-// Write `blocks` blocks from first_block on, whose tokens are from `first` on in the buffers, and
-// read M_mem or, of the memories that project, fill the buffers for more_blocks that follow.
+// Write a segment's blocks, and read M_mem. The memories that project fill the buffers themselves,
+// a chunk at a time from W at its start, and wait for one another before they write it.
 DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
   Shared shared = {memory};
   const Buffers s(shared);
   const Place place(call, g, m);
-  real* state = call.state + ((long long)m * call.count + g) * 2 * SIZE;
-  auto d1 = read<D, H>(state), d2 = read<D, H>(state + SIZE);
-  const half* start = place.opening(call, call.first_block);
-  fetch<D>(start, s.frozen1);
-  fetch<D>(start + SIZE, s.frozen2);
+  // Where the records are, and the frozen W, of `opened` chunks one after another.
+  int slot = 0, chunk = 0, inside = 0;
+  fetch<D>(place.frozen, s.frozen1);
+  fetch<D>(place.frozen + SIZE, s.frozen2);
   if (INITIAL) {
     fetch<D>(place.base, s.base1);
     fetch<D>(place.base + SIZE, s.base2);
   }
+  real* state = call.state + ((long long)m * call.count + g) * 2 * SIZE;
+  auto d1 = read<D, H>(state), d2 = read<D, H>(state + SIZE);
   put<D>(s.delta1, d1);
   put<D>(s.delta2, d2);
-  // Where the records are, and the frozen W, of `opened` chunks one after another.
-  int slot = call.first_block % call.works, chunk = call.first_block / call.open % call.opened;
-  int inside = call.first_block % call.open;
-  Block block(call, g, call.first);
+  fetched();
+  if (READ == NONE) {
+    project(call, s.projection(), g, m, 0, smaller(call.open, call.blocks));
+    cluster_barrier();
+  }
+  Block block(call, g, 0);
   Inputs given;
   given.load(call, block);
   s.decays.load(call, block);
@@ -212,16 +214,20 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
     put<C>(s.key, given.key);
     put<C>(s.value, given.value);
     if (READ != NONE) put<C>(s.query, read<C, D>(call.q + block.at_q, block.valid));
-    if (n == 0) fetched();
+    fetched();
     barrier();
 
     Fragment<C, D> u1;
     Fragment<C, H> u2;
     real* shares = m == 0 ? place.systems + (long long)slot * C * C : nullptr;
     solve(call, s, given, record, shares, u1, u2);
-    const Block next(call, g, block.local + (n + 1 < call.blocks ? C : 0));
-    given.load(call, next);
-    s.decays.load(call, next);
+    const bool closes = ++inside == call.open;
+    const int left = call.blocks - n - 1;
+    const Block next(call, g, block.local + (left > 0 ? C : 0));
+    if (READ != NONE || !closes) {
+      given.load(call, next);
+      s.decays.load(call, next);
+    }
     if (call.keep) {
       half* before = place.deltas + (long long)slot * 2 * SIZE;
       keep<D>(s.delta1, before);
@@ -247,7 +253,6 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
       each<D, H>([&](int, int, int e) { d2[e] *= total; });
     }
     const bool again = starts_again(call, g, call.first_token + block.local + C);
-    const bool closes = ++inside == call.open;
     Fragment<D, H> fresh1 = {}, fresh2 = {};
     if (closes || again) fresh1 = read<D, H>(place.fresh), fresh2 = read<D, H>(place.fresh + SIZE);
     if (again) {
@@ -273,25 +278,18 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
       half* after = place.frozen + (long long)chunk * 2 * SIZE;
       write<D, H>(after, fresh1);
       write<D, H>(after + SIZE, fresh2);
+      if (READ == NONE && left > 0) {
+        project(call, s.projection(), g, m, next.local, smaller(call.open, left));
+        cluster_barrier();
+        given.load(call, next);
+        s.decays.load(call, next);
+      }
     }
     slot = slot + 1 < call.works ? slot + 1 : 0;
     block = next;
   }
   write<D, H>(state, d1);
   write<D, H>(state + SIZE, d2);
-  if (READ == NONE)
-    project(call, s.projection(), g, m, call.first + call.blocks * C, call.more_blocks);
-}
-
-// Fill the buffers for `blocks` blocks from W at their start.
-DEVICE void project_forward(const Call& call, int g, int m, char* memory) {
-  Shared shared = {memory};
-  const Buffers s(shared);
-  const half* start = Place(call, g, m).opening(call, call.first_block);
-  fetch<D>(start, s.frozen1);
-  fetch<D>(start + SIZE, s.frozen2);
-  fetched();
-  project(call, s.projection(), g, m, call.first, call.blocks);
 }
 
 }  // namespace hope

@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 class OnGpu:
     """As much of activations on a GPU as the dispatcher looks at."""
 
-    is_cuda = True
+    is_cuda, is_cpu = True, False
     device = torch.device("cuda", 0)
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:

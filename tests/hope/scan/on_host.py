@@ -32,8 +32,8 @@ def library(options: Options, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kernels.so"
         subprocess.run(
-            [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", *options.defines(),
-             *flags, source, "-o", str(made)],
+            [COMPILER, "-x", "c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread",
+             *options.defines(), *flags, source, "-o", str(made)],
             check=True,
         )  # fmt: skip
         return ctypes.CDLL(str(made))

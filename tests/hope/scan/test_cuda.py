@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hope.scan import ScanConfig, scan
+from hope.scan import ScanConfig, chosen, scan
 from hope.scan.cuda import device
 from hope.scan.cuda.call import Options, record_size, shared_bytes
 from hope.scan.cuda.device import why_not
@@ -121,7 +121,7 @@ def test_in_bfloat16(rule: str) -> None:
 def test_shared_memory_is_what_a_program_takes(
     kernel: str, block: int, read: int, initial: bool
 ) -> None:
-    options = Options(block, 0, read, initial, False, False)
+    options = Options(1, block, 0, read, initial, False, False)
     functions = host.library(options, host.ROUNDED)
     taken = getattr(functions, kernel.split("_")[1] + "_bytes")()
     assert shared_bytes(kernel, options) == taken
@@ -148,6 +148,24 @@ def test_what_it_does_not_take_is_said_in_one_line(monkeypatch: pytest.MonkeyPat
         ValueError, match="implementation=cuda can't be used: x is on the CPU; take"
     ):
         scan(p.x, p.q, p.weights, ScanConfig(implementation="cuda"))
+
+
+def test_auto_takes_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_why_not_on", lambda index: "")
+    monkeypatch.setattr("hope.scan.triton.shared_memory", lambda index: 232_448)
+    auto, bf16 = ScanConfig(), torch.bfloat16
+    for width, hidden, dtype, kind in (
+        (64, 64, bf16, "cuda"),
+        (64, 64, torch.float32, "triton"),
+        (64, 128, bf16, "triton"),
+        (128, 128, bf16, "triton"),
+    ):
+        assert chosen(OnGpu(width, dtype), hidden, auto) == kind  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="chunked instead of triton: heads are 80 wide"):
+        assert chosen(OnGpu(80, bf16), 80, auto) == "chunked"  # type: ignore[arg-type]
+    old = "the device (A100) is older than an H100"
+    monkeypatch.setattr(device, "_why_not_on", lambda index: old)
+    assert chosen(OnGpu(64, bf16), 64, auto) == "triton"  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(isinstance(library(), str), reason=f"{library()}")
