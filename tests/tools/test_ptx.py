@@ -153,7 +153,7 @@ def test_programs_of_a_cluster_exchange_at_its_barrier() -> None:
     buffer = numbers()
     launch(OWN_AND_OTHER + PARTED + exchange.format(MEET) + keep, buffer, programs=2)
     assert buffer.tolist() == [*range(100, 164), *range(64)]
-    with pytest.raises(ProgramError, match="of what another program (reads|writes)"):
+    with pytest.raises(ProgramError, match=r"of what another program (reads|writes)"):
         launch(OWN_AND_OTHER + PARTED + exchange.format("") + keep, numbers(), programs=2)
     with pytest.raises(ProgramError, match="a cluster that some programs do not reach"):
         launch(f"setp.eq.b32 %p1, %r2, 0;\n@%p1 bra $L1;\n{MEET}$L1:\n", numbers(), programs=2)
