@@ -120,6 +120,7 @@ def test_what_waits_is_found() -> None:
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
     [("triton", torch.float32), ("triton", torch.bfloat16), ("cuda", torch.bfloat16)],
+    ids=["triton-float32", "triton-bfloat16", "cuda-bfloat16"],
 )
 @pytest.mark.parametrize("documents", [False, True])
 def test_a_step_as_a_cuda_graph(documents: bool, implementation: str, dtype: torch.dtype) -> None:

@@ -24,8 +24,8 @@ enum Rule { NORMALISED = 0, INPUT = 1, OFF = 2, TARGET = 3 };
 enum Reading { NONE = 0, CAUSAL = 1, START = 2 };
 enum Memory { KEY = 0, VALUE = 1, ETA = 2, ALPHA = 3, QUERY = 4 };  // of those that project
 
-// Given when compiled: TOKENS (16 or 32), RULE, READ, INITIAL, HAS_RESET, and ADAPTIVE, where
-// queries are the buffers' own numbers.
+// Given when compiled: MEMORIES of a cluster, TOKENS (16 or 32), RULE, READ, INITIAL, HAS_RESET,
+// and ADAPTIVE, where queries are the buffers' own numbers.
 constexpr int C = TOKENS, D = WIDTH, H = WIDTH, SIZE = D * H;
 constexpr bool DELTA1 = RULE == NORMALISED || RULE == TARGET;
 constexpr bool DELTA2 = RULE == NORMALISED || RULE == INPUT;

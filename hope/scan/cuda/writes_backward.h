@@ -245,7 +245,7 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
     fetch_frozen(s, place, set);
     for (int nth = together - 1; nth >= 0; nth--) {
       const int number = opening + nth;
-      const Block block(call, g, (opening + nth) * C);
+      const Block block(call, g, number * C);
       const Record record(place.work + (long long)number * Record::size);
       if (starts_again(call, g, call.first_token + block.local + C)) {
         add<D, H>(d_base, sent.s1);
