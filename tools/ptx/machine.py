@@ -15,11 +15,10 @@ from tools.ptx.arithmetic import TYPES
 from tools.ptx.group import Group, ProgramError
 from tools.ptx.memory import AccessError, GlobalMemory
 from tools.ptx.parsing import Kernel
-from tools.ptx.statements import step
+from tools.ptx.statements import MEETING, step
 
 TOGETHER = 32
 """Programs of a group, at most: more take more memory, and little less time."""
-MEETING = "barrier.cluster.wait"
 
 
 class Machine:

@@ -13,6 +13,8 @@ from tools.ptx.group import WARP, Copy, Group, ProgramError, listed
 from tools.ptx.memory import AccessError, Array
 from tools.ptx.parsing import Instruction
 
+MEETING = "barrier.cluster.wait"
+"""Where the machine stops whole programs until all have come."""
 Step = Callable[[Group], "str | None"]
 WITHOUT_EFFECT = (
     "fence", "wgmma.fence", "wgmma.commit_group", "bar.warp.sync", "barrier.cluster.arrive",
@@ -47,7 +49,7 @@ def step(instruction: Instruction) -> Step:
         return lambda group: group.copies.append([])
     if name.startswith(WITHOUT_EFFECT):
         return lambda group: None
-    if name.startswith("barrier.cluster.wait"):  # by whole programs: the machine stops there
+    if name.startswith(MEETING):  # by a part of a program, which is an error
         return lambda group: group.barrier()
     if base in ("bar", "barrier"):
         if operands[1:]:

@@ -225,8 +225,8 @@ struct Matrix {
 #ifdef __CUDACC_RTC__
   unsigned at;  // bytes from the beginning of shared memory, known when compiled
 
-  // Where (i, j) is in a matrix that begins there; `further` is known when compiled. The address
-  // is what all matrices share, so that one register serves them.
+  // The address of (i, j) in a matrix that begins where shared memory does: one register serves all
+  // matrices, whose own `at` is part of the instruction.
   static DEVICE unsigned begin(unsigned i, unsigned j) {
     return anew(static_cast<unsigned>(__cvta_generic_to_shared(shared_memory)) + 2 * place(i, j));
   }
