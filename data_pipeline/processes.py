@@ -8,9 +8,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
+from types import FrameType
 from typing import Any, TypeVar
 
 from data_pipeline.errors import DataError
@@ -39,27 +42,54 @@ def _call(job: Any) -> Any:
     return _work(job)
 
 
+class _Signals:
+    """In a `with`, SIGINT and SIGTERM wait until `deliver`, which the handlers of before then get.
+
+    A handler that raises does so between any two steps of Python. In a pool's own code it would
+    leave a lock taken for ever, and the pool's thread waiting for it. `wake` is called by a signal.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake, self._came = wake, list[int]()
+        self._usual: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._usual[number] = signal.signal(number, self._remember)
+        return self
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self._came.append(number)
+        self._wake()
+
+    def deliver(self) -> None:
+        if self._came:
+            try:
+                self.__exit__()
+            finally:
+                self.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._usual.items():
+            signal.signal(number, handler)
+        came, self._came = self._came, []
+        for number in came:
+            signal.raise_signal(number)
+
+
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """SIGINT and SIGTERM wait, and processes started here never get SIGINT.
+def _without_ctrl_c() -> Iterator[None]:
+    """Processes started here never get SIGINT.
 
     Ctrl-C goes to the whole terminal, and a process that is still importing would end with a
-    traceback; so would one that its parent was interrupted in starting.
+    traceback.
     """
-    came: list[int] = []
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handlers = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda came_now, _: came.append(came_now))
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
-        if came:
-            signal.raise_signal(came[0])
 
 
 def each(
@@ -69,31 +99,41 @@ def each(
 
     With one worker, in this process and in order. With more, `work` goes once to each process, so
     it and the jobs have to be picklable. What a job raises is raised here, after the processes were
-    stopped; DataError, naming `what`, where a process was killed.
+    stopped; DataError, naming `what`, where a process was killed. What a signal's handler raises is
+    raised here too, as soon as the next job is waited for.
     """
     if workers == 1 or len(jobs) <= 1:
         for number, job in enumerate(jobs):
             yield number, work(job)
         return
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        multiprocessing.get_context("spawn"),
-        _start,
-        (work, os.getpid()),
-    )
-    try:
-        with _uninterrupted():
-            futures = {pool.submit(_call, job): number for number, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
-    except BrokenProcessPool:
-        raise DataError(
-            f"{what}: a worker process was killed (out of memory?); "
-            "run the same command again, finished shards are kept"
-        ) from None
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    done: SimpleQueue[Future[Result] | None] = SimpleQueue()
+    with _Signals(partial(done.put, None)) as signals:
+        pool = ProcessPoolExecutor(
+            min(workers, len(jobs)),
+            multiprocessing.get_context("spawn"),
+            _start,
+            (work, os.getpid()),
+        )
+        futures = {}
+        try:
+            with _without_ctrl_c():
+                for number, job in enumerate(jobs):
+                    future = pool.submit(_call, job)
+                    futures[future] = number
+                    future.add_done_callback(done.put)
+            while futures:
+                finished = done.get()
+                signals.deliver()
+                if finished is not None:
+                    yield futures.pop(finished), finished.result()
+        except BrokenProcessPool:
+            raise DataError(
+                f"{what}: a worker process was killed (out of memory?); "
+                "run the same command again, finished shards are kept"
+            ) from None
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,8 +1,10 @@
 """Commands that work on shards, in one process and in several: the same bytes and words."""
 
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -130,3 +132,41 @@ def test_each_job_once(tmp_path):
 def test_a_job_that_fails_stops_them_all(bad, message):
     with pytest.raises(DataError, match=message):
         list(each(partial(square_or_die, os.getpid()), [1, bad, 2], 2, "folder"))
+
+
+class StoppedError(BaseException):
+    pass
+
+
+def interrupted_after(taken: int, monkeypatch) -> list[int]:
+    """A SIGINT is sent in this thread just when a condition's lock was taken for the n-th time."""
+    real, left = threading.Condition.__enter__, [taken]
+
+    def enter(self):
+        entered = real(self)
+        if threading.get_ident() == threading.main_thread().ident:
+            left[0] -= 1
+            if left[0] == 0:
+                signal.raise_signal(signal.SIGINT)
+        return entered
+
+    monkeypatch.setattr(threading.Condition, "__enter__", enter)
+    return left
+
+
+def interrupt(*_):
+    raise StoppedError
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3, 4, 5, 6, 8, 10, 12])
+def test_an_interrupt_that_comes_while_a_lock_is_taken(monkeypatch, taken):
+    usual = signal.signal(signal.SIGINT, interrupt)
+    try:
+        left = interrupted_after(taken, monkeypatch)
+        with pytest.raises(StoppedError):
+            list(each(partial(square_or_die, os.getpid()), range(6), 2, "x"))
+        assert left[0] <= 0
+        assert signal.getsignal(signal.SIGINT) is interrupt
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert not multiprocessing.active_children()
