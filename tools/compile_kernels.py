@@ -28,7 +28,7 @@ import torch
 from hope.fused.gated_norm import tile
 from hope.fused.loss import BLOCK, WARPS
 from hope.scan import ScanConfig
-from hope.scan.cuda.call import KERNELS, THREADS, Options, compiled_for, shared_bytes
+from hope.scan.cuda.call import HIDDEN, KERNELS, SIZES, Options, compiled_for, shared_bytes
 from hope.scan.cuda.nvrtc import compiled, library
 from hope.scan.triton import EXPANSIONS, HEAD_WIDTHS, SHARED_BYTES, padded
 from tools.figures import table, write_figures
@@ -195,12 +195,16 @@ def cuda_cases(memory_chunk: int) -> Iterator[CudaCase]:
 
     config = ScanConfig(memory_chunk, 64)
     blocks = layouts.block_lengths(config, torch.bfloat16)
-    for memories, block, read, suffix in zip(
-        (4, 1), blocks, ("", config.read), ("", "_mem"), strict=True
-    ):
-        options = compiled_for(config, memories, block, read, has_reset=True, adaptive=False)
-        for kernel in KERNELS:
-            yield CudaCase(f"cuda_{kernel}{suffix}_c{block}_bf16", kernel, options)
+    for width, hidden in SIZES:
+        for memories, block, read, suffix in zip(
+            (4, 1), blocks, ("", config.read), ("", "_mem"), strict=True
+        ):
+            options = compiled_for(
+                config, memories, block, read, True, False, hidden // HIDDEN, width
+            )
+            for kernel in KERNELS:
+                key = f"cuda_{kernel}{suffix}_d{width}_h{hidden}_c{block}_bf16"
+                yield CudaCase(key, kernel, options)
 
 
 @lru_cache(maxsize=2)
@@ -305,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"shared_bytes_{case.key}": report.shared,
         }
         cells = [
-            THREADS // 32 if isinstance(case, CudaCase) else case.options["num_warps"],
+            case.cuda.threads // 32 if isinstance(case, CudaCase) else case.options["num_warps"],
             report.registers,
             spilled,
             report.shared,

@@ -44,7 +44,7 @@ in which much cancels, are the furthest off."""
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 all agree, 1 a fault or too large an error, 2 no Triton or bad input."""
-    names = ["machine", *FUSED, *(case.key for case in SCAN_CASES)]
+    names = ["machine", *FUSED, *dict.fromkeys(case.key for case in (*SCAN_CASES, *CUDA_CASES))]
     parser = argparse.ArgumentParser(
         prog="python -m tools.emulate_kernels", description=(__doc__ or "").partition(": ")[2]
     )

@@ -26,6 +26,15 @@ from tools.kernel_parity import (
     scan_inputs,
 )
 
+PARITY_TOKENS = 520
+"""Of a row: three segments, the last one short."""
+TIMED = (
+    (8, 4096, 64, ("triton", "cuda")),
+    (2, 16_384, 64, ("triton", "cuda")),
+    (8, 2048, 128, ("triton", "cuda")),
+)
+"""Rows, their tokens, the width of heads and of their memories, and the kernels that are timed."""
+
 
 def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
     """Median time of a call on the device, after one to warm up."""
@@ -55,26 +64,26 @@ def as_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 def scans(repetitions: int) -> Figures:
     """Parity of the kernels in CUDA C++, then milliseconds of a scan alone by them and by Triton's,
-    forward and backward, at the 340M size: 32K tokens in rows of 4K and of 16K."""
+    forward and backward, of `TIMED`."""
     figures, rows = cuda_parity()
     print(table(HEADER, rows), flush=True)
     rows = []
-    for batch, tokens in ((8, 4096), (2, 16_384)):
-        x, q, weights = scan_inputs(Shape(batch, 16, tokens, 64, 64), torch.bfloat16)
+    for batch, tokens, width, kinds in TIMED:
+        x, q, weights = scan_inputs(Shape(batch, 16, tokens, width, width), torch.bfloat16)
         frozen = ScanWeights(*(w.detach() for w in weights))
-        for how in ("triton", "cuda"):
+        for how in kinds:
             config = ScanConfig(implementation=how)  # type: ignore[arg-type]
 
             forward = partial(scanned, x.detach(), q.detach(), frozen, config)
             step = partial(scan_step, x, q, weights, config)
             for stage, call in (("forward", forward), ("step", step)):
-                key = f"scan_{how}_{batch}x{tokens}_{stage}"
+                key = f"scan_{how}_d{width}_{batch}x{tokens}_{stage}"
                 found = milliseconds(as_graph(call), repetitions)
                 eager = milliseconds(call, repetitions)
                 figures |= {f"ms_{key}": found, f"eager_ms_{key}": eager}
                 rows.append([key, f"{found:.2f}", f"{eager:.2f}"])
                 print(" ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(table(["scan of 32K tokens", "graph, ms", "eager, ms"], rows), flush=True)
+    print(table(["scan of 16 heads", "graph, ms", "eager, ms"], rows), flush=True)
     return figures
 
 
@@ -89,7 +98,7 @@ def cuda_parity() -> tuple[Figures, list[list[str]]]:
     figures: Figures = {}
     rows = []
     for case in CUDA_CASES:
-        call, leaves = scan_call(case, 2, 4, 1000, "cuda")
+        call, leaves = scan_call(case, 2, 4, PARITY_TOKENS, "cuda")
         for row, found in compared(case.key, call, leaves, (torch.bfloat16,), "cuda"):
             rows.append(row)
             figures |= found
@@ -99,7 +108,7 @@ def cuda_parity() -> tuple[Figures, list[list[str]]]:
 def parity() -> Figures:
     """Largest errors of outputs and gradients, relative to the largest value of each."""
     figures, rows = cuda_parity()
-    calls = [(case.key, *scan_call(case, 2, 4, 1000, "cuda")) for case in SCAN_CASES]
+    calls = [(case.key, *scan_call(case, 2, 4, PARITY_TOKENS, "cuda")) for case in SCAN_CASES]
     for key, call, leaves in [*calls, *fused_calls(Shape(2, 4, 1024, 64, 64))]:
         for row, found in compared(key, call, leaves, (torch.float32, torch.bfloat16)):
             rows.append(row)

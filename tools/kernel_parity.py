@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hope.fused import cross_entropy, gated_rms_norm
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
-from hope.scan.cuda.call import WIDTH
+from hope.scan.cuda.call import SIZES
 from tools.kernel_costs import VOCABULARY, Shape
 
 Figures = dict[str, float]
@@ -59,8 +59,20 @@ SCAN_CASES = (
 )
 
 
-CUDA_CASES = tuple(case for case in SCAN_CASES if case.width == case.hidden == WIDTH)
-"""Those that the kernels in CUDA C++ take, in bfloat16."""
+CUDA_CASES = (
+    *(case for case in SCAN_CASES if (case.width, case.hidden) in SIZES),
+    ScanCase(128, 128, ScanConfig(32, 64, delta_rule="target"), "resets", 5, True, True),
+    ScanCase(
+        64,
+        128,
+        ScanConfig(32, 64, decay_to="zero", read="chunk_start"),
+        "start_zero",
+        6,
+        True,
+        True,
+    ),
+)
+"""Those that the kernels in CUDA C++ take, in bfloat16, and some that only they are tried with."""
 
 
 def scan_inputs(

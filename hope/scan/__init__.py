@@ -18,6 +18,7 @@ from hope.scan.contract import (
     no_autocast,
 )
 from hope.scan.cuda import device as cuda_device
+from hope.scan.cuda.call import SIZES, TRIED
 from hope.scan.native.operators import scan_native, why_not_native
 from hope.scan.reference import scan_reference
 from hope.scan.triton import scan_triton, warn_once, why_not
@@ -76,7 +77,8 @@ def chosen(x: Tensor, hidden: int, config: ScanConfig) -> Implementation:
         return asked
     reason, instead_of = "", ""
     if asked == "cuda" or (asked == "auto" and x.is_cuda):
-        reason, instead_of = cuda_device.why_not(x, hidden, config.memory_chunk), "cuda"
+        sizes = SIZES if asked == "cuda" else TRIED
+        reason, instead_of = cuda_device.why_not(x, hidden, config.memory_chunk, sizes), "cuda"
         if not reason:
             return "cuda"
     if asked == "triton" or (asked == "auto" and x.is_cuda):

@@ -64,9 +64,10 @@ class ScanConfig:
         the rest is recomputed; None keeps one in about 256 tokens.
     implementation: "reference" (a token loop, slow), "chunked" (the closed form in PyTorch),
         "native" (the closed form in C++, on a CPU), "triton" (the closed form in GPU kernels),
-        "cuda" (the same in CUDA C++ with the states on chip, for memories of 64 x 64 in bfloat16),
-        or "auto": native on a CPU where there is a compiler; on a CUDA device cuda for what it
-        takes, triton for what its kernels do; chunked for the rest.
+        "cuda" (the same in CUDA C++ with the states on chip, for memories of 64 x 64,
+        64 x 128 and 128 x 128 in bfloat16), or "auto": native on a CPU where there is a compiler;
+        on a CUDA device cuda for memories of 64 x 64, triton for what its kernels take; chunked
+        for the rest.
 
     Raises ValueError when a value is not allowed.
     """

@@ -211,6 +211,7 @@ class Launcher(Layouts):
         """Fill `out` and `saved`, Delta before every segment but the first (as far as it goes);
         returns Delta after the last, [memories, G, 2, D, H]."""
         now, beside = self.start(state), Beside(self.x.device)
+        saved = self.between(saved)
         first = Segment(self, keep=False)
         pair = (first, Segment(self, keep=False, after=first))
         first.begin(self, now)
@@ -295,6 +296,7 @@ class Launcher(Layouts):
         """Fill dx and dq; d_state becomes the gradient of W before the first token. Returns those
         of M_0 at fixed states [memories, G, 2, D, H], of readout [2, G, D] and of bias [2, G]."""
         beside = Beside(self.x.device)
+        saved = self.between(saved)
         pair = [Segment(self, keep=True) for _ in range(min(2, self.segments))]
         each_dx = self.new(self.projections, self.count, self.length(0), self.width)
         gradients = {
@@ -305,7 +307,7 @@ class Launcher(Layouts):
             "dq": dq,
             "d_out": d_out,
             "scratch": self.scratch(self.projections, self.config.projection_chunk),
-            "scratch_mem": self.scratch(1, self.config.memory_chunk),
+            "scratch_mem": self.scratch(self.shards, self.config.memory_chunk),
         }
         for segment in reversed(range(-1, self.segments)):
             # The next segment's forward pass comes first, so that M_mem's derivative runs beside.
@@ -316,9 +318,10 @@ class Launcher(Layouts):
                 at = pair[(segment + 1) % 2]
                 beside.wait(at.done)
                 self.project_back(segment + 1, at, each_dx, gradients)
-                self.gather(segment + 1, each_dx[:MEM].sum(0), dx)
+                of_x = MEM * self.shards
+                self.gather(segment + 1, each_dx[:of_x].sum(0), dx)
                 if self.adaptive:
-                    self.gather(segment + 1, each_dx[MEM], dq)
+                    self.gather(segment + 1, each_dx[of_x:].sum(0), dq)
         self.first_gradient(d_state, gradients["d_base"])
         return gradients["d_base"], gradients["d_readout"], gradients["d_bias"]
 
@@ -349,6 +352,10 @@ class Launcher(Layouts):
                 C=self.block,
                 OPEN=writer.open,
             )
+
+    def between(self, saved: Tensor) -> Tensor:
+        """The operator's Deltas between segments [S, M, G, 2, d, h], as the kernels have states."""
+        return saved.view(saved.shape[0], self.memories, self.count, 2, self.width, self.hidden)
 
     def gather(self, segment: int, z: Tensor, target: Tensor) -> None:
         """Write a segment's z [G, F, D] into target [rows, heads, T, D]."""

@@ -41,7 +41,9 @@ def block_lengths(config: ScanConfig, dtype: torch.dtype) -> tuple[int, int]:
 class Layouts:
     """The tensors of one call in the kernels' layouts.
 
-    Memories are in the order k, v, eta, alpha (, q), mem; g = row * heads + head.
+    Memories are in the order k, v, eta, alpha (, q), mem; g = row * heads + head. Where a memory's
+    hidden features are split into `shards`, each counts as a memory of `hidden` of them, one behind
+    another.
     """
 
     def __init__(
@@ -49,14 +51,15 @@ class Layouts:
     ) -> None:
         self.config = config
         self.rows, self.heads, self.tokens, self.width = x.shape
-        self.hidden = weights[0].shape[3]
+        self.shards = self.shards_of(weights[0].shape[3])
+        self.hidden = weights[0].shape[3] // self.shards
         self.dtype = compute_dtype(x)
         self.x, self.q = x.contiguous(), q.contiguous()
         w1, w2, w_eta, b_eta, w_alpha, b_alpha = (w.to(self.dtype) for w in weights)
-        self.memories = w1.shape[0]
-        self.adaptive = self.memories > MEM + 1
-        self.projections = self.memories - 1
-        self.fresh = self.mem_last(_pack(w1, w2))
+        self.adaptive = w1.shape[0] > MEM + 1
+        self.memories = w1.shape[0] * self.shards
+        self.projections = self.memories - self.shards
+        self.fresh = self.packed(w1, w2)
         self.readout = torch.stack([w_eta, w_alpha])
         self.bias = torch.stack([b_eta, b_alpha])
         self.count = self.rows * self.heads
@@ -71,6 +74,10 @@ class Layouts:
         self.segments = -(-self.chunks // config.segment_chunks)
         self.flags = kernel_flags(config, x.dtype)
         self.base = self.fresh.to(torch.bfloat16 if self.flags["DOT"] == "bf16" else self.dtype)
+
+    def shards_of(self, hidden: int) -> int:
+        """Into how many a memory of that hidden width is split."""
+        return 1
 
     def new(self, *shape: int) -> Tensor:
         """Uninitialised memory of the compute dtype."""
@@ -113,7 +120,7 @@ class Layouts:
         fresh = base.new_zeros(1) if initial else base
         packed = fresh.expand(shape)
         if state is not None:
-            packed = self.mem_last(_pack(*state))
+            packed = self.packed(*state)
             packed = packed - base if initial else packed
             if self.has_reset:
                 packed = torch.where(self.first_reset(), fresh, packed)
@@ -142,21 +149,28 @@ class Layouts:
         """The gradient of the final state, zero where there is none, in memory of its own."""
         if d_final1 is None and d_final2 is None:
             return self.states(self.memories).zero_()
-        memories, shape = self.memories, (self.rows, self.heads, self.width, self.hidden)
+        hidden, memories = self.hidden * self.shards, self.memories // self.shards
+        shape = (self.rows, self.heads, self.width, hidden)
         if d_final1 is None:
             d_final1 = self.new(memories, *shape).zero_()
         if d_final2 is None:
             d_final2 = self.new(memories, *shape).zero_().mT
-        packed = self.mem_last(_pack(d_final1, d_final2))
-        return packed.reshape(memories, self.count, 2, self.width, self.hidden)
+        packed = self.packed(d_final1, d_final2)
+        return packed.reshape(self.memories, self.count, 2, self.width, self.hidden)
+
+    def packed(self, w1: Tensor, w2: Tensor) -> Tensor:
+        """w1 [M, ..., d, h] and w2 [M, ..., h, d], in the contract's order, as [memories, ..., 2,
+        D, H]."""
+        z = self.mem_last(torch.stack([w1, w2.mT], -3))
+        if self.shards > 1:
+            z = z.unflatten(-1, (self.shards, self.hidden)).movedim(-2, 1).flatten(0, 1)
+        return z.contiguous()
 
     def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
         """[memories, G, 2, D, H] as w1 [M, B, N, d, h] and w2."""
         shape = (self.memories, self.rows, self.heads, 2, self.width, self.hidden)
-        packed = self.mem_last(packed.view(shape))
+        packed = packed.view(shape)
+        if self.shards > 1:
+            packed = packed.unflatten(0, (-1, self.shards)).movedim(1, -2).flatten(-2)
+        packed = self.mem_last(packed)
         return packed[:, :, :, 0].contiguous(), packed[:, :, :, 1].mT.contiguous()
-
-
-def _pack(w1: Tensor, w2: Tensor) -> Tensor:
-    """[..., d, h] and [..., h, d] as [..., 2, d, h]."""
-    return torch.stack([w1, w2.mT], -3).contiguous()

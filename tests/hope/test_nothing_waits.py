@@ -86,7 +86,7 @@ OPERATORS = {
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
-@pytest.mark.parametrize("adaptive_query", [False, True])
+@pytest.mark.parametrize("adaptive_query", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("implementation", OPERATORS)
 def test_a_step(

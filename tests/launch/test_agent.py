@@ -156,7 +156,10 @@ def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "log").exists()
 
 
-def test_checks_come_first_then_the_training(raw_config: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def launched(
+    raw_config: dict[str, Any], tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
     """launch/torchrun.sh with nothing replaced, two ranks."""
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(raw_config))
@@ -166,12 +169,20 @@ def test_checks_come_first_then_the_training(raw_config: dict[str, Any], tmp_pat
         environment = {**os.environ, "PYTHON": sys.executable}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
-    refused = start("data.validation=/nowhere")
+    return start
+
+
+@pytest.mark.slow
+def test_what_the_checks_refuse_is_not_started(launched, tmp_path: Path) -> None:
+    refused = launched("data.validation=/nowhere")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: node 0 (")
     assert refused.stderr.count("\n") == 1
     assert not list((tmp_path / "run").iterdir())
-    trained = start()
+
+
+def test_checks_come_first_then_the_training(launched, tmp_path: Path) -> None:
+    trained = launched()
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.startswith("pre-flight, 1 node, 2 ranks: python")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")

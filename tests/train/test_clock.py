@@ -26,7 +26,9 @@ def test_a_level_fires_when_the_number_of_whole_periods_grows(seed: int) -> None
             assert left == 0 if period == 0 else (tokens + left) % period == 0 and left > 0
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_ten_to_the_twelve_tokens(seed: int) -> None:
     """Batches grow and change at random; no firing is lost, doubled or late, to the last token."""
     rng = random.Random(seed)

@@ -106,7 +106,9 @@ def test_levels_go_on_by_one_clock_and_the_matrix_is_there(continual) -> None:
     assert all(row["predicted_tokens"] == 512 for row in matrix)  # evaluation.max_tokens
 
 
-@pytest.mark.parametrize("stops", [(4, 11), (9,), (8, 10)])
+@pytest.mark.parametrize(
+    "stops", [(4, 11), *(pytest.param(stops, marks=pytest.mark.slow) for stops in ((9,), (8, 10)))]
+)
 def test_it_resumes_to_the_bit(continual, tmp_path: Path, stops: tuple[int, ...]) -> None:
     straight = continual()
     assert train(straight, resume=False) == 0

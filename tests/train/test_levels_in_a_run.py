@@ -24,7 +24,7 @@ def rows_of(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-@pytest.mark.parametrize("slowest", [4097, 4096])
+@pytest.mark.parametrize("slowest", [4097, pytest.param(4096, marks=pytest.mark.slow)])
 def test_four_levels_until_the_slowest_has_fired_five_times(make_config, slowest: int) -> None:
     """Periods that do not divide the batch; each firing where the clock's definition puts it."""
     periods = {"a": "step", "b": 300, "c": 1100, "d": slowest}

@@ -177,7 +177,10 @@ def test_matrices_are_what_maps_vectors_to_vectors() -> None:
     assert chosen == {f"mixer.{name}" for name in mixer} | levels
 
 
-@pytest.mark.parametrize("name", ["muon", "m3", "sgd", "adamw"])
+@pytest.mark.parametrize(
+    "name",
+    ["muon", "m3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "adamw"))],
+)
 def test_a_run_learns_and_resumes_to_the_bit_with_each(
     make_config, tmp_path: Any, name: Any
 ) -> None:

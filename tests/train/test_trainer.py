@@ -64,7 +64,13 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, STREAM, {"model.mixer": "attention"}, {"model.titans.writes": False}, NESTED],
+    [
+        {},
+        STREAM,
+        pytest.param({"model.mixer": "attention"}, marks=pytest.mark.slow),
+        pytest.param({"model.titans.writes": False}, marks=pytest.mark.slow),
+        NESTED,
+    ],
 )
 def test_a_stopped_run_resumes_to_the_bit(make_config, tmp_path: Path, changes: dict) -> None:
     """Stopped twice, both times inside the periods of both slow levels."""
@@ -188,7 +194,10 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
         pytest.param(["model.mixer=attention"], marks=pytest.mark.slow),
         pytest.param(["training.state_carry=stream", "data.order=stream"], marks=pytest.mark.slow),
         pytest.param(["model.titans.writes=false"], marks=pytest.mark.slow),
-        ["model.cms.mode=nested", "model.cms.levels.2.update_every_tokens=1536"],
+        pytest.param(
+            ["model.cms.mode=nested", "model.cms.levels.2.update_every_tokens=1536"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["hope", "attention", "stream", "writes_off", "nested"],
 )

@@ -11,7 +11,7 @@
 
 #ifdef __CUDACC_RTC__
 #define DEVICE __device__ __forceinline__
-extern __shared__ __align__(128) char shared_memory[];
+extern __shared__ __align__(256) char shared_memory[];
 #else
 #include <cmath>
 #include <cstdint>
@@ -22,8 +22,8 @@ extern __shared__ __align__(128) char shared_memory[];
 
 namespace hope {
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
-constexpr int WIDTH = 64;  // of a head and of its memories' hidden layer
+// Given when compiled: WIDTH of a head (64 or 128).
+constexpr int WARPS = WIDTH / 8, THREADS = 32 * WARPS;
 
 // `real` accumulates, `half` is what products take and what states are kept in beside it.
 #ifdef __CUDACC_RTC__
@@ -213,14 +213,15 @@ DEVICE void range(int count, F f) {
 
 // ---- matrices in shared memory ----------------------------------------------------------------
 
-// [rows][COLUMNS] of operands. Eight rows' 16 bytes lie in different banks: 64 columns by turning
-// the order of their eights with the row, fewer by a gap behind every row.
+// [rows][COLUMNS] of operands. Eight rows' 16 bytes lie in different banks: 64 or 128 columns by
+// turning the order of their eights with the row, fewer by a gap behind every row.
 template <int COLUMNS>
 struct Matrix {
-  static constexpr int STRIDE = COLUMNS == 64 ? 64 : COLUMNS + 8;
+  static constexpr bool TURNS = COLUMNS >= 64;
+  static constexpr int STRIDE = TURNS ? COLUMNS : COLUMNS + 8;
   static constexpr int size(int rows) { return rows * STRIDE; }
   static DEVICE unsigned place(unsigned i, unsigned j) {
-    return COLUMNS == 64 ? i * 64 + ((j / 8 ^ i % 8) * 8 + j % 8) : i * STRIDE + j;
+    return i * STRIDE + (TURNS ? (j / 8 ^ i % 8) * 8 + j % 8 : j);
   }
 #ifdef __CUDACC_RTC__
   unsigned at;  // bytes from the beginning of shared memory, known when compiled
@@ -233,7 +234,7 @@ struct Matrix {
   // Of row i + down and column j + across from `begin` of (i, j), for multiples of 8 that have no
   // bit in common with j.
   DEVICE unsigned address(unsigned begin, int down, int across) const {
-    return (COLUMNS == 64 ? begin ^ 2 * across : begin + 2 * across) + (2 * down * STRIDE + at);
+    return (TURNS ? begin ^ 2 * across : begin + 2 * across) + (2 * down * STRIDE + at);
   }
 #else
   half* at;

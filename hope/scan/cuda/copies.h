@@ -83,27 +83,28 @@ DEVICE void add(real* to, const Fragment<M, N>& x) {
 #endif
 }
 
-// Copy operands [ROWS, 64] that lie row after row to shared memory, or back. `fetch` is under way
-// until `fetched()`, and a barrier behind that.
+// Copy operands [ROWS, COLUMNS] that lie row after row to shared memory, or back. `fetch` is under
+// way until `fetched()`, and a barrier behind that.
 #ifdef __CUDACC_RTC__
 // f(number of 16 bytes in global memory, their address in shared memory).
-template <int ROWS, class F>
-DEVICE void sixteens(Matrix<64> x, F f) {
-  const unsigned n = threadIdx.x, begin = x.begin(n / 8, n % 8 * 8);
+template <int ROWS, int COLUMNS, class F>
+DEVICE void sixteens(Matrix<COLUMNS> x, F f) {
+  constexpr int ROW = COLUMNS / 8, ALL = ROWS * ROW;
+  const unsigned n = threadIdx.x, begin = x.begin(n / ROW, n % ROW * 8);
 #pragma unroll
-  for (int more = 0; more < ROWS * 8; more += THREADS)
-    if (ROWS * 8 % THREADS == 0 || n + more < ROWS * 8) f(n + more, x.address(begin, more / 8, 0));
+  for (int more = 0; more < ALL; more += THREADS)
+    if (ALL % THREADS == 0 || n + more < ALL) f(n + more, x.address(begin, more / ROW, 0));
 }
 #endif
-template <int ROWS>
-DEVICE void fetch(const half* from, Matrix<64> to) {
+template <int ROWS, int COLUMNS>
+DEVICE void fetch(const half* from, Matrix<COLUMNS> to) {
 #ifdef __CUDACC_RTC__
   sixteens<ROWS>(to, [&](unsigned n, unsigned target) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(from + n * 8)
                  : "memory");
   });
 #else
-  for (int n = 0; n < ROWS * 64; n++) to.at[to.place(n / 64, n % 64)] = from[n];
+  for (int n = 0; n < ROWS * COLUMNS; n++) to.at[to.place(n / COLUMNS, n % COLUMNS)] = from[n];
 #endif
 }
 // The same of M numbers.
@@ -124,8 +125,8 @@ DEVICE void fetched() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
 }
-template <int ROWS>
-DEVICE void keep(Matrix<64> from, half* to) {
+template <int ROWS, int COLUMNS>
+DEVICE void keep(Matrix<COLUMNS> from, half* to) {
 #ifdef __CUDACC_RTC__
   sixteens<ROWS>(from, [&](unsigned n, unsigned source) {
     int4 x;
@@ -136,7 +137,7 @@ DEVICE void keep(Matrix<64> from, half* to) {
     reinterpret_cast<int4*>(to)[n] = x;
   });
 #else
-  for (int n = 0; n < ROWS * 64; n++) to[n] = from.at[from.place(n / 64, n % 64)];
+  for (int n = 0; n < ROWS * COLUMNS; n++) to[n] = from.at[from.place(n / COLUMNS, n % COLUMNS)];
 #endif
 }
 

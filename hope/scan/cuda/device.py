@@ -9,35 +9,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.scan.cuda.call import THREADS, WIDTH, Options, arguments, shared_bytes
+from hope.scan.cuda.call import HIDDEN, SIZES, Options, arguments, shared_bytes
 from hope.scan.cuda.nvrtc import compiled, library
+from hope.scan.triton import HEAD_WIDTHS, padded
 from hope.triton import why_no_kernels
 
-_MOST_SHARED, _CARVEOUT = 8, 9  # of CUfunction_attribute
+_MOST_SHARED, _CARVEOUT, _LARGE_CLUSTERS = 8, 9, 14  # of CUfunction_attribute
+_PORTABLE_CLUSTER = 8
+Sizes = tuple[tuple[int, int], ...]
 
 
-def why_not(x: Tensor, hidden: int, memory_chunk: int) -> str:
+def why_not(x: Tensor, hidden: int, memory_chunk: int, sizes: Sizes = SIZES) -> str:
     """Why the kernels can't take a call on activations x [B, N, T, d] and memories of that hidden
-    width, as a clause; empty if they can."""
+    width, as a clause; empty if they can. sizes: memories that they may take."""
     if not x.is_cuda:
         return "x is on the CPU"
     if reason := why_no_kernels(x):
         return reason
     if x.dtype != torch.bfloat16:
         return f"activations are {str(x.dtype).removeprefix('torch.')}, not bfloat16"
-    if (x.shape[3], hidden) != (WIDTH, WIDTH):
-        return f"memories are {x.shape[3]} x {hidden}, not {WIDTH} x {WIDTH}"
+    width = x.shape[3]
+    if width not in HEAD_WIDTHS or (padded(width), padded(hidden)) not in sizes:
+        taken = ", ".join(f"{one} x {other}" for one, other in sizes)
+        return f"memories are {width} x {hidden}, not of {taken}"
     if memory_chunk % 16:
         return f"memory_chunk is {memory_chunk}, not a multiple of 16"
-    return _why_not_on(x.device.index)
+    return _why_not_on(x.device.index, padded(width), padded(hidden) // HIDDEN)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _why_not_on(device: int | None) -> str:
-    """The same of a device."""
+def _why_not_on(device: int | None, width: int, shards: int) -> str:
+    """The same of a device, for heads of that width and memories of so many shards."""
     properties = torch.cuda.get_device_properties(device)
     needed = max(
-        shared_bytes(kernel, Options(1, 32, 0, read, True, False, False))
+        shared_bytes(kernel, Options(1, 32, 0, read, True, False, False, shards, width))
         for kernel in ("write_forward", "write_backward")
         for read in (0, 1)
     )
@@ -77,7 +82,10 @@ def _kernel(device: int, options: Options, name: str) -> ctypes.c_void_p:
     function = ctypes.c_void_p()
     module = _module(device, options)
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()))
-    for attribute, value in ((_MOST_SHARED, shared_bytes(name, options)), (_CARVEOUT, 100)):
+    attributes = [(_MOST_SHARED, shared_bytes(name, options)), (_CARVEOUT, 100)]
+    if options.cluster > _PORTABLE_CLUSTER:
+        attributes.append((_LARGE_CLUSTERS, 1))
+    for attribute, value in attributes:
         _check(_driver().cuFuncSetAttribute(function, attribute, value))
     return function
 
@@ -93,6 +101,6 @@ def launch(name: str, options: Options, grid: tuple[int, int], given: dict[str, 
     shared = shared_bytes(name, options)
     _check(
         _driver().cuLaunchKernel(
-            function, *grid, 1, THREADS, 1, 1, shared, stream, parameters, None
+            function, *grid, 1, options.threads, 1, 1, shared, stream, parameters, None
         )
     )

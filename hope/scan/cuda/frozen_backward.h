@@ -7,10 +7,11 @@ namespace hope {
 
 // From the gradients of the frozen terms into k and v (dk, dv, d_log of the block), and what the
 // chunk-start W gets of them, as operands of `add_frozen`.
-DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& block, int m,
-                           const Inputs& given, Passed& b) {
-  // Where the memory's own part of what goes back begins, and the block in it.
-  const long long here = ((long long)(call.offset + m) * call.count) * call.length + block.here;
+DEVICE void through_frozen(const Call& call, const Gradients& s, Team& team, const Block& block,
+                           int program, const Inputs& given, Passed& b) {
+  // Where the program's own part of what goes back begins, and the block in it.
+  const long long here =
+      ((long long)(call.offset + program) * call.count) * call.length + block.here;
   put<C>(s.value_again, given.value);
   in_order();
   auto z_k = product<C, H, D>(s.key, s.frozen2);
@@ -21,14 +22,14 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
   range(C, [&](int i) {
     const real along = row<C>(s.room, i), floor = s.length[i] * s.length[i] + STEP_FLOOR;
     const real share = inverted(floor);
-    s.rows[i] = DELTA1 ? -along * s.length[i] * share : -along;
+    s.rows[i] = !team.counts() ? real(0) : DELTA1 ? -along * s.length[i] * share : -along;
     s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) * share * share : real(0);
   });
   Rows<C> along = {};
   each<C, H>(
       [&](int i, int, int e) { along.add(i, e, b.de[e] * gelu(z_k[e]).value * s.inverse[i]); });
   store_rows(along, s.room2);
-  Tokens back;
+  Tokens back, added;
   if (AIMED) {
     barrier();
     auto unit = get<C>(s.key);
@@ -45,8 +46,23 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
     each<C, D>(
         [&](int i, int, int e) { back[e] = -(b.r[e] - unit[e] * sums.at(i, e)) * s.shorter[i]; });
   } else {
-    add_product<H>(b.r, s.x_slope, turned(s.frozen1));
+    if (SHARDS == 1) {
+      add_product<H>(b.r, s.x_slope, turned(s.frozen1));
+    } else {
+      added = product<C, D, H>(s.x_slope, turned(s.frozen1));
+      team.send(Team::FIRST, added);
+    }
     back = b.r;
+  }
+  if (SHARDS > 1) {
+    barrier();
+    range(DELTA1 ? C : 0, [&](int i) { team.send(Team::ROW, i, row<C>(s.room2, i)); });
+    team.meet();
+    if (!AIMED) {
+      team.receive(Team::FIRST, added);
+      each<C, D>([&](int, int, int e) { b.r[e] += added[e]; });
+      back = b.r;
+    }
   }
   put<C>(s.back, back);
   barrier();
@@ -62,8 +78,10 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
   in_order();
   Fragment<C, H> pulled = {};
   if (WRITES2) pulled = product<C, H, D>(s.r, s.frozen1);
-  const auto sums = per_row<C>(
-      [&](int i) { return s.inverse[i] > real(0.999) / NORM_EPS ? real(0) : row<C>(s.room2, i); });
+  const auto sums = per_row<C>([&](int i) {
+    if (s.inverse[i] > real(0.999) / NORM_EPS) return real(0);
+    return row<C>(s.room2, i) + (SHARDS > 1 && DELTA1 ? team.received(Team::ROW, i) : real(0));
+  });
   each<C, H>([&](int i, int, int e) {
     const Gelu key = gelu(z_k[e]);
     real da = b.de[e];
@@ -87,10 +105,12 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, const Block& bl
   store_rows(b.p, s.room2);
   add_product<H>(b.d_key, s.dz_k, turned(s.frozen2));
   auto d_value = product<C, D, H>(s.dz_v, turned(s.frozen2));
-  each<C, D>([&](int, int, int e) {
-    b.d_key[e] += b.r[e];
-    d_value[e] += AIMED ? back[e] : -b.r[e];
-  });
+  if (team.counts()) {
+    each<C, D>([&](int, int, int e) {
+      b.d_key[e] += b.r[e];
+      d_value[e] += AIMED ? back[e] : -b.r[e];
+    });
+  }
   write<C, D>(call.dk + here * D, b.d_key);
   write<C, D>(call.dv + here * D, d_value);
   barrier();
@@ -111,21 +131,24 @@ DEVICE void add_frozen(const Gradients& s, Sent& sent) {
 }
 
 // Those operands of a block out of the way, and back.
+constexpr int STASHED = 2 * C * D + 4 * C * H;
 DEVICE void stash(const Gradients& s, half* to) {
   keep<C>(s.r, to);
-  keep<C>(s.x_slope, to + C * WIDTH);
-  keep<C>(s.back, to + 2 * C * WIDTH);
-  keep<C>(s.gap, to + 3 * C * WIDTH);
-  keep<C>(s.dz_k, to + 4 * C * WIDTH);
-  keep<C>(s.dz_v, to + 5 * C * WIDTH);
+  keep<C>(s.back, to + C * D);
+  to += 2 * C * D;
+  keep<C>(s.x_slope, to);
+  keep<C>(s.gap, to + C * H);
+  keep<C>(s.dz_k, to + 2 * C * H);
+  keep<C>(s.dz_v, to + 3 * C * H);
 }
 DEVICE void unstash(const Call& call, const Gradients& s, const Block& block, const half* from) {
   fetch<C>(from, s.r);
-  fetch<C>(from + C * WIDTH, s.x_slope);
-  fetch<C>(from + 2 * C * WIDTH, s.back);
-  fetch<C>(from + 3 * C * WIDTH, s.gap);
-  fetch<C>(from + 4 * C * WIDTH, s.dz_k);
-  fetch<C>(from + 5 * C * WIDTH, s.dz_v);
+  fetch<C>(from + C * D, s.back);
+  from += 2 * C * D;
+  fetch<C>(from, s.x_slope);
+  fetch<C>(from + C * H, s.gap);
+  fetch<C>(from + 2 * C * H, s.dz_k);
+  fetch<C>(from + 3 * C * H, s.dz_v);
   put<C>(s.key, read<C, D>(call.k + block.here * D));
   put<C>(s.value_again, read<C, D>(call.v + block.here * D));
   fetched();

@@ -3,7 +3,9 @@ memories that project in one launch, forward and backward.
 
 The memories of a (row, head) need each other's k, v, eta and alpha at every projection chunk: their
 programs are a cluster, which a device runs at the same time, and wait for one another there, so
-that states stay where they are. What memories share of a block, each computes for itself.
+that states stay where they are. A memory of more hidden features than a program has room for is
+split over several, its shards, which wait for one another wherever all of its features are summed
+over. What memories share of a block, each computes for itself.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hope.scan.cuda import device
-from hope.scan.cuda.call import STASHED, compiled_for, record_size
+from hope.scan.cuda.call import HIDDEN, compiled_for, record_size, stash_size, sums_size
 from hope.scan.launch import Launcher
 from hope.scan.segments import Segment, Writer
 
@@ -21,17 +23,21 @@ from hope.scan.segments import Segment, Writer
 class CudaLauncher(Launcher):
     """The launches over the tensors of one call; shapes in hope/scan/cuda/program.h."""
 
+    def shards_of(self, hidden: int) -> int:
+        """Programs of a memory of that hidden width."""
+        return -(-hidden // HIDDEN)
+
     def frame_size(self, block: int) -> int:
         """W2's system."""
         return block * block
 
     def work_size(self, block: int, read: str, keep: bool) -> int:
         """A `Record`."""
-        return record_size(block, read) if keep else 0
+        return record_size(block, read, self.width) if keep else 0
 
     def scratch(self, memories: int, chunk: int) -> Tensor:
         """What the blocks of a chunk send to the W that it starts from, as products take it."""
-        shape = (memories, self.count, chunk, STASHED, self.hidden)
+        shape = (memories, self.count, chunk, stash_size(self.width))
         return self.x.new_empty(shape, dtype=self.base.dtype)
 
     def run(
@@ -72,14 +78,23 @@ class CudaLauncher(Launcher):
             "first_token": self.first_token(segment),
             "eta_max": self.config.eta_max,
             "offset": writer.which.start or 0,
-            "all_memories": self.memories,
+            "all_programs": self.memories,
             **given,
         }
-        memories = writer.state.shape[0]
+        programs = writer.state.shape[0]
+        if self.shards > 1:
+            told["sums"] = self.new(programs, self.count, sums_size(writer.block, self.width))
         options = compiled_for(
-            self.config, memories, writer.block, writer.read, self.has_reset, self.adaptive
+            self.config,
+            programs // self.shards,
+            writer.block,
+            writer.read,
+            self.has_reset,
+            self.adaptive,
+            self.shards,
+            self.width,
         )
-        device.launch(kernel, options, (self.count, memories), told)
+        device.launch(kernel, options, (self.count, programs), told)
 
     def project(self, segment: int, at: Segment, keep: bool) -> None:
         """The projection memories over a segment: fills the buffers and moves their state on."""

@@ -1,18 +1,20 @@
 // What the programs have in common: options, arguments, shared memory, a block's decays.
 //
-// One block of threads is one memory of one (row, head); it walks over blocks of TOKENS tokens with
-// the state's float32 numbers in registers and its operands in shared memory.
+// One block of threads is one shard of one memory of one (row, head), H of its hidden features; it
+// walks over blocks of TOKENS tokens with the state's float32 numbers in registers and its operands
+// in shared memory.
 //
-// Tensors, with g = row * heads + head of `count`, F = `length` tokens of a segment's buffers,
-// which begin at first_token of the sequence: x, source, q, out, d_out [G, T, WIDTH]; k, v, query
-// [G, F, WIDTH]; eta, log_alpha [G, F]; fresh [memories, heads, 2, WIDTH, WIDTH]: M_0 (W1, then W2
-// transposed), base: the same as products take it; state [memories, G, 2, ...]: Delta, moved on in
-// place; frozen [memories, G, opened, 2, ...]: W at the start of memory chunk c in slot c % opened;
-// deltas [memories, G, works, 2, ...]: Delta before every block; work [memories, G, works, Record];
-// systems [G, works, C, C]: W2's (I + T)^-1; readout, d_readout, bias, d_bias of eta and alpha
-// [2, heads or G, WIDTH] and [2, heads or G]; reset: [rows, chunks] bytes. What memories send back
-// has one for each of `all_memories`, of which the launch's begin at `offset`: dk, dv [.., G, F,
-// WIDTH], d_log_eta, d_log_alpha [.., G, F]; dx [memories, G, F, WIDTH].
+// Tensors, with programs the shards of a launch's memories, g = row * heads + head of `count`, F =
+// `length` tokens of a segment's buffers, which begin at first_token of the sequence: x, source, q,
+// out, d_out [G, T, D]; k, v, query [G, F, D]; eta, log_alpha [G, F]; fresh [programs, heads, 2, D,
+// H]: M_0 (W1, then W2 transposed), base: the same as products take it; state [programs, G, 2,
+// ...]: Delta, moved on in place; frozen [programs, G, opened, 2, ...]: W at the start of memory
+// chunk c in slot c % opened; deltas [programs, G, works, 2, ...]: Delta before every block; work
+// [programs, G, works, Record]; systems [G, works, C, C]: W2's (I + T)^-1; readout, d_readout,
+// bias, d_bias of eta and alpha [2, heads or G, D] and [2, heads or G]; reset: [rows, chunks]
+// bytes; sums [programs, G, 2, SUMS]: see `Team`. What programs send back has one for each of
+// `all_programs`, of which the launch's begin at `offset`: dk, dv [.., G, F, D], d_log_eta,
+// d_log_alpha [.., G, F]; dx [programs, G, F, D].
 #pragma once
 #include "copies.h"
 #include "sums.h"
@@ -24,9 +26,9 @@ enum Rule { NORMALISED = 0, INPUT = 1, OFF = 2, TARGET = 3 };
 enum Reading { NONE = 0, CAUSAL = 1, START = 2 };
 enum Memory { KEY = 0, VALUE = 1, ETA = 2, ALPHA = 3, QUERY = 4 };  // of those that project
 
-// Given when compiled: MEMORIES of a cluster, TOKENS (16 or 32), RULE, READ, INITIAL, HAS_RESET,
-// and ADAPTIVE, where queries are the buffers' own numbers.
-constexpr int C = TOKENS, D = WIDTH, H = WIDTH, SIZE = D * H;
+// Given when compiled: MEMORIES of a cluster, SHARDS of each (1 or 2), TOKENS (16 or 32), RULE,
+// READ, INITIAL, HAS_RESET, and ADAPTIVE, where queries are the buffers' own numbers.
+constexpr int C = TOKENS, D = WIDTH, H = 64, SIZE = D * H;
 constexpr bool DELTA1 = RULE == NORMALISED || RULE == TARGET;
 constexpr bool DELTA2 = RULE == NORMALISED || RULE == INPUT;
 constexpr bool AIMED = RULE == TARGET, WRITES2 = !AIMED;
@@ -56,10 +58,11 @@ struct Call {
   real *dk, *dv, *d_log_eta, *d_log_alpha, *dx;
   const real* d_query;
   real *d_base, *d_state, *d_readout, *d_bias;
-  half* stash;  // [memories, G, open, 6, C, WIDTH]
+  half* stash;  // [programs, G, open, STASHED]
+  real* sums;
   long long q_stride;
   int count, heads, q_first, tokens, length, first_token, blocks;
-  int opened, works, open, chunk, chunks, keep, offset, all_memories;
+  int opened, works, open, chunk, chunks, keep, offset, all_programs;
   double eta_max;
 };
 
@@ -98,23 +101,24 @@ struct Shared {
     return {piece};
 #endif
   }
-  DEVICE Matrix<WIDTH> state() { return matrix<WIDTH>(D); }
-  DEVICE Matrix<WIDTH> tokens() { return matrix<WIDTH>(C); }
+  DEVICE Matrix<H> state() { return matrix<H>(D); }
+  DEVICE Matrix<D> tokens() { return matrix<D>(C); }
+  DEVICE Matrix<H> hidden() { return matrix<H>(C); }
   DEVICE Matrix<C> square() { return matrix<C>(C); }
   DEVICE real* row() { return take<real>(C); }
+  DEVICE real* room() { return take<real>(ROOM); }
 };
 
 // A program's own part of a launch's tensors.
 struct Place {
-  int g, m;
   const half* base;
   const real* fresh;
   half *frozen, *deltas;
   real *work, *systems;
 
-  DEVICE Place(const Call& call, int g, int m) : g(g), m(m) {
-    const long long own = (long long)m * call.count + g;
-    const int first = m * call.heads + g % call.heads;
+  DEVICE Place(const Call& call, int g, int program) {
+    const long long own = (long long)program * call.count + g;
+    const int first = program * call.heads + g % call.heads;
     base = call.base + (long long)first * 2 * SIZE;
     fresh = call.fresh + (long long)first * 2 * SIZE;
     frozen = call.frozen + own * call.opened * 2 * SIZE;
@@ -122,6 +126,56 @@ struct Place {
     work = call.work + own * call.works * Record::size;
     systems = call.systems + (long long)g * call.works * C * C;
   }
+};
+
+// The programs of a memory, each with a shard of its hidden features, and sums over all of these:
+// each sends what it has of them, meets the others and receives theirs. All get the same numbers.
+struct Team {
+  static constexpr int SUMS = 3 * C * D + C * C + C;
+  static constexpr int FIRST = 0, SECOND = C * D, THIRD = 2 * C * D, SQUARE = 3 * C * D,
+                       ROW = SQUARE + C * C;  // where something of that size may lie
+  real *own, *other;
+  int shard, round = 0;
+
+  DEVICE Team(const Call& call, int g, int program) : shard(program % SHARDS) {
+    static_assert(SHARDS == 1 || SHARDS == 2);
+    const long long step = (long long)call.count * 2 * SUMS;
+    own = call.sums + program * step + (long long)g * 2 * SUMS;
+    other = own + (shard ? -step : step);
+  }
+  // Of what all shards have alike, one counts.
+  DEVICE bool counts() const { return SHARDS == 1 || shard == 0; }
+
+  template <int M, int N>
+  DEVICE void send(int place, const Fragment<M, N>& x) const {
+    if (SHARDS > 1) write<M, N>(own + round * SUMS + place, x);
+  }
+  DEVICE void send(int place, int i, real x) const {
+    if (SHARDS > 1) own[round * SUMS + place + i] = x;
+  }
+  // Also a barrier of the program's own threads. What is sent next does not touch what is received.
+  DEVICE void meet() {
+    if (SHARDS == 1) return;
+    cluster_barrier();
+    round ^= 1;
+  }
+  template <int M, int N>
+  DEVICE void receive(int place, Fragment<M, N>& x) const {
+    if (SHARDS == 1) return;
+    const auto theirs = read<M, N>(other + (round ^ 1) * SUMS + place);
+    each<M, N>([&](int, int, int e) { x[e] += theirs[e]; });
+  }
+  DEVICE Fragment<C, D> sent(int place) const {
+    return read<C, D>(own + (round ^ 1) * SUMS + place);
+  }
+  // x becomes its sum over the shards.
+  template <int M, int N>
+  DEVICE void add_up(Fragment<M, N>& x) {
+    send(FIRST, x);
+    meet();
+    receive(FIRST, x);
+  }
+  DEVICE real received(int place, int i) const { return other[(round ^ 1) * SUMS + place + i]; }
 };
 
 // A block of tokens: where it lies in the buffers, and how many of it there are.

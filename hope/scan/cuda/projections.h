@@ -7,7 +7,9 @@ namespace hope {
 
 // Shared memory: W, the inputs and what they activate; for the derivative also gradients.
 struct Projection {
-  Matrix<WIDTH> frozen1, frozen2, x, act, dy, dz;
+  Matrix<H> frozen1, frozen2;
+  Matrix<D> x, dy;
+  Matrix<H> act, dz;
   real *room, *room2, *d_logit;
 };
 
@@ -16,7 +18,7 @@ DEVICE bool is_gate(int m) {
 }
 
 // M(x) of a block's inputs, and z = W2 x.
-DEVICE void apply(const Call& call, const Projection& s, int m, const Block& block,
+DEVICE void apply(const Call& call, const Projection& s, Team& team, int m, const Block& block,
                   Fragment<C, D>& y, Fragment<C, H>& z) {
   y = read<C, D>((m == QUERY ? call.source : call.x) + block.token * D, block.valid);
   put<C>(s.x, y);
@@ -24,7 +26,13 @@ DEVICE void apply(const Call& call, const Projection& s, int m, const Block& blo
   z = product<C, H, D>(s.x, s.frozen2);
   put<C>(s.act, [&](int, int, int e) { return gelu(z[e]).value; });
   barrier();
-  add_product<H>(y, s.act, turned(s.frozen1));
+  if (SHARDS == 1) {
+    add_product<H>(y, s.act, turned(s.frozen1));
+  } else {
+    auto added = product<C, D, H>(s.act, turned(s.frozen1));
+    team.add_up(added);
+    each<C, D>([&](int, int, int e) { y[e] += added[e]; });
+  }
 }
 
 // Store <w, y> of every token; `row` has it behind the next barrier.
@@ -36,12 +44,13 @@ DEVICE void read_out(const Call& call, const Projection& s, int g, int m, const 
 }
 
 // Fill the buffers for `blocks` blocks from `local` on.
-DEVICE void project(const Call& call, const Projection& s, int g, int m, int local, int blocks) {
+DEVICE void project(const Call& call, const Projection& s, Team& team, int g, int m, int local,
+                    int blocks) {
   for (int n = 0; n < blocks; n++, local += C) {
     const Block block(call, g, local);
     Fragment<C, D> y;
     Fragment<C, H> z;
-    apply(call, s, m, block, y, z);
+    apply(call, s, team, m, block, y, z);
     if (is_gate(m)) {
       read_out(call, s, g, m, y);
       barrier();
@@ -49,6 +58,7 @@ DEVICE void project(const Call& call, const Projection& s, int g, int m, int loc
       range(C, [&](int i) {
         const real logit = row<C>(s.room, i) + bias;
         const bool there = i < block.valid;
+        if (!team.counts()) return;
         if (m == ETA)
           call.eta[block.here + i] = there ? real(call.eta_max) / (1 + decayed(-logit)) : real(0);
         else
@@ -62,6 +72,7 @@ DEVICE void project(const Call& call, const Projection& s, int g, int m, int loc
       const auto inverse =
           per_row<C>([&](int i) { return inverted(larger(root(row<C>(s.room, i)), NORM_EPS)); });
       each<C, D>([&](int i, int, int e) { y[e] *= inverse.at(i, e); });
+      if (!team.counts()) continue;
       write<C, D>((m == KEY ? call.k : m == VALUE ? call.v : call.query) + block.here * D, y);
     }
   }
@@ -75,7 +86,7 @@ DEVICE void unit_backward(const Call& call, const Projection& s, int m, const Bl
     grad = read<C, D>(call.d_query + block.here * D, block.valid);
   } else {
     const real* sent = (m == KEY ? call.dk : call.dv) + block.here * D;
-    for (int n = 0; n < call.all_memories; n++) {
+    for (int n = 0; n < call.all_programs; n++) {
       const auto own = read<C, D>(sent + (long long)n * call.count * call.length * D);
       each<C, D>([&](int, int, int e) { grad[e] += own[e]; });
     }
@@ -99,8 +110,8 @@ DEVICE void unit_backward(const Call& call, const Projection& s, int m, const Bl
 }
 
 // The same from what all memories send to a gate; adds the readout's gradient.
-DEVICE void gate_backward(const Call& call, const Projection& s, int g, int m, const Block& block,
-                          Fragment<C, D>& y) {
+DEVICE void gate_backward(const Call& call, const Projection& s, const Team& team, int g, int m,
+                          const Block& block, Fragment<C, D>& y) {
   const int gate = m - ETA, own = gate * call.count + g;
   read_out(call, s, g, m, y);
   barrier();
@@ -108,7 +119,7 @@ DEVICE void gate_backward(const Call& call, const Projection& s, int g, int m, c
     const real logit = row<C>(s.room, i) + call.bias[gate * call.heads + g % call.heads];
     const real* sent = (m == ETA ? call.d_log_eta : call.d_log_alpha) + block.here + i;
     real sum = 0;
-    for (int n = 0; n < call.all_memories; n++)
+    for (int n = 0; n < call.all_programs; n++)
       sum += sent[(long long)n * call.count * call.length];
     s.d_logit[i] = i < block.valid ? sum / (1 + decayed(logit)) : real(0);
   });
@@ -117,7 +128,7 @@ DEVICE void gate_backward(const Call& call, const Projection& s, int g, int m, c
   const real* weight = call.readout + (gate * call.heads + g % call.heads) * D;
   each<C, D>([&](int i, int j, int e) { y[e] = s.d_logit[i] * weight[j]; });
   barrier();
-  range(D, [&](int j) {
+  range(team.counts() ? D : 0, [&](int j) {
     call.d_readout[own * D + j] += column<C, D>(s.room, j);
     if (j > 0) return;
     real sum = 0;
@@ -127,16 +138,17 @@ DEVICE void gate_backward(const Call& call, const Projection& s, int g, int m, c
 }
 
 // Derivative of `project`: adds to the gradients of W, writes dx.
-DEVICE void project_backward(const Call& call, const Projection& s, int g, int m, int local,
-                             int blocks, Fragment<D, H>& d_w1, Fragment<D, H>& d_w2) {
-  real* dx = call.dx + (long long)m * call.count * call.length * D;
+DEVICE void project_backward(const Call& call, const Projection& s, Team& team, int g, int program,
+                             int local, int blocks, Fragment<D, H>& d_w1, Fragment<D, H>& d_w2) {
+  const int m = program / SHARDS;
+  real* dx = call.dx + (long long)program * call.count * call.length * D;
   for (int n = 0; n < blocks; n++, local += C) {
     const Block block(call, g, local);
     Fragment<C, D> y;
     Fragment<C, H> z;
-    apply(call, s, m, block, y, z);
+    apply(call, s, team, m, block, y, z);
     if (is_gate(m))
-      gate_backward(call, s, g, m, block, y);
+      gate_backward(call, s, team, g, m, block, y);
     else
       unit_backward(call, s, m, block, y);
     put<C>(s.dy, y);
@@ -144,6 +156,7 @@ DEVICE void project_backward(const Call& call, const Projection& s, int g, int m
     const auto d_act = product<C, H, D>(s.dy, s.frozen1);
     put<C>(s.dz, [&](int, int, int e) { return d_act[e] * gelu(z[e]).slope; });
     barrier();
+    if (!team.counts()) y = {};
     add_product<H>(y, s.dz, turned(s.frozen2));
     write<C, D>(dx + block.here * D, y);
     add_product<C>(d_w1, turned(s.dy), s.act);

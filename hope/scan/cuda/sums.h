@@ -22,6 +22,7 @@ struct Rows {
 template <int M>
 constexpr int PARTS = WARPS * 16 / M;
 static_assert(PARTS<16> % 4 == 0 && PARTS<32> % 4 == 0);
+constexpr int ROOM = 16 * WARPS;  // of any number of rows, and of `store_columns`
 
 // Store what all threads have of each row; `row` adds it up behind the next barrier.
 template <int M>

@@ -7,34 +7,37 @@ namespace hope {
 
 // Shared memory of `write_forward`. What is written late has the place of what is read early.
 struct Buffers {
-  Matrix<WIDTH> frozen1, frozen2, base1, base2, delta1, delta2;
-  Matrix<WIDTH> key, value, act, gap, r, query, act_q, u1, u2;
-  Split<WIDTH> side1, side2;  // right-hand sides
+  Matrix<H> frozen1, frozen2, base1, base2, delta1, delta2;
+  Matrix<D> key, value, r, query, u1;
+  Matrix<H> act, gap, act_q, u2;
+  Split<D> side1;  // right-hand sides
+  Split<H> side2;
   Split<C> system1, system2;
   Matrix<C> across1, across2;
   Decays decays;
-  real *length, *inverse, *reach, *shorter, *room;
+  real *length, *inverse, *reach, *shorter, *room, *squares;
   real *strict1, *strict2, *room1, *room2;  // of both systems
 
   DEVICE explicit Buffers(Shared& shared) : decays(shared) {
     frozen1 = shared.state(), frozen2 = shared.state();
     delta1 = shared.state(), delta2 = shared.state();
     if (INITIAL) base1 = shared.state(), base2 = shared.state();
-    key = shared.tokens(), value = shared.tokens(), act = shared.tokens(), gap = shared.tokens();
-    r = value, u1 = gap;
-    u2 = shared.tokens();
-    side1 = {shared.tokens(), shared.tokens()}, side2 = {shared.tokens(), shared.tokens()};
+    key = shared.tokens(), value = shared.tokens(), act = shared.hidden(), u1 = shared.tokens();
+    r = value, gap = {u1.at};
+    u2 = shared.hidden();
+    side1 = {shared.tokens(), shared.tokens()}, side2 = {shared.hidden(), shared.hidden()};
     system1 = {shared.square(), shared.square()}, system2 = {shared.square(), shared.square()};
-    if (READ != NONE) query = shared.tokens(), act_q = shared.tokens();
+    if (READ != NONE) query = shared.tokens(), act_q = shared.hidden();
     if (READ == CAUSAL) across1 = shared.square(), across2 = shared.square();
     length = shared.row(), inverse = shared.row(), reach = shared.row(), shorter = shared.row();
-    room = shared.take<real>(256);
+    room = shared.take<real>(2 * ROOM);
+    if (SHARDS > 1) squares = shared.row();
     strict1 = shared.take<real>(Triangle<C>::size), strict2 = shared.take<real>(Triangle<C>::size);
     room1 = shared.take<real>(Triangle<C>::room), room2 = shared.take<real>(Triangle<C>::room);
   }
 
   DEVICE Projection projection() const {
-    return {frozen1, frozen2, key, act, gap, value, room, room + 128, shorter};
+    return {frozen1, frozen2, key, value, act, gap, room, room + ROOM, shorter};
   }
 };
 
@@ -58,24 +61,50 @@ DEVICE void activate(const Buffers& s, Fragment<C, H>& slope) {
   s.decays.fill();
 }
 
+// Sums over a memory's hidden features: r, what U1 starts from, the keys' gram matrix and squares.
+DEVICE void add_up(const Buffers& s, Team& team, Fragment<C, D>& r, Fragment<C, D>& u1,
+                   Fragment<C, C>& gram) {
+  team.send(Team::FIRST, r);
+  if (DELTA1) {
+    team.send(Team::SECOND, u1);
+    team.send(Team::SQUARE, gram);
+    range(C, [&](int i) { team.send(Team::ROW, i, row<C>(s.room, i)); });
+  }
+  team.meet();
+  team.receive(Team::FIRST, r);
+  if (DELTA1) {
+    team.receive(Team::SECOND, u1);
+    team.receive(Team::SQUARE, gram);
+    range(C, [&](int i) { s.squares[i] = row<C>(s.room, i) + team.received(Team::ROW, i); });
+    barrier();
+  }
+}
+
 // U1, U2 of a block whose keys, values and Delta are there; both also in shared memory. The systems
 // are inverted by a warp each while the others make what they are applied to.
-DEVICE void solve(const Call& call, const Buffers& s, const Inputs& given, const Record& record,
-                  real* shares, Fragment<C, D>& u1, Fragment<C, H>& u2) {
+DEVICE void solve(const Call& call, const Buffers& s, Team& team, const Inputs& given,
+                  const Record& record, real* shares, Fragment<C, D>& u1, Fragment<C, H>& u2) {
   const auto &key = given.key, &value = given.value;
   Fragment<C, H> slope;
   activate(s, slope);
   barrier();
-  const auto length = [&](int i) { return root(row<C>(s.room, i)); };
+  const auto length = [&](int i) { return root(SHARDS > 1 ? s.squares[i] : row<C>(s.room, i)); };
   const auto inverse = [&](int i) { return inverted(larger(length(i), NORM_EPS)); };
   auto r = product<C, D, H>(s.gap, turned(s.frozen1));
   if (DELTA1) {
     u1 = product<C, D, H>(s.act, turned(s.delta1));
     each<C, D>([&](int i, int, int e) { u1[e] *= s.decays.prev[i]; });
     if (INITIAL) add_product<H>(u1, s.act, turned(s.base1));
+  }
+  Fragment<C, C> gram = {};
+  if (SHARDS > 1) {
+    if (DELTA1) gram = product<C, C, H>(s.act, turned(s.act));
+    add_up(s, team, r, u1, gram);
+  }
+  if (DELTA1) {
     const auto inverses = per_row<C>(inverse);
     each<C, D>([&](int i, int, int e) { u1[e] *= inverses.at(i, e); });
-    const auto gram = product<C, C, H>(s.act, turned(s.act));
+    if (SHARDS == 1) gram = product<C, C, H>(s.act, turned(s.act));
     each<C, C>([&](int i, int j, int e) {
       const real scale = s.decays.ratio(i, j) * s.decays.eta[i];
       s.strict1[i * Triangle<C>::ROW + j] = gram[e] * scale * inverses.at(i, e) * inverse(j);
@@ -143,9 +172,18 @@ DEVICE void solve(const Call& call, const Buffers& s, const Inputs& given, const
   barrier();
 }
 
+// The queries and what the memory adds to them.
+DEVICE void answer_with(const Call& call, Team& team, const Block& block, Fragment<C, D>& answer) {
+  team.add_up(answer);
+  if (!team.counts()) return;
+  const auto query = read<C, D>(call.q + block.at_q, block.valid);
+  each<C, D>([&](int, int, int e) { answer[e] += query[e]; });
+  write<C, D>(call.out + block.token * D, answer, block.valid);
+}
+
 // M_mem of each token's predecessor applied to its query, stored in `out` (Eq. 83); where the call
 // keeps, what the derivative needs instead.
-DEVICE void read_causal(const Call& call, const Buffers& s, const Block& block,
+DEVICE void read_causal(const Call& call, const Buffers& s, Team& team, const Block& block,
                         const Record& record) {
   auto z = product<C, H, D>(s.query, s.delta2);
   each<C, H>([&](int i, int, int e) { z[e] *= s.decays.prev[i]; });
@@ -166,28 +204,26 @@ DEVICE void read_causal(const Call& call, const Buffers& s, const Block& block,
   if (INITIAL) add_product<H>(answer, s.act_q, turned(s.base1));
   barrier();
   less_product<C>(answer, s.across1, s.u1);
-  const auto query = read<C, D>(call.q + block.at_q, block.valid);
-  each<C, D>([&](int, int, int e) { answer[e] += query[e]; });
-  write<C, D>(call.out + block.token * D, answer, block.valid);
+  answer_with(call, team, block, answer);
 }
 
 // The memory of the chunk's start applied to the queries (Eq. 90).
-DEVICE void read_start(const Call& call, const Buffers& s, const Block& block) {
+DEVICE void read_start(const Call& call, const Buffers& s, Team& team, const Block& block) {
   const auto z = product<C, H, D>(s.query, s.frozen2);
   put<C>(s.act_q, [&](int, int, int e) { return gelu(z[e]).value; });
   barrier();
   auto answer = product<C, D, H>(s.act_q, turned(s.frozen1));
-  const auto query = read<C, D>(call.q + block.at_q, block.valid);
-  each<C, D>([&](int, int, int e) { answer[e] += query[e]; });
-  write<C, D>(call.out + block.token * D, answer, block.valid);
+  answer_with(call, team, block, answer);
 }
 
 // Write a segment's blocks, and read M_mem. The memories that project fill the buffers themselves,
 // a chunk at a time from W at its start, and wait for one another before they write it.
-DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
+DEVICE void write_forward(const Call& call, int g, int program, char* memory) {
   Shared shared = {memory};
   const Buffers s(shared);
-  const Place place(call, g, m);
+  const Place place(call, g, program);
+  const int m = program / SHARDS;
+  Team team(call, g, program);
   // Where the records are, and the frozen W, of `opened` chunks one after another.
   int slot = 0, chunk = 0, inside = 0;
   fetch<D>(place.frozen, s.frozen1);
@@ -196,13 +232,13 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
     fetch<D>(place.base, s.base1);
     fetch<D>(place.base + SIZE, s.base2);
   }
-  real* state = call.state + ((long long)m * call.count + g) * 2 * SIZE;
+  real* state = call.state + ((long long)program * call.count + g) * 2 * SIZE;
   auto d1 = read<D, H>(state), d2 = read<D, H>(state + SIZE);
   put<D>(s.delta1, d1);
   put<D>(s.delta2, d2);
   fetched();
   if (READ == NONE) {
-    project(call, s.projection(), g, m, 0, smaller(call.open, call.blocks));
+    project(call, s.projection(), team, g, m, 0, smaller(call.open, call.blocks));
     cluster_barrier();
   }
   Block block(call, g, 0);
@@ -219,8 +255,8 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
 
     Fragment<C, D> u1;
     Fragment<C, H> u2;
-    real* shares = m == 0 ? place.systems + (long long)slot * C * C : nullptr;
-    solve(call, s, given, record, shares, u1, u2);
+    real* shares = program == 0 ? place.systems + (long long)slot * C * C : nullptr;
+    solve(call, s, team, given, record, shares, u1, u2);
     const bool closes = ++inside == call.open;
     const int left = call.blocks - n - 1;
     const Block next(call, g, block.local + (left > 0 ? C : 0));
@@ -240,8 +276,8 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
         if (AIMED) record.shorter[i] = s.shorter[i];
       });
     }
-    if (READ == CAUSAL) read_causal(call, s, block, record);
-    if (READ == START && !call.keep) read_start(call, s, block);
+    if (READ == CAUSAL) read_causal(call, s, team, block, record);
+    if (READ == START && !call.keep) read_start(call, s, team, block);
 
     const real total = s.decays.total[0];
     const auto written1 = product<D, H, C>(turned(s.u1, s.reach), s.act);
@@ -279,7 +315,7 @@ DEVICE void write_forward(const Call& call, int g, int m, char* memory) {
       write<D, H>(after, fresh1);
       write<D, H>(after + SIZE, fresh2);
       if (READ == NONE && left > 0) {
-        project(call, s.projection(), g, m, next.local, smaller(call.open, left));
+        project(call, s.projection(), team, g, m, next.local, smaller(call.open, left));
         cluster_barrier();
         given.load(call, next);
         s.decays.load(call, next);

@@ -44,7 +44,7 @@ DEVICE void activate_again(const Call& call, const Gradients& s, const Block& bl
   in_order();
   const auto z_k = product<C, H, D>(s.key, s.frozen2);
   const auto z_v = product<C, H, D>(s.value, s.frozen2);
-  Tokens gap;
+  Hidden gap;
   put<C>(s.e, [&](int i, int, int e) {
     const real key = gelu(z_k[e]).value, value = gelu(z_v[e]).value;
     gap[e] = AIMED ? value : key - value;
@@ -58,17 +58,20 @@ DEVICE void activate_again(const Call& call, const Gradients& s, const Block& bl
 
 // r again, and the gradients of U1 and U2: what the state behind the block sends them, and what a
 // causal read does.
-DEVICE void reach_u(const Call& call, const Gradients& s, const Block& block, const Record& record,
-                    const Inputs& given, Passed& b) {
+DEVICE void reach_u(const Call& call, const Gradients& s, Team& team, const Block& block,
+                    const Record& record, const Inputs& given, Passed& b) {
   const auto &key = given.key, &value = given.value;
   b.r = product<C, D, H>(s.gap, turned(s.frozen1));
-  each<C, D>([&](int i, int, int e) {
-    if (AIMED)
-      b.r[e] = key[e] - (b.r[e] + value[e]) * s.shorter[i];
-    else
-      b.r[e] += key[e] - value[e];
-  });
-  put<C>(s.r, b.r);
+  const auto finish_r = [&] {
+    each<C, D>([&](int i, int, int e) {
+      if (AIMED)
+        b.r[e] = key[e] - (b.r[e] + value[e]) * s.shorter[i];
+      else
+        b.r[e] += key[e] - value[e];
+    });
+    put<C>(s.r, b.r);
+  };
+  if (SHARDS == 1) finish_r();
   b.load(record);
   b.boundary *= s.decays.total[0];
   b.du1 = product<C, D, H>(s.e, turned(s.state1));
@@ -83,12 +86,24 @@ DEVICE void reach_u(const Call& call, const Gradients& s, const Block& block, co
       b.boundary += b.du2[e] * b.u2[e];
     });
   }
-  if (READ == CAUSAL) read_causal_backward(call, s, block, record, b);
+  if (READ == CAUSAL) read_causal_backward(call, s, team, block, record, b);
+  if (SHARDS == 1) return;
+  team.send(Team::FIRST, b.r);
+  team.send(Team::SECOND, b.du1);
+  team.meet();
+  team.receive(Team::FIRST, b.r);
+  team.receive(Team::SECOND, b.du1);
+  if (READ == CAUSAL && team.counts()) {
+    Tokens d_query = team.sent(Team::THIRD);
+    team.receive(Team::THIRD, d_query);
+    write<C, D>(call.dq + block.at_q, d_query, block.valid);
+  }
+  finish_r();
 }
 
 // du, of U = system x, becomes the gradient of x / eta times eta: X1 and X2, stored with U1 and U2.
-DEVICE void through_systems(const Gradients& s, const Record& record, const real* system2,
-                            Passed& b) {
+DEVICE void through_systems(const Gradients& s, const Team& team, const Record& record,
+                            const real* system2, Passed& b) {
   if (DELTA1) {
     put<C>(s.side1, b.du1);
     put<C>(s.system1, read<C, C>(record.system1));
@@ -103,10 +118,14 @@ DEVICE void through_systems(const Gradients& s, const Record& record, const real
   if (DELTA1) b.du1 = exact_product<C, D, C>(turned(s.system1), s.side1);
   if (DELTA2) b.du2 = exact_product<C, H, C>(turned(s.system2), s.side2);
   each<C, D>([&](int i, int, int e) {
-    b.p.add(i, e, b.du1[e] * b.u1[e] + (WRITES2 ? b.du2[e] * b.u2[e] : real(0)));
+    if (team.counts()) b.p.add(i, e, b.du1[e] * b.u1[e]);
     b.du1[e] *= s.decays.eta[i];
-    if (WRITES2) b.du2[e] *= s.decays.eta[i];
   });
+  if (WRITES2)
+    each<C, H>([&](int i, int, int e) {
+      b.p.add(i, e, b.du2[e] * b.u2[e]);
+      b.du2[e] *= s.decays.eta[i];
+    });
   barrier();
   put<C>(s.x1, b.du1);
   put<C>(s.u1, b.u1);
@@ -118,8 +137,10 @@ DEVICE void through_systems(const Gradients& s, const Record& record, const real
 }
 
 // Gram matrices of a system and its transpose, weighed: what U's own block sends to its keys.
-DEVICE void both_grams(const Gradients& s, Matrix<WIDTH> x, Matrix<WIDTH> u, Matrix<C> gram) {
-  const auto one = product<C, C, WIDTH>(x, turned(u)), other = product<C, C, WIDTH>(u, turned(x));
+template <int COLUMNS>
+DEVICE void both_grams(const Gradients& s, Matrix<COLUMNS> x, Matrix<COLUMNS> u, Matrix<C> gram) {
+  const auto one = product<C, C, COLUMNS>(x, turned(u));
+  const auto other = product<C, C, COLUMNS>(u, turned(x));
   put<C>(gram, [&](int i, int j, int e) {
     return one[e] * s.decays.ratio(i, j) + other[e] * s.decays.ratio(j, i);
   });
@@ -138,7 +159,7 @@ DEVICE void reach_keys(const Call& call, const Gradients& s, const Block& block,
   });
   const auto z_k = product<C, H, D>(s.key, s.frozen2);
   if (DELTA1 && INITIAL) b.de = product<C, H, D>(s.x1, s.base1);
-  Tokens x_slope;
+  Hidden x_slope;
   each<C, H>([&](int i, int, int e) {
     const Gelu key = gelu(z_k[e]);
     x_slope[e] = b.du2[e] * key.slope;
@@ -224,13 +245,14 @@ DEVICE void fetch_delta(const Gradients& s, const Place& place, int number) {
 // of W before them. The blocks that share a frozen W are gone through last to first, then what all
 // of them send to it is added. Memories that project wait for one another there: what all have sent
 // to a chunk's k, v, eta and alpha goes through W at its start.
-DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
+DEVICE void write_backward(const Call& call, int g, int program, char* memory) {
   Shared shared = {memory};
   const Gradients s(shared);
-  const Place place(call, g, m);
-  const long long own = (long long)m * call.count + g;
+  const Place place(call, g, program);
+  Team team(call, g, program);
+  const long long own = (long long)program * call.count + g;
   real *d_state = call.d_state + own * 2 * SIZE, *d_base = call.d_base + own * 2 * SIZE;
-  half* stashed = call.stash + own * call.open * 6 * C * WIDTH;
+  half* stashed = call.stash + own * call.open * STASHED;
   Inputs given;
   Sent sent;
   sent.s1 = read<D, H>(d_state), sent.s2 = read<D, H>(d_state + SIZE);
@@ -259,13 +281,13 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
       barrier();
       activate_again(call, s, block, record, sent, given, b);
       barrier();
-      reach_u(call, s, block, record, given, b);
-      through_systems(s, record, place.systems + (long long)number * C * C, b);
+      reach_u(call, s, team, block, record, given, b);
+      through_systems(s, team, record, place.systems + (long long)number * C * C, b);
       reach_keys(call, s, block, d_base, given, b, sent);
       if (number > 0) fetch_delta(s, place, number - 1);
-      through_frozen(call, s, block, m, given, b);
+      through_frozen(call, s, team, block, program, given, b);
       if (together > 1)
-        stash(s, stashed + nth * 6 * C * WIDTH);
+        stash(s, stashed + nth * STASHED);
       else
         add_frozen(s, sent);
       barrier();
@@ -273,16 +295,17 @@ DEVICE void write_backward(const Call& call, int g, int m, char* memory) {
     for (int nth = 0; nth < together; nth++) {
       const Block block(call, g, (opening + nth) * C);
       if (together > 1) {
-        unstash(call, s, block, stashed + nth * 6 * C * WIDTH);
+        unstash(call, s, block, stashed + nth * STASHED);
         barrier();
         add_frozen(s, sent);
       }
-      if (READ == START) read_start_backward(call, s, block, sent);
+      if (READ == START) read_start_backward(call, s, team, block, sent);
       barrier();
     }
     if (READ == NONE) {
       cluster_barrier();
-      project_backward(call, s.projection(), g, m, opening * C, together, sent.s1, sent.s2);
+      project_backward(call, s.projection(), team, g, program, opening * C, together, sent.s1,
+                       sent.s2);
     }
   }
   write<D, H>(d_state, sent.s1);

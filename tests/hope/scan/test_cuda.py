@@ -11,7 +11,15 @@ import torch
 
 from hope.scan import ScanConfig, chosen, scan
 from hope.scan.cuda import device
-from hope.scan.cuda.call import Options, record_size, shared_bytes
+from hope.scan.cuda.call import (
+    HIDDEN,
+    SIZES,
+    Options,
+    record_size,
+    shared_bytes,
+    stash_size,
+    sums_size,
+)
 from hope.scan.cuda.device import why_not
 from hope.scan.cuda.nvrtc import compiled, library
 from tests.hope.scan import on_host as host
@@ -37,9 +45,16 @@ def problem(tokens: int = 37, **options: object) -> Problem:
     return make_problem(**{"rows": 2, "heads": 1, "tokens": tokens, "width": 64, **options})  # type: ignore
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("decay_to", ["initial", "zero"])
-@pytest.mark.parametrize("read", ["causal", "chunk_start"])
+OPTIONS = [
+    pytest.param(rule, decay_to, read, marks=pytest.mark.slow if (r + d + e) % 2 else ())
+    for r, rule in enumerate(RULES)
+    for d, decay_to in enumerate(("initial", "zero"))
+    for e, read in enumerate(("causal", "chunk_start"))
+]
+"""Any two options together in those that are not slow."""
+
+
+@pytest.mark.parametrize(("rule", "decay_to", "read"), OPTIONS)
 def test_every_option(rule: str, decay_to: str, read: str) -> None:
     """With resets and a partial last chunk, in three segments; blocks of 32 in the memories that
     project, of 16 in M_mem; six memories and a carried state half the time."""
@@ -49,6 +64,46 @@ def test_every_option(rule: str, decay_to: str, read: str) -> None:
     memories = 5 + (number + (decay_to == "zero")) % 2
     with_state = (number // 2 + (read == "causal")) % 2 == 0
     check_parity(problem(69, memories=memories, with_state=with_state, resets=RESETS), config)
+
+
+@pytest.mark.parametrize(
+    ("rule", "decay_to", "read", "memories"),
+    [
+        ("normalised", "initial", "causal", 6),
+        ("target", "zero", "chunk_start", 5),
+        *(
+            pytest.param(*options, marks=pytest.mark.slow)
+            for options in (
+                ("input", "zero", "causal", 5),
+                ("off", "initial", "chunk_start", 6),
+                ("target", "initial", "causal", 6),
+                ("normalised", "zero", "chunk_start", 5),
+                ("input", "initial", "chunk_start", 6),
+                ("off", "zero", "causal", 5),
+            )
+        ),
+    ],
+)
+@pytest.mark.parametrize(
+    ("width", "expansion"), [(64, 2), pytest.param(128, 1, marks=pytest.mark.slow)]
+)
+def test_memories_of_two_shards(
+    width: int, expansion: int, rule: str, decay_to: str, read: str, memories: int
+) -> None:
+    """A memory's hidden features over two programs, which add up what each has of a sum."""
+    eta_max = 0.5 if rule in ("normalised", "target") else 0.1
+    config = ScanConfig(16, 32, eta_max, rule, decay_to, read, checkpoint_chunks=1)  # type: ignore
+    shape = {"width": width, "expansion": expansion, "memories": memories, "resets": RESETS}
+    check_parity(problem(69, with_state=memories == 5, **shape), config)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "width"), [((16, 16), 96), pytest.param((64, 64), 128, marks=pytest.mark.slow)]
+)
+def test_heads_of_128(chunks: tuple[int, int], width: int) -> None:
+    """... and of 96, which are run as such; with blocks that share a frozen state."""
+    config = ScanConfig(*chunks, checkpoint_chunks=1)
+    check_parity(problem(75, width=width, rows=1, resets=((0, 64),)), config)
 
 
 @pytest.mark.parametrize(
@@ -97,48 +152,55 @@ def test_memory_that_nothing_has_written_is_not_used() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_in_bfloat16(rule: str) -> None:
+@pytest.mark.parametrize(("rule", "expansion"), [*((rule, 1) for rule in RULES), ("normalised", 2)])
+def test_in_bfloat16(rule: str, expansion: int) -> None:
     """Operands rounded as on a device: everything to bfloat16's own accuracy, but for one number a
     head, the gradient of alpha's bias, a sum in which much cancels."""
     eta_max = 0.5 if rule in ("normalised", "target") else 0.1
     config = ScanConfig(16, 64, eta_max, rule, checkpoint_chunks=2)  # type: ignore[arg-type]
-    rounded = problem(150, with_state=False).to(torch.bfloat16)
+    rounded = problem(150, with_state=False, expansion=expansion).to(torch.bfloat16)
     expected = everything(rounded.to(torch.float64), replace(config, implementation="chunked"))
     with on_host(torch.bfloat16):
         actual = everything(rounded, replace(config, implementation="cuda"))
     assert worst_error(expected, actual)[0] < 0.1
     for results in (expected, actual):
         del results["d weights.b_alpha"]
+        if expansion == 2:
+            del results["d weights.b_eta"]  # `chunked` in bfloat16 is 0.011 off too
     error, name = worst_error(expected, actual)
-    assert error < 0.01, f"{name} is off by {error:.1e}"
+    assert error < (0.01 if expansion == 1 else 0.015), f"{name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("kernel", ["write_forward", "write_backward"])
 @pytest.mark.parametrize(
     ("block", "read", "initial"), [(16, 1, True), (32, 0, True), (32, 1, False), (16, 2, False)]
 )
+@pytest.mark.parametrize(("width", "hidden"), SIZES)
 def test_shared_memory_is_what_a_program_takes(
-    kernel: str, block: int, read: int, initial: bool
+    kernel: str, block: int, read: int, initial: bool, width: int, hidden: int
 ) -> None:
-    options = Options(1, block, 0, read, initial, False, False)
+    options = Options(1, block, 0, read, initial, False, False, hidden // HIDDEN, width)
     functions = host.library(options, host.ROUNDED)
     taken = getattr(functions, kernel.split("_")[1] + "_bytes")()
     assert shared_bytes(kernel, options) == taken
-    assert record_size(block, ("", "causal", "chunk_start")[read]) == functions.record_size()
+    reading = ("", "causal", "chunk_start")[read]
+    assert record_size(block, reading, width) == functions.record_size()
+    assert stash_size(width) * block == functions.stash_size()
+    assert sums_size(block, width) == functions.sums_size()
     if read == 0:
-        # Two programs, and a kilobyte of each that the device keeps, in an H100's 228 KB.
-        assert 2 * (taken + 1024) <= 228 * 1024
+        # 512 threads, and a kilobyte of each program that the device keeps, in an H100's 228 KB.
+        assert 128 // width * (taken + 1024) <= 228 * 1024
 
 
 def test_what_it_does_not_take_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_why_not_on", lambda index: "")
+    monkeypatch.setattr(device, "_why_not_on", lambda *device: "")
     bf16 = torch.bfloat16
-    assert not why_not(OnGpu(64, bf16), 64, 16)  # type: ignore[arg-type]
+    for width, hidden in ((64, 64), (64, 128), (96, 96), (128, 128)):
+        assert not why_not(OnGpu(width, bf16), hidden, 16)  # type: ignore[arg-type]
     for x, hidden, chunk, said in (
         (OnGpu(64, torch.float32), 64, 16, "activations are float32, not bfloat16"),
-        (OnGpu(128, bf16), 128, 16, "memories are 128 x 128, not 64 x 64"),
-        (OnGpu(64, bf16), 128, 16, "memories are 64 x 128, not 64 x 64"),
+        (OnGpu(128, bf16), 256, 16, "memories are 128 x 256, not of 64 x 64, 64 x 128, 128 x 128"),
+        (OnGpu(80, bf16), 80, 16, "memories are 80 x 80, not of 64 x 64, 64 x 128, 128 x 128"),
         (OnGpu(64, bf16), 64, 8, "memory_chunk is 8, not a multiple of 16"),
         (torch.zeros(1, 1, 1, 64), 64, 16, "x is on the CPU"),
     ):
@@ -151,7 +213,7 @@ def test_what_it_does_not_take_is_said_in_one_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_auto_takes_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "_why_not_on", lambda index: "")
+    monkeypatch.setattr(device, "_why_not_on", lambda *device: "")
     monkeypatch.setattr("hope.scan.triton.shared_memory", lambda index: 232_448)
     auto, bf16 = ScanConfig(), torch.bfloat16
     for width, hidden, dtype, kind in (
@@ -164,7 +226,7 @@ def test_auto_takes_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -
     with pytest.warns(UserWarning, match="chunked instead of triton: heads are 80 wide"):
         assert chosen(OnGpu(80, bf16), 80, auto) == "chunked"  # type: ignore[arg-type]
     old = "the device (A100) is older than an H100"
-    monkeypatch.setattr(device, "_why_not_on", lambda index: old)
+    monkeypatch.setattr(device, "_why_not_on", lambda *device: old)
     assert chosen(OnGpu(64, bf16), 64, auto) == "triton"  # type: ignore[arg-type]
 
 

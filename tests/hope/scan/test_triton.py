@@ -128,7 +128,7 @@ def test_shapes_and_chunks(
     check_parity(make_problem(**shape), config)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
     config = ScanConfig(16, 16, decay_to="zero", checkpoint_chunks=1)
     problem = make_problem(rows, 1, 40, WIDTH, with_state=False, resets=((0, 32),))
@@ -156,12 +156,15 @@ def test_several_tiles_and_blocks_of_a_chunk(
     check_parity(make_problem(2, 1, 85, 16, 2, memories=6, resets=resets), config)
 
 
-@pytest.mark.parametrize("rule", ["normalised", "target"])
+@pytest.mark.parametrize("rule", ["normalised", pytest.param("target", marks=pytest.mark.slow)])
 def test_single_precision(rule: str) -> None:
     check_parity(small(resets=RESETS), ScanConfig(16, 32, delta_rule=rule), SINGLE)
 
 
-@pytest.mark.parametrize(("b_eta", "b_alpha"), [(-200.0, 3.0), (0.0, -200.0), (60.0, 60.0)])
+@pytest.mark.parametrize(
+    ("b_eta", "b_alpha"),
+    [(-200.0, 3.0), pytest.param(0.0, -200.0, marks=pytest.mark.slow), (60.0, 60.0)],
+)
 def test_saturated_gates(b_eta: float, b_alpha: float) -> None:
     """Steps of exactly zero, decays that underflow, and neither: finite, and the loop's values."""
     problem = small(tokens=17)
@@ -205,7 +208,8 @@ def problem_on_device(**options: object) -> Problem:
 CONFIG = ScanConfig(16, 16, checkpoint_chunks=1, implementation="triton")
 
 
-@pytest.mark.parametrize("with_state", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("with_state", [True, False])
 def test_operators_pass_torchs_own_checks(with_state: bool) -> None:
     p = problem_on_device(tokens=17, with_state=with_state, resets=((1, 16),))
     options = (16, 16, 0.5, "normalised", "initial", "causal", 1, False, True)
@@ -272,8 +276,9 @@ def test_states_are_exact_and_what_products_take_is_rounded(dtype: torch.dtype) 
         assert torch.equal(writer.frozen[:, :, 0], begun)  # two rows of one head
 
 
-@pytest.mark.parametrize("read", ["causal", pytest.param("chunk_start", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("memories", [6, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("read", ["causal", "chunk_start"])
+@pytest.mark.parametrize("memories", [6, 5])
 def test_memory_that_nothing_has_written_is_not_used(memories: int, read: str) -> None:
     """Tokens that fill up the last chunk are among what nothing writes."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills it with NaN
