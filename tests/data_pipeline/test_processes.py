@@ -170,3 +170,17 @@ def test_an_interrupt_that_comes_while_a_lock_is_taken(monkeypatch, taken):
     finally:
         signal.signal(signal.SIGINT, usual)
     assert not multiprocessing.active_children()
+
+
+def test_a_handler_that_returns_lets_the_jobs_go_on():
+    came = []
+    usual = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        done = {}
+        for number, result in each(partial(square_or_die, os.getpid()), range(6), 2, "x"):
+            done[number] = result
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert done == {n: n * n for n in range(6)}
+    assert came == [signal.SIGINT] * 6

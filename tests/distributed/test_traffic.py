@@ -100,7 +100,7 @@ def compare(world: int, model: str, layouts: list[dict[str, Any]], **changes: An
     check(world, {str(layout): make_config(model, layout, **changes) for layout in layouts})
 
 
-@pytest.mark.parametrize("model", ["hope", "hope-attention"])
+@pytest.mark.parametrize("model", ["hope-attention", pytest.param("hope", marks=pytest.mark.slow)])
 def test_formula_of_each_axis_on_two_ranks(model: str) -> None:
     compare(2, model, [layout for name, layout in TWO if name == model], **SMALL)
 

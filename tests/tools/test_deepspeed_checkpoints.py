@@ -141,6 +141,7 @@ def stray(rank: int, folder: str, output: str) -> tuple[int, str]:
     return status, text.getvalue().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_what_is_no_checkpoint_is_one_line_and_runs_nothing(
     raw_config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -223,13 +223,14 @@ def test_two_ranks_give_the_losses_of_one(
             assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "overrides"),
     [
         (1, 2, ["training.state_carry=stream", "data.order=stream"]),
-        pytest.param(2, 1, [], marks=pytest.mark.slow),
-        pytest.param(2, 1, ["optimizer.reduce=at_update"], marks=pytest.mark.slow),
-        pytest.param(2, 2, ["optimizer.reduce=at_update"], marks=pytest.mark.slow),
+        (2, 1, []),
+        (2, 1, ["optimizer.reduce=at_update"]),
+        (2, 2, ["optimizer.reduce=at_update"]),
     ],
 )
 def test_a_run_is_taken_up_by_other_ranks(

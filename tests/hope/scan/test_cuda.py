@@ -13,7 +13,6 @@ from hope.scan import ScanConfig, chosen, scan
 from hope.scan.cuda import device
 from hope.scan.cuda.call import (
     HIDDEN,
-    SIZES,
     Options,
     record_size,
     shared_bytes,
@@ -175,7 +174,10 @@ def test_in_bfloat16(rule: str, expansion: int) -> None:
 @pytest.mark.parametrize(
     ("block", "read", "initial"), [(16, 1, True), (32, 0, True), (32, 1, False), (16, 2, False)]
 )
-@pytest.mark.parametrize(("width", "hidden"), SIZES)
+@pytest.mark.parametrize(
+    ("width", "hidden"),
+    [(64, 64), pytest.param(64, 128, marks=pytest.mark.slow), (128, 128)],
+)
 def test_shared_memory_is_what_a_program_takes(
     kernel: str, block: int, read: int, initial: bool, width: int, hidden: int
 ) -> None:

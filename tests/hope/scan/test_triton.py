@@ -242,6 +242,7 @@ def test_a_layer_compiles_to_one_graph() -> None:
     torch.testing.assert_close(torch.autograd.grad(compiled, parameters), expected)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_and_no_gradients() -> None:
     p = problem_on_device(tokens=20)
     leaves = [p.x, p.weights.w1]
