@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from train.parallel.attempts import of_this_attempt
 from train.parallel.pulse import Pulse
 
 
@@ -56,9 +56,8 @@ class Ranks:
                 backend = "cpu:gloo,cuda:nccl"
             with self.pulse.collective("init_process_group"):
                 store, rank, size = next(rendezvous("env://"))
-                # torchrun keeps one store over its restarts, with the addresses of ranks that died.
-                restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-                store = PrefixStore(f"restart {restart} of {size} ranks", store)
+                if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                    store = of_this_attempt(store, rank, size)
                 dist.init_process_group(backend, store=store, rank=rank, world_size=size)
         return self
 
