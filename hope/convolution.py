@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hope.fused import Implementation, causal_convolution
 from hope.init import Initialiser, Taps, Uniform
 
 
@@ -14,11 +15,18 @@ class CausalConvolution(nn.Module):
     x: [B, T, channels]. `tail`, the width - 1 inputs before x, makes a split sequence equal to
     the whole; without it the sequence starts from zeros. taps: the starting weights of x_t,
     x_{t-1}, ... in every channel (further ones 0); None starts each channel at random.
+    fused: what computes it, as in `hope.fused.causal_convolution`.
     """
 
-    def __init__(self, channels: int, width: int, taps: tuple[float, ...] | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        taps: tuple[float, ...] | None = None,
+        fused: Implementation = "auto",
+    ) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.fused = width, fused
         self.weight = nn.Parameter(torch.empty(width, channels))
         start = Uniform(width**-0.5) if taps is None else Taps(taps)
         self.initialisers: dict[str, Initialiser] = {"weight": start}
@@ -30,26 +38,12 @@ class CausalConvolution(nn.Module):
 
         tail: [B, width - 1, channels] or None; document_starts: bool [B, T] or None.
         """
-        batch, length, channels = x.shape
-        reach = self.width - 1
-        if tail is None:
-            tail = x.new_zeros(batch, reach, channels)
-        extended = torch.cat([tail.to(x.dtype), x], dim=1)
-        weight = self.weight.to(x.dtype)
-        if document_starts is None:
-            y = extended[:, reach:] * weight[reach]
-            for back in range(1, self.width):
-                y = y + extended[:, reach - back : reach - back + length] * weight[reach - back]
-            return y, self.next_tail(extended, None)
-        document = torch.cumsum(document_starts, dim=1)
-        document = torch.cat([document.new_zeros(batch, reach), document], dim=1).unsqueeze(-1)
-        here = document[:, reach:]
-        y = x * weight[reach]
-        for back in range(1, self.width):
-            past = slice(reach - back, reach - back + length)
-            visible = (document[:, past] == here).to(x.dtype)
-            y = y + extended[:, past] * visible * weight[reach - back]
-        return y, self.next_tail(extended, document_starts)
+        y = causal_convolution(x, self.weight, tail, document_starts, self.fused)
+        last, reach = x, self.width - 1
+        if x.shape[1] < reach:
+            before = x.new_zeros(x.shape[0], reach, x.shape[2]) if tail is None else tail
+            last = torch.cat([before.to(x.dtype), x], dim=1)
+        return y, self.next_tail(last, document_starts)
 
     def next_tail(self, x: Tensor, document_starts: Tensor | None) -> Tensor:
         """The tail after x [B, >= width - 1, channels]: its last inputs, zero where they are of an

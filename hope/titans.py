@@ -11,15 +11,19 @@ from torch.nn.functional import gelu, normalize
 from hope.config import HopeConfig
 from hope.convolution import CausalConvolution
 from hope.flops import Flops, linear_flops, product_flops, scan_flops, sum_flops
-from hope.fused import gated_rms_norm
+from hope.fused import Implementation, gated_rms_norm
 from hope.init import Constant, Initialiser, Linear, Normal
 from hope.scan import MemoryState, ScanWeights, initial_state, scan
 from hope.sharding import Shard, ShardPlan, within
 from hope.state import StateSpec, TensorSpec, TitansState
-from hope.triton import Implementation
 
-NORMS: dict[str, Implementation] = {"auto": "auto", "triton": "triton", "cuda": "auto"}
-"""What computes the output's norm and gate, by the scan's implementation; torch with the rest."""
+FUSED: dict[str, Implementation] = {
+    "auto": "auto",
+    "native": "native",
+    "triton": "triton",
+    "cuda": "auto",
+}
+"""What computes convolutions, norm and gate, by the scan's implementation; torch with the rest."""
 
 
 def logit(share: float) -> float:
@@ -54,7 +58,7 @@ class SelfModifyingTitans(nn.Module):
         self.scan_config = titans.scan
         self.writes, self.adaptive_query = titans.writes, titans.adaptive_query
         self.norm_eps = config.norm_eps
-        self.norm_implementation = NORMS.get(titans.scan.implementation, "torch")
+        self.fused = FUSED.get(titans.scan.implementation, "torch")
         dim, heads, d = config.dim, config.num_heads, config.head_dim
         h = titans.memory_expansion * d
         std = dim**-0.5
@@ -64,8 +68,8 @@ class SelfModifyingTitans(nn.Module):
         self.gate = Linear(dim, dim, std)
         self.out = Linear(dim, dim, std / (2 * config.num_layers) ** 0.5)
         taps = (self.ALIGNED_X, self.ALIGNED_Q) if aligned else (None, None)
-        self.conv_x = CausalConvolution(dim, titans.conv_width, taps[0])
-        self.conv_q = CausalConvolution(dim, titans.conv_width, taps[1])
+        self.conv_x = CausalConvolution(dim, titans.conv_width, taps[0], self.fused)
+        self.conv_q = CausalConvolution(dim, titans.conv_width, taps[1], self.fused)
         boxes = 6 if titans.adaptive_query else 5
         self.memory_w1 = nn.Parameter(torch.empty(boxes, heads, d, h))
         self.memory_w2 = nn.Parameter(torch.empty(boxes, heads, h, d))
@@ -180,9 +184,7 @@ class SelfModifyingTitans(nn.Module):
             read, memory = self._read_start(query), None
             conv_x = conv_q.new_zeros(batch, 0, conv_q.shape[2])
             inputs = query = query.new_zeros(batch, self.num_heads, 0, self.head_dim)
-        mixed = gated_rms_norm(
-            read, self.head_norm, self.gate(x), self.norm_eps, self.norm_implementation
-        )
+        mixed = gated_rms_norm(read, self.head_norm, self.gate(x), self.norm_eps, self.fused)
         return self.out(mixed), TitansState(memory, conv_x, conv_q, inputs, query)
 
     def _scan(

@@ -18,7 +18,7 @@ ALLOWED = {
     "tools": {"tools", "train", "hope", "data_pipeline"},
 }
 FORBIDDEN_IN_HOPE = {"os", "io", "pathlib", "time", "pydantic", "yaml", "torch.distributed"}
-COMPILES = Path("hope/scan/native/build.py")
+COMPILES = Path("hope/native/build.py")
 """Keeps what the compiler made in the user's cache, as Triton does with its kernels."""
 
 

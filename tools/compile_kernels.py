@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from hope.fused.convolution import COLUMNS, ROWS
 from hope.fused.gated_norm import tile
 from hope.fused.loss import BLOCK, WARPS
 from hope.scan import ScanConfig
@@ -46,21 +47,21 @@ MODULES = {
 NORM_WIDTHS = (64, 96, 128, 256)
 ACTIVATIONS = (
     "x", "q", "dq", "source", "d_source", "out", "d_out", "read", "gate", "d_read", "d_gate",
-    "logits", "d_logits", "base", "frozen", "deltas",
+    "logits", "d_logits", "base", "frozen", "deltas", "tail", "d_tail", "d_x",
 )  # fmt: skip
 """Arguments of kernels in the activations' dtype; other tensors are float32, but for these:"""
-INTEGER_TENSORS = {"reset": "*u8", "labels": "*i64"}
+INTEGER_TENSORS = {"reset": "*u8", "labels": "*i64", "reach": "*i32"}
 SCALARS = {"q_stride": "i64", "eta_max": "fp32", "eps": "fp32"} | dict.fromkeys(
     (
         "tokens", "first_token", "first", "first_block", "blocks", "opened", "room", "heads",
         "chunks", "q_first", "frame_blocks", "works", "rows", "length", "row_stride",
-        "head_stride", "token_stride", "columns",
+        "head_stride", "token_stride", "columns", "channels",
     ),
     "i32",
 )  # fmt: skip
 MULTIPLES = (
     "row_stride", "head_stride", "token_stride", "columns", "length", "first", "first_token",
-    "room", "q_stride", "q_first",
+    "room", "q_stride", "q_first", "channels",
 )  # fmt: skip
 """Integers that are multiples of 16 at the sizes that matter, which Triton makes use of."""
 
@@ -141,12 +142,16 @@ def scan_cases(memory_chunk: int) -> Iterator[Case]:
 
 
 def fused_cases() -> Iterator[Case]:
-    """The mixer's norm and gate, and the loss."""
+    """The mixer's convolution, norm and gate, and the loss."""
     module = "hope.fused.kernels"
     for dtype, kind in itertools.product((torch.bfloat16, torch.float32), ("forward", "backward")):
         for width in NORM_WIDTHS:
             key = f"gated_norm_{kind}_d{width}_{_name(dtype)}"
             yield Case(key, module, f"gated_norm_{kind}", tile(width), dtype, {"num_warps": 4})
+        key = f"convolve_{kind}_{_name(dtype)}"
+        taps = {"WIDTH": 4, "TAPS": 4, "TAIL": True, "REACH": True}
+        sizes = taps | {"ROWS": ROWS, "COLUMNS": COLUMNS}
+        yield Case(key, module, f"convolve_{kind}", sizes, dtype, {"num_warps": 4})
         key = f"cross_entropy_{kind}_{_name(dtype)}"
         yield Case(
             key, module, f"cross_entropy_{kind}", {"BLOCK": BLOCK}, dtype, {"num_warps": WARPS}

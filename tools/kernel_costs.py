@@ -3,8 +3,9 @@
 The floor of a kernel on an H100 is the longer of its matrix products at 990 TFLOP/s (bf16) and its
 bytes at 3.35 TB/s. Nothing is run: `tools.bench_gpu` measures. Products are those of the closed
 form (`hope.flops`), what backward computes again included; the masked products of the triangular
-inverses are not, nor is element-wise work, all that norm, gate and loss have. Bytes are tensors in
-and out of a launch once, states too; what it loads again, or keeps for itself, is not counted.
+inverses are not, nor is element-wise work, all that convolution, norm, gate and loss have. Bytes
+are tensors in and out of a launch once, states too; what it loads again, or keeps for itself, is
+not counted.
 """
 
 from __future__ import annotations
@@ -119,11 +120,14 @@ def kernel_costs(config: ScanConfig, shape: Shape, element: int = 2) -> dict[str
 
 
 def fused_costs(shape: Shape, vocabulary: int, element: int = 2) -> dict[str, Cost]:
-    """The same of the mixer's norm and gate, and of the loss over logits of that many columns."""
+    """The same of one of the mixer's two convolutions, of its norm and gate, and of the loss over
+    logits of that many columns."""
     positions = shape.rows * shape.tokens
     mixed = positions * shape.heads * shape.width * element
     logits = positions * vocabulary * element
     return {
+        "forward: convolve_forward": Cost(0, 2 * mixed),
+        "backward: convolve_backward": Cost(0, 3 * mixed),
         "forward: gated_norm_forward": Cost(0, 3 * mixed),
         "backward: gated_norm_backward": Cost(0, 5 * mixed),
         "forward: cross_entropy_forward": Cost(0, logits),

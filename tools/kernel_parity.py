@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hope.fused import cross_entropy, gated_rms_norm
+from hope.fused import causal_convolution, cross_entropy, gated_rms_norm
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
 from hope.scan.cuda.call import SIZES
 from tools.kernel_costs import VOCABULARY, Shape
@@ -129,13 +129,19 @@ def scan_call(
 def fused_calls(
     shape: Shape, device: str = "cuda", vocabulary: int = VOCABULARY
 ) -> list[tuple[str, Call, list[Tensor]]]:
-    """Norm and gate, and the loss: a name, a function of leaves and an implementation, leaves."""
+    """Convolution, norm and gate, and the loss: a name, a function of leaves and an implementation,
+    leaves."""
     generator = torch.Generator(device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=device)
     rows, heads, tokens, d, _ = shape
     labels = torch.randint(0, vocabulary, (rows * tokens,), generator=generator, device=device)
 
     return [
+        (
+            "convolution",
+            lambda leaves, how: (causal_convolution(*leaves, None, how),),
+            [draw(rows, tokens, heads * d), draw(4, heads * d), draw(rows, 3, heads * d)],
+        ),
         (
             "gated_norm",
             lambda leaves, how: (gated_rms_norm(*leaves, 1e-6, how),),

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from hope.triton import Implementation, takes_kernels
+from hope.fused.choice import Implementation, chosen
+from hope.fused.native import call
 
 ELEMENTS = 2048
 """Of a program's tile of tokens and features."""
@@ -26,18 +27,20 @@ def gated_rms_norm(
     """read / sqrt(mean(read^2) + eps) * weight * silu(gate), the mean over a head's features.
 
     read: [B, N, T, d], any strides; weight: [N, d]; gate: [B, T, N * d]. Returns [B, T, N * d] in
-    the gate's dtype. One kernel forward and one backward on CUDA devices ("auto"), statistics and
-    all between in float32; torch's operators elsewhere. Raises ValueError with "triton" where
-    kernels can't run.
+    the gate's dtype, by the kernels with statistics and all between in float32 (float64 for
+    float64). Raises ValueError where the implementation that is named can't run.
     """
-    if takes_kernels(read, implementation):
-        return _gated_norm(read, weight, gate, eps)
+    kind = chosen(read, implementation)
+    if kind != "torch":
+        return _gated_norm(read, weight, gate, eps, kind)
     normed = rms_norm(read, (read.shape[3],), eps=eps).transpose(1, 2)
     return (normed * weight).reshape(gate.shape).to(gate.dtype) * silu(gate)
 
 
 @torch.library.custom_op("hope::gated_norm", mutates_args=())
-def _gated_norm(read: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tensor:
+def _gated_norm(read: Tensor, weight: Tensor, gate: Tensor, eps: float, kind: str) -> Tensor:
+    if kind == "native":
+        return call.gated_norm(read, weight, gate, eps)
     from hope.fused.kernels import gated_norm_forward
 
     read, gate = _rows_together(read), gate.contiguous()
@@ -50,15 +53,17 @@ def _gated_norm(read: Tensor, weight: Tensor, gate: Tensor, eps: float) -> Tenso
 
 
 @_gated_norm.register_fake
-def _(read, weight, gate, eps):  # type: ignore[no-untyped-def]
+def _(read, weight, gate, eps, kind):  # type: ignore[no-untyped-def]
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("hope::gated_norm_backward", mutates_args=())
 def _gated_norm_backward(
-    d_out: Tensor, read: Tensor, weight: Tensor, gate: Tensor, eps: float
+    d_out: Tensor, read: Tensor, weight: Tensor, gate: Tensor, eps: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of read, weight and gate."""
+    if kind == "native":
+        return call.gated_norm_backward(d_out, read, weight, gate, eps)
     from hope.fused.kernels import gated_norm_backward
 
     read, gate, d_out = _rows_together(read), gate.contiguous(), d_out.contiguous()
@@ -76,7 +81,7 @@ def _gated_norm_backward(
 
 
 @_gated_norm_backward.register_fake
-def _(d_out, read, weight, gate, eps):  # type: ignore[no-untyped-def]
+def _(d_out, read, weight, gate, eps, kind):  # type: ignore[no-untyped-def]
     inputs = (read, weight, gate)
     return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs)
 
@@ -110,12 +115,12 @@ def tile(width: int) -> dict[str, int]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, ctx.kind = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gated_norm_backward(d_out, *ctx.saved_tensors, ctx.eps), None)
+    return (*_gated_norm_backward(d_out, *ctx.saved_tensors, ctx.eps, ctx.kind), None, None)
 
 
 _gated_norm.register_autograd(_backward, setup_context=_setup_context)

@@ -128,3 +128,96 @@ def cross_entropy_backward(
     grad = tl.exp(z - tl.load(lse + row)) * share
     grad += tl.where(at == tl.load(labels + row), own, 0.0)
     tl.store(d_logits + row * columns + at, grad, mask=at < columns)
+
+
+@triton.jit
+def _inputs(
+    x, tail, row, position, mask, column, tokens, channels,
+    WIDTH: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """The inputs of a row at positions from its first token on, those before it from the tail."""
+    at = (row * tokens + position)[:, None] * channels + column[None, :]
+    value = tl.load(x + at, mask=mask & (position >= 0)[:, None], other=0.0)
+    if TAIL:
+        at = (row * (WIDTH - 1) + WIDTH - 1 + position)[:, None] * channels + column[None, :]
+        before = mask & (position < 0)[:, None] & (position > -WIDTH)[:, None]
+        value += tl.load(tail + at, mask=before, other=0.0)
+    return value
+
+
+@triton.jit
+def convolve_forward(
+    x, weight, tail, reach, out, tokens, channels, WIDTH: tl.constexpr,
+    TAIL: tl.constexpr, REACH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out_t = sum of weight[WIDTH - 1 - j] * x_{t-j} over j up to reach_t, ROWS tokens and COLUMNS
+    channels of row program_id(2) a program.
+
+    x, out [rows, tokens, channels]; tail [rows, WIDTH - 1, channels], looked at with TAIL; weight
+    [WIDTH, channels]; reach [rows, tokens], looked at with REACH.
+    """
+    row = tl.program_id(2).to(tl.int64)
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside, real = token < tokens, column < channels
+    total = tl.zeros((ROWS, COLUMNS), weight.dtype.element_ty)
+    known = tl.full((ROWS,), WIDTH, tl.int32)
+    if REACH:
+        known = tl.load(reach + row * tokens + token, mask=inside, other=0)
+    for back in tl.static_range(WIDTH):
+        tap = tl.load(weight + (WIDTH - 1 - back) * channels + column, mask=real, other=0.0)
+        mask = (inside & (known >= back))[:, None] & real[None, :]
+        value = _inputs(
+            x, tail, row, token - back, mask, column, tokens, channels, WIDTH, TAIL
+        )  # fmt: skip
+        total += tap[None, :] * value.to(total.dtype)
+    at = (row * tokens + token)[:, None] * channels + column[None, :]
+    tl.store(out + at, total, mask=inside[:, None] & real[None, :])
+
+
+@triton.jit
+def convolve_backward(
+    x, weight, tail, reach, d_out, d_x, d_weight, d_tail, rows, tokens, channels,
+    TAPS: tl.constexpr, WIDTH: tl.constexpr, TAIL: tl.constexpr, REACH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Derivative of `convolve_forward`; every num_programs(0)-th group of ROWS inputs a program.
+
+    d_out, d_x like x; d_tail like tail; d_weight [num_programs(0), WIDTH, channels] gets each
+    program's sum. TAPS: WIDTH, or the power of two above it.
+    """
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    real = column < channels
+    taps = tl.arange(0, TAPS)
+    d_taps = tl.zeros((TAPS, COLUMNS), weight.dtype.element_ty)
+    before = WIDTH - 1 if TAIL else 0
+    groups = tl.cdiv(tokens + before, ROWS)
+    for group in range(tl.program_id(0), rows * groups, tl.num_programs(0)):
+        row = (group // groups).to(tl.int64)
+        position = (group % groups) * ROWS + tl.arange(0, ROWS) - before
+        inside = position < tokens
+        whole = inside[:, None] & real[None, :]
+        value = _inputs(
+            x, tail, row, position, whole, column, tokens, channels, WIDTH, TAIL
+        ).to(d_taps.dtype)  # fmt: skip
+        total = tl.zeros((ROWS, COLUMNS), d_taps.dtype)
+        for back in tl.static_range(WIDTH):
+            token = position + back
+            reached = (token >= 0) & (token < tokens)
+            if REACH:
+                known = tl.load(reach + row * tokens + token, mask=reached, other=-1)
+                reached = reached & (known >= back)
+            at = (row * tokens + token)[:, None] * channels + column[None, :]
+            mask = reached[:, None] & real[None, :]
+            gradient = tl.load(d_out + at, mask=mask, other=0.0).to(d_taps.dtype)
+            tap = tl.load(weight + (WIDTH - 1 - back) * channels + column, mask=real, other=0.0)
+            total += tap[None, :] * gradient
+            along = tl.sum(value * gradient, 0)
+            d_taps += tl.where((taps == WIDTH - 1 - back)[:, None], along[None, :], 0.0)
+        at = (row * tokens + position)[:, None] * channels + column[None, :]
+        tl.store(d_x + at, total, mask=whole & (position >= 0)[:, None])
+        if TAIL:
+            at = (row * before + before + position)[:, None] * channels + column[None, :]
+            tl.store(d_tail + at, total, mask=whole & (position < 0)[:, None])
+    own = (tl.program_id(0) * WIDTH + taps)[:, None] * channels + column[None, :]
+    tl.store(d_weight + own, d_taps, mask=(taps < WIDTH)[:, None] & real[None, :])

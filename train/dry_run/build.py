@@ -16,9 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hope.convolution import CausalConvolution
 from hope.model import num_parameters
-from hope.scan.native.build import why_not
+from hope.native.build import why_not
 from hope.state import ModelState
+from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
 from train.dry_run.memory import (
     Action,
@@ -265,6 +267,10 @@ def _trace(
     inputs = (x, torch.arange(rows), starts)
     native = device == "cpu" and config.model.titans.scan.implementation in ("auto", "native")
     scan = "native" if native and not why_not() else device
+    if device == "cpu" and why_not():
+        for module in part.model.modules():
+            if isinstance(module, CausalConvolution | SelfModifyingTitans):
+                module.fused = "torch"
     return trace_part(part, inputs, loss, scan, given, released, halves, piped)
 
 

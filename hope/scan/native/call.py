@@ -8,8 +8,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from hope.native.build import load
 from hope.scan.contract import DeltaRule, ScanConfig, compute_dtype
-from hope.scan.native.build import load
 
 _ALIGNMENT = 64
 _AXES = ("row", "head", "token")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope.native.build import why_not
 from hope.scan.chunked import (
     _config,
     _empty_gradients,
@@ -16,7 +17,6 @@ from hope.scan.chunked import (
     scan_by,
 )
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights
-from hope.scan.native.build import why_not
 from hope.scan.native.call import NativeCall
 
 _WEIGHTS = slice(2, 8)
@@ -24,12 +24,7 @@ _WEIGHTS = slice(2, 8)
 
 def why_not_native(x: Tensor) -> str:
     """Why the C++ scan can't take activations x, as a clause; empty if it can."""
-    return _why_not_here() if x.is_cpu else f"x is on {x.device}, not on a CPU"
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _why_not_here() -> str:
-    return why_not()
+    return why_not() if x.is_cpu else f"x is on {x.device}, not on a CPU"
 
 
 def _schema_of(operator: Any) -> str:

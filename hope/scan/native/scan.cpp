@@ -2,50 +2,21 @@
 // the states of all memories of a head stay in its core's caches, and nothing is called in between.
 //
 // Compiled by build.py and called by call.py; all tensors are float or double, none is kept.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#ifdef __SSE__
-#include <xmmintrin.h>
-#endif
 #include <utility>
 
+#include "../../native/threads.h"
 #include "head.h"
 
 namespace hope {
 
-// How this thread treats denormal numbers, for others to do the same.
-#if defined(__SSE__)
-inline unsigned rounding_mode() {
-  return _mm_getcsr();
-}
-inline void set_rounding_mode(unsigned mode) {
-  _mm_setcsr(mode);
-}
-#else
-inline unsigned rounding_mode() {
-  return 0;
-}
-inline void set_rounding_mode(unsigned) {}
-#endif
-
 // Calls f(head) for every row and head, on call.threads threads.
 template <class T, class F>
 void for_each_head(const Call<T>& call, int keep, F f) {
-  const int64_t count = call.rows * call.heads;
-  const unsigned mode = rounding_mode();
-#pragma omp parallel for schedule(dynamic) num_threads(int(call.threads)) if (call.threads > 1)
-  for (int64_t which = 0; which < count; which++) {
-#ifdef _OPENMP
-    const int thread = omp_get_thread_num();
-#else
-    const int thread = 0;
-#endif
-    set_rounding_mode(mode);
+  for_each(call.rows * call.heads, int(call.threads), [&](int64_t which, int thread) {
     Head<T> head(call, call.scratch + thread * call.scratch_bytes, keep);
     head.begin(int(which));
     f(head);
-  }
+  });
 }
 
 template <class T>

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hope.native.build import why_not
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
-from hope.scan.native.build import why_not
 
 IMPLEMENTATIONS = [
     "chunked",

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from hope.native import build
 from hope.scan import ScanConfig, ScanWeights, scan
-from hope.scan.native import build, call, operators
+from hope.scan.native import call, operators
 from hope.scan.native.flops import call_products
 from hope.scan.triton import warn_once
 from tests.hope.scan.cases import everything, make_problem, run, worst_error
@@ -214,7 +215,7 @@ def test_a_compiler_that_fails(fresh_cache: Path, monkeypatch: pytest.MonkeyPatc
 def test_compiled_once_and_again_when_damaged(tmp_path: Path) -> None:
     """By processes that start together, too; a process that was killed holds nobody up."""
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", "from hope.scan.native.build import why_not; print(why_not())"]
+    command = [sys.executable, "-c", "from hope.native.build import why_not; print(why_not())"]
 
     def compiled(processes: int = 1) -> Path:
         started = [subprocess.Popen(command, env=environment, stdout=-1) for _ in range(processes)]

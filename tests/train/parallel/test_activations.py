@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
+from hope.native.build import why_not
 from hope.scan import ScanConfig
-from hope.scan.native.build import why_not
 from train.parallel.activations import checkpoint_activations
 
 CONFIG = HopeConfig(

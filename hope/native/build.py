@@ -1,4 +1,4 @@
-"""Compile the C++ scan for this machine, once, and load it.
+"""Compile our C++ for this machine, once, and load it.
 
 What is compiled is kept in `$XDG_CACHE_HOME/hope` (by default `~/.cache/hope`) under a name that
 tells sources, flags and processor apart, so that machines may share the folder and nothing stale
@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-_MAIN = "scan.cpp"
+_HOPE = Path(__file__).parents[1]
+_FOLDERS = ("native", "scan/native", "fused/native")
 _FLAGS = (
     "-std=c++17",
     "-O3",
@@ -46,31 +47,36 @@ _UNFINISHED = ".compiling-"
 
 @cache
 def load(*more_flags: str) -> ctypes.CDLL | str:
-    """The compiled scan, or in a clause why there is none: no compiler, or what it said."""
+    """The library, or in a clause why there is none: no compiler, or what it said."""
     if platform.system() == "Windows":
         return "it is not made for Windows"
     compiler = os.environ.get("CXX") or next(filter(shutil.which, _NAMES), "")
     if not shutil.which(compiler):
         return f"there is no C++ compiler ({compiler or ', '.join(_NAMES)})"
-    here = Path(__file__).parent
-    sources = [path.read_bytes() for path in sorted([*here.glob("*.h"), here / _MAIN])]
+    files = [path for folder in _FOLDERS for path in sorted((_HOPE / folder).glob("*.[ch]*"))]
+    sources = [path for path in files if path.suffix == ".cpp"]
     processor = _PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ())
     flags = (*_FLAGS, *processor, *more_flags)
     told = repr((flags, platform.machine(), platform.system())).encode()
-    key = hashlib.sha256(b"\0".join([told, *sources])).hexdigest()[:16]
+    key = hashlib.sha256(b"\0".join([told, *(path.read_bytes() for path in files)])).hexdigest()[
+        :16
+    ]
     try:
-        return _load_or_compile(compiler, flags, here / _MAIN, f"scan-{key}.so")
+        return _load_or_compile(compiler, flags, sources, f"hope-{key}.so")
     except (OSError, RuntimeError) as error:
         return f"it could not be compiled: {error}"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def why_not() -> str:
-    """Why the compiled scan can't be used on this machine, as a clause; empty if it can."""
+    """Why the library can't be used on this machine, as a clause; empty if it can."""
     found = load()
     return found if isinstance(found, str) else ""
 
 
-def _load_or_compile(compiler: str, flags: tuple[str, ...], source: Path, name: str) -> ctypes.CDLL:
+def _load_or_compile(
+    compiler: str, flags: tuple[str, ...], sources: list[Path], name: str
+) -> ctypes.CDLL:
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(base) / "hope"
@@ -80,17 +86,17 @@ def _load_or_compile(compiler: str, flags: tuple[str, ...], source: Path, name: 
             for killed in folder.glob(f"{_UNFINISHED}*"):
                 shutil.rmtree(killed, ignore_errors=True)
             if not kept.exists():
-                _compile(compiler, flags, source, kept)
+                _compile(compiler, flags, sources, kept)
             try:
                 return ctypes.CDLL(str(kept))
             except OSError:  # damaged
-                _compile(compiler, flags, source, kept)
+                _compile(compiler, flags, sources, kept)
                 return ctypes.CDLL(str(kept))
     except (OSError, RuntimeError) as error:
         # No home, a read-only or a full one: for this process alone.
         with tempfile.TemporaryDirectory(prefix="hope-") as alone:
             try:
-                _compile(compiler, flags, source, Path(alone) / name)
+                _compile(compiler, flags, sources, Path(alone) / name)
             except RuntimeError:
                 raise error from None
             return ctypes.CDLL(str(Path(alone) / name))
@@ -106,14 +112,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
-    """Compile `source` into a file beside `target` and rename it; RuntimeError with the first
+def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    """Compile `sources` into a file beside `target` and rename it; RuntimeError with the first
     line of what the compiler said."""
     said = ""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=_UNFINISHED) as folder:
         made = Path(folder) / "made.so"
         for threads in ((_THREADS,), ()):
-            command = [compiler, *flags, *threads, str(source), "-o", str(made)]
+            command = [compiler, *flags, *threads, *map(str, sources), "-o", str(made)]
             result = subprocess.run(command, capture_output=True, text=True, errors="replace")
             if result.returncode == 0:
                 os.replace(made, target)

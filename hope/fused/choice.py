@@ -1,0 +1,40 @@
+"""What computes the operators of this folder: C++ on a CPU, Triton's kernels on a CUDA device, or
+torch's operators."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from hope.fused.native.call import DTYPES
+from hope.native.build import why_not
+from hope.triton import takes_kernels
+
+Implementation = Literal["auto", "torch", "triton", "native"]
+Kind = Literal["torch", "triton", "native"]
+
+
+def chosen(x: Tensor, implementation: Implementation) -> Kind:
+    """What runs on x: what is named; with "auto" Triton's kernels on CUDA devices, C++ on a CPU
+    where it could be compiled, and on the meta device, torch's operators elsewhere.
+
+    Raises ValueError, in one line, for what is named and can't run on x.
+    """
+    if implementation == "native" or (implementation == "auto" and not x.is_cuda):
+        reason = _why_not_native(x)
+        if not reason:
+            return "native"
+        if implementation == "native":
+            raise ValueError(f"implementation=native can't be used: {reason}; take auto")
+        return "torch"
+    return "triton" if takes_kernels(x, implementation) else "torch"
+
+
+def _why_not_native(x: Tensor) -> str:
+    """Why the C++ kernels can't run on x, as a clause; empty if they can."""
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}"
+    if x.is_meta:
+        return ""
+    return why_not() if x.is_cpu else f"x is on {x.device}, not on a CPU"
