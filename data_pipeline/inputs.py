@@ -1,7 +1,9 @@
 """Find the files that a command is given, and read the documents in them.
 
 Types by suffix: .txt (a document per file), .jsonl (a document per line), both also as .gz and
-.zst, and .parquet (a document per row). Paths with :// go through fsspec.
+.zst, and .parquet (a document per row). What is called .json.gz or .json.zst holds lines too (C4,
+Dolma); a plain .json beside texts is mostly about them, and left alone. Paths with :// go through
+fsspec.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ from data_pipeline.streams import (
 )
 
 _PACKED = ("", ".gz", ".zst")
-SUFFIXES = (*(s + z for s in (".txt", ".jsonl") for z in _PACKED), ".parquet")
+SUFFIXES = (
+    *(s + z for s in (".txt", ".jsonl") for z in _PACKED),
+    *(".json" + z for z in _PACKED[1:]),
+    ".parquet",
+)
 _TYPES = ", ".join(SUFFIXES)
 _READ_BYTES = 1 << 20
 _PARQUET_ROWS = 1024
@@ -375,7 +381,7 @@ def read_source(
     try:
         if kind.endswith(".txt"):
             yield from _txt(source)
-        elif kind.endswith(".jsonl"):
+        elif kind.endswith((".jsonl", ".json")):
             yield from _jsonl(source, text_field, id_field)
         else:
             yield from _parquet(source, text_field, id_field)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,8 @@ from tools.kernel_costs import PEAK_FLOPS
 from tools.kernel_parity import Figures
 from train.config import load_config
 from train.evaluate.perplexity import summed_loss
-from train.parallel.activations import compile_layers
+from train.parallel.activations import checkpoint_activations, compile_layers
+from train.parallel.config import ActivationCheckpointing
 
 STEP_TOKENS = 32_768
 LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
@@ -65,6 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument(
         "--scan", choices=SCANS, default="auto", help="Hope's scan.implementation (%(default)s)"
+    )
+    parser.add_argument(
+        "--checkpointing",
+        choices=get_args(ActivationCheckpointing),
+        default="none",
+        help="of Hope's models and Hope-Attention's (%(default)s)",
     )
     parser.add_argument("--repetitions", type=int, default=10, help="steps timed (%(default)s)")
     parser.add_argument("--name", default="bench_gpu", help="of the file in docs/gpu (%(default)s)")
@@ -100,7 +108,7 @@ def parts(options: argparse.Namespace) -> Iterator[Figures]:
             yield layers(length, options.kinds, options.repetitions, options.scan)
     if "models" in options.parts:
         for size, length in itertools.product(options.sizes, options.lengths):
-            yield models(size, length, options.kinds, options.repetitions, options.scan)
+            yield models(size, length, options)
 
 
 def versions() -> dict[str, str]:
@@ -232,20 +240,23 @@ def on_host(size: str, scan: Implementation) -> dict[str, HopeModel]:
     return {name: HopeModel(one).to(torch.bfloat16) for name, one in found.items()}
 
 
-def models(
-    size: str, length: int, kinds: Sequence[str], repetitions: int, scan: Implementation
-) -> Figures:
+def models(size: str, length: int, options: argparse.Namespace) -> Figures:
     """Whole models of a size in rows of that length, and Gated DeltaNet of their width and depth
     where it is installed."""
+    repetitions, kinds = options.repetitions, options.kinds
     config = load_config(f"configs/{size}.yaml").model
     figures: Figures = {}
     rows = []
     tokens = torch.randint(config.vocab_size or 1, (STEP_TOKENS // length, length)).cuda()
-    for name, host in on_host(size, scan).items():
+    for name, host in on_host(size, options.scan).items():
         flops = sum(host.flops_per_token(length, executed=False))
+        how: ActivationCheckpointing = "none" if name == "transformer" else options.checkpointing
+        name = name if how == "none" else f"{name}_{how}"
 
-        def make(host: nn.Module = host) -> nn.Module:
-            return copy.deepcopy(host).cuda()
+        def make(host: HopeModel = host, how: ActivationCheckpointing = how) -> HopeModel:
+            model = copy.deepcopy(host).cuda()
+            checkpoint_activations(model, how)
+            return model
 
         more, lines = measure(f"{size}_{name}_t{length}", make, tokens, flops, repetitions, kinds)
         figures |= more

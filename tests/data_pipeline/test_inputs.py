@@ -264,6 +264,19 @@ def test_what_is_before_a_piece_is_read_once_for_all_its_bad_lines(write, monkey
     assert len(calls) == 1
 
 
+def test_lines_under_the_names_of_c4_and_dolma(write):
+    """.json.gz and .json.zst, in one piece or cut; a plain .json is not taken for text."""
+    write("a.json.gz", gzip.compress(LINES))
+    write("b.json.zst", zst(LINES) * 3)
+    folder = write("info.json", b"{}").parent
+    sources = find_sources([str(folder)])
+    assert [source.name for source in sources] == ["a.json.gz", "b.json.zst"]
+    assert texts_of(folder / "a.json.gz") == TEXTS
+    pieces = split_source(sources[1], 1, 1)
+    assert len(pieces) > 1
+    assert [d.text for piece in pieces for d in read_source(piece)] == 3 * TEXTS
+
+
 def test_files_folders_patterns_and_urls(tmp_path):
     import fsspec
 
