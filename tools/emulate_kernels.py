@@ -36,7 +36,7 @@ from tools.kernel_parity import (
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 KERNELS = ("triton", "cuda")
-FUSED = ("gated_norm", "cross_entropy")
+FUSED = ("convolution", "gated_norm", "cross_entropy")
 LIMITS = {torch.bfloat16: (0.01, 0.1), torch.float32: (2e-6, 1e-5)}
 """Errors of outputs and gradients that pass. In bfloat16 the gradients of the gates' biases, sums
 in which much cancels, are the furthest off."""
@@ -105,8 +105,8 @@ def dispatched() -> Iterator[None]:
 def calls(
     names: Sequence[str], tokens: int, kernels: Sequence[str]
 ) -> Iterator[tuple[str, str, Call, list[Tensor]]]:
-    """What was asked for, and of which kernels: norm and loss, and scans of two rows in two
-    segments."""
+    """What was asked for, and of which kernels: convolution, norm and loss, and scans of two rows
+    in two segments."""
     if "triton" in kernels:
         for name, call, leaves in fused_calls(Shape(1, 2, 24, 64, 64), "cpu", vocabulary=1000):
             if name in names:

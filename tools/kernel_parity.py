@@ -135,11 +135,12 @@ def fused_calls(
     draw = partial(torch.randn, generator=generator, device=device)
     rows, heads, tokens, d, _ = shape
     labels = torch.randint(0, vocabulary, (rows * tokens,), generator=generator, device=device)
+    starts = torch.rand(rows, tokens, generator=generator, device=device) < 0.1
 
     return [
         (
             "convolution",
-            lambda leaves, how: (causal_convolution(*leaves, None, how),),
+            lambda leaves, how: (causal_convolution(*leaves, starts, how),),
             [draw(rows, tokens, heads * d), draw(4, heads * d), draw(rows, 3, heads * d)],
         ),
         (

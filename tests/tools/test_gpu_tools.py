@@ -100,6 +100,7 @@ def test_the_fused_kernels_run_and_have_a_cost() -> None:
     assert all(hasattr(hope.fused.kernels, name.partition(": ")[2]) for name in costs)
     assert costs["forward: cross_entropy_forward"].bytes == 3 * 100 * 2
     assert costs["backward: gated_norm_backward"].bytes == 5 * 3 * 16 * 2
+    assert costs["backward: convolve_backward"].bytes == 3 * 3 * 16 * 2
 
 
 def test_the_table_in_the_documentation_is_what_the_tool_prints(
@@ -128,6 +129,7 @@ def test_bad_sizes_of_the_table(arguments: list[str]) -> None:
         "write_forward_d128_h256_c32_bf16",
         pytest.param("write_backward_mem_d64_h64_c16_bf16", marks=pytest.mark.slow),
         pytest.param("gated_norm_backward_d64_bf16", marks=pytest.mark.slow),
+        pytest.param("convolve_backward_bf16", marks=pytest.mark.slow),
         pytest.param("cross_entropy_backward_bf16", marks=pytest.mark.slow),
         pytest.param("cuda_write_backward_d64_h64_c32_bf16", marks=[NVRTC, pytest.mark.slow]),
         pytest.param("cuda_write_backward_d128_h128_c32_bf16", marks=NVRTC),

@@ -353,7 +353,7 @@ def emulate(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_compiled_kernels_agree_with_torch() -> None:
     pytest.importorskip("triton")
     only = ("--kernels", "triton", "--dtypes", "bfloat16")
-    done = emulate("--cases", "gated_norm", "cross_entropy", *only)
+    done = emulate("--cases", "convolution", "gated_norm", "cross_entropy", *only)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "all agree"
 

@@ -186,12 +186,12 @@ def fsdp_buffers(layers: Sequence[int], rest: int, itemsize: int, piped: bool) -
     """Bytes of FSDP2's buffers: of parameters, and of gradients once a layer has some.
 
     layers: numbers of each layer's parameters over the shards; rest: of what is left. While a layer
-    is worked on its parameters are whole, and so are the next one's, which came through a buffer
-    of their size; its gradients are whole, and again in float32 where they are summed. In a
-    pipeline all parameters stay whole for the step.
+    is worked on its parameters are whole, and the next one's come into a buffer of their size, from
+    which they are copied once it is done; its gradients are whole, and again in float32 where they
+    are summed. In a pipeline all parameters stay whole for the step.
     """
     largest = max([*layers, rest])
     if piped:
         return (sum(layers) + rest + largest) * itemsize, 0
-    gathered = rest + 3 * max(layers, default=0)
+    gathered = rest + 2 * max(layers, default=0)
     return gathered * itemsize, max(layers, default=0) * (itemsize + NUMBER)

@@ -148,11 +148,9 @@ def zero_memory(
     """
     starts, accumulators, optimizer = _held(config, zero.lines)
     gradients, alive = zero.left, 0
-    if zero.summed:  # gradients are there from the first step on, and are set to zero
-        trace = replace(trace, backward=trace.again, weights=trace.weights_again, gradients=0)
-        alive = peak_of_actions(actions, [trace])
-    elif zero.lines.stage == 1:
-        alive = max(0, peak_of_actions(actions, [trace]) - gradients)
+    if zero.lines.stage == 1:  # those of what computes appear in a step's first backward pass
+        own = zero.itemsize * zero.lines.numbers if zero.summed else gradients
+        alive = max(0, peak_of_actions(actions, [trace]) - own)
     else:
         trace = replace(trace, again=trace.backward, weights_again=trace.weights, gradients=0)
         alive = peak_of_actions(actions, [trace])
