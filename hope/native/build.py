@@ -58,9 +58,8 @@ def load(*more_flags: str) -> ctypes.CDLL | str:
     processor = _PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ())
     flags = (*_FLAGS, *processor, *more_flags)
     told = repr((flags, platform.machine(), platform.system())).encode()
-    key = hashlib.sha256(b"\0".join([told, *(path.read_bytes() for path in files)])).hexdigest()[
-        :16
-    ]
+    contents = b"\0".join([told, *(path.read_bytes() for path in files)])
+    key = hashlib.sha256(contents).hexdigest()[:16]
     try:
         return _load_or_compile(compiler, flags, sources, f"hope-{key}.so")
     except (OSError, RuntimeError) as error:

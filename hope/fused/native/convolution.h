@@ -28,12 +28,8 @@ struct ConvolvedRow {
   const Convolution& call;
   int64_t row;
 
-  int64_t before() const {
-    return call.width - 1;
-  }
-  int64_t at(int64_t position) const {
-    return (row * call.tokens + position) * call.channels;
-  }
+  int64_t before() const { return call.width - 1; }
+  int64_t at(int64_t position) const { return (row * call.tokens + position) * call.channels; }
   int64_t at_tail(int64_t position) const {
     return (row * before() + before() + position) * call.channels;
   }

@@ -26,9 +26,7 @@ struct Padded {
   std::vector<T> values;
 
   explicit Padded(int64_t features)
-      : features(features),
-        size((features + LANES<T> - 1) / LANES<T> * LANES<T>),
-        values(size) {}
+      : features(features), size((features + LANES<T> - 1) / LANES<T> * LANES<T>), values(size) {}
 
   template <class S>
   void load_from(const S* from) {
@@ -41,12 +39,8 @@ struct Padded {
     const T* from = values.data();
     for (int64_t i = 0; i < features; i++) to[i] = S(from[i]);
   }
-  Vec<T> get(int64_t i) const {
-    return load(values.data() + i);
-  }
-  void set(int64_t i, Vec<T> value) {
-    store(values.data() + i, value);
-  }
+  Vec<T> get(int64_t i) const { return load(values.data() + i); }
+  void set(int64_t i, Vec<T> value) { store(values.data() + i, value); }
 };
 
 template <class T>
@@ -71,10 +65,7 @@ struct NormedHead {
   Padded<T> weight, x, gate;
 
   explicit NormedHead(const GatedNorm& call)
-      : call(call),
-        weight(call.features),
-        x(call.features),
-        gate(call.features) {}
+      : call(call), weight(call.features), x(call.features), gate(call.features) {}
 
   int64_t at(int64_t row, int64_t t, int64_t head) const {
     return ((row * call.tokens + t) * call.heads + head) * call.features;
@@ -82,8 +73,8 @@ struct NormedHead {
   // Loads them; returns 1 / sqrt(mean(x^2) + eps).
   T begin(int64_t row, int64_t t, int64_t head) {
     weight.load_from(static_cast<const T*>(call.weight) + head * call.features);
-    x.load_from(static_cast<const S*>(call.read) + row * call.row_stride +
-                head * call.head_stride + t * call.token_stride);
+    x.load_from(static_cast<const S*>(call.read) + row * call.row_stride + head * call.head_stride +
+                t * call.token_stride);
     gate.load_from(static_cast<const S*>(call.gate) + at(row, t, head));
     Vec<T> squares = {};
     for (int64_t i = 0; i < x.size; i += LANES<T>) squares += x.get(i) * x.get(i);
