@@ -35,12 +35,8 @@ from data_pipeline.streams import (
     remote_errors,
 )
 
-_PACKED = ("", ".gz", ".zst")
-SUFFIXES = (
-    *(s + z for s in (".txt", ".jsonl") for z in _PACKED),
-    *(".json" + z for z in _PACKED[1:]),
-    ".parquet",
-)
+_TEXTS = (s + z for s in (".txt", ".jsonl") for z in ("", ".gz", ".zst"))
+SUFFIXES = (*_TEXTS, ".json.gz", ".json.zst", ".parquet")
 _TYPES = ", ".join(SUFFIXES)
 _READ_BYTES = 1 << 20
 _PARQUET_ROWS = 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hope.fused.native.call import DTYPES
@@ -38,3 +39,8 @@ def _why_not_native(x: Tensor) -> str:
     if x.is_meta:
         return ""
     return why_not() if x.is_cpu else f"x is on {x.device}, not on a CPU"
+
+
+def precise(weight: Tensor, x: Tensor) -> Tensor:
+    """A weight in the dtype that kernels on x compute in: float32, float64 for float64."""
+    return weight.to(torch.promote_types(x.dtype, torch.float32)).contiguous()

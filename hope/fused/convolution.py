@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.fused.choice import Implementation, chosen
+from hope.fused.choice import Implementation, chosen, precise
 from hope.fused.native import call
 
 ROWS, COLUMNS = 16, 128
@@ -72,7 +72,7 @@ def _convolve(
     rows, tokens, channels = x.shape
     grid = (-(-tokens // ROWS), -(-channels // COLUMNS), rows)
     with torch.cuda.device_of(x):
-        convolve_forward[grid](x, _precise(weight, x), _or(tail, x), _or(reach, x), out, **sizes)
+        convolve_forward[grid](x, precise(weight, x), _or(tail, x), _or(reach, x), out, **sizes)
     return out
 
 
@@ -101,11 +101,11 @@ def _convolve_backward(
     d_tail = None if tail is None else torch.empty_like(tail)
     rows, tokens, channels = x.shape
     programs = min(PROGRAMS, rows * -(-tokens // ROWS))
-    precise = _precise(weight, x)
-    partial = precise.new_empty(programs, *weight.shape)
+    taps = precise(weight, x)
+    partial = taps.new_empty(programs, *weight.shape)
     with torch.cuda.device_of(x):
         convolve_backward[(programs, -(-channels // COLUMNS))](
-            x, precise, _or(tail, x), _or(reach, x), d_out, dx, partial, _or(d_tail, x), rows,
+            x, taps, _or(tail, x), _or(reach, x), d_out, dx, partial, _or(d_tail, x), rows,
             TAPS=1 << (weight.shape[0] - 1).bit_length(), **sizes,
         )  # fmt: skip
     made = [dx, partial.sum(0).to(weight.dtype)]
@@ -116,11 +116,6 @@ def _convolve_backward(
 def _(d_out, x, weight, tail, reach, kind):  # type: ignore[no-untyped-def]
     like = [z for z in (x, weight, tail) if z is not None]
     return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in like]
-
-
-def _precise(weight: Tensor, x: Tensor) -> Tensor:
-    """The taps in the dtype that the kernels compute in."""
-    return weight.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
 def _or(tensor: Tensor | None, x: Tensor) -> Tensor:

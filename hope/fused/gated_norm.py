@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from hope.fused.choice import Implementation, chosen
+from hope.fused.choice import Implementation, chosen, precise
 from hope.fused.native import call
 
 ELEMENTS = 2048
@@ -48,7 +48,7 @@ def _gated_norm(read: Tensor, weight: Tensor, gate: Tensor, eps: float, kind: st
     sizes = _sizes(read)
     grid = (-(-sizes["rows"] // sizes["ROWS"]), sizes["heads"])
     with torch.cuda.device_of(read):
-        gated_norm_forward[grid](read, _precise(weight, read), gate, out, eps=eps, **sizes)
+        gated_norm_forward[grid](read, precise(weight, read), gate, out, eps=eps, **sizes)
     return out
 
 
@@ -67,15 +67,15 @@ def _gated_norm_backward(
     from hope.fused.kernels import gated_norm_backward
 
     read, gate, d_out = _rows_together(read), gate.contiguous(), d_out.contiguous()
-    precise = _precise(weight, read)
+    gain = precise(weight, read)
     d_read = torch.empty_like(read, memory_format=torch.contiguous_format)
     d_gate = torch.empty_like(gate)
     sizes = _sizes(read)
     programs = min(PROGRAMS, -(-sizes["rows"] // sizes["ROWS"]))
-    partial = precise.new_empty(programs, *weight.shape)
+    partial = gain.new_empty(programs, *weight.shape)
     with torch.cuda.device_of(read):
         gated_norm_backward[(programs, sizes["heads"])](
-            read, precise, gate, d_out, d_read, partial, d_gate, eps=eps, **sizes
+            read, gain, gate, d_out, d_read, partial, d_gate, eps=eps, **sizes
         )
     return d_read, partial.sum(0).to(weight.dtype), d_gate
 
@@ -88,11 +88,6 @@ def _(d_out, read, weight, gate, eps, kind):  # type: ignore[no-untyped-def]
 
 def _rows_together(read: Tensor) -> Tensor:
     return read if read.stride(3) == 1 else read.contiguous()
-
-
-def _precise(weight: Tensor, read: Tensor) -> Tensor:
-    """The gain in the dtype that the kernels compute in."""
-    return weight.to(torch.promote_types(read.dtype, torch.float32)).contiguous()
 
 
 def _sizes(read: Tensor) -> dict[str, int]:
