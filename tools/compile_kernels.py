@@ -215,7 +215,7 @@ def cuda_cases(memory_chunk: int) -> Iterator[CudaCase]:
 @lru_cache(maxsize=2)
 def _assembled(options: Options) -> tuple[dict[str, tuple[int, int, int]], float]:
     start = time.perf_counter()
-    found = assemble(compiled(options.defines(), "compute_90").ptx)
+    found = assemble(compiled(options.defines(), "compute_90").decode())
     return found, time.perf_counter() - start
 
 

@@ -61,7 +61,7 @@ def run_cuda(
     began = time.perf_counter()
     key, shared = (name, options), shared_bytes(name, options)
     if key not in launches.compiled:
-        ptx = compiled(options.defines(), "compute_90").ptx
+        ptx = compiled(options.defines(), "compute_90").decode()
         launches.compiled[key] = Machine(parse(ptx, name)), shared, []
     machine = launches.compiled[key][0]
     launches.compiling += time.perf_counter() - began

@@ -71,9 +71,9 @@ def _check(status: int) -> None:
 def _module(device: int, options: Options) -> ctypes.c_void_p:
     """The kernels of some options, loaded into a device's context, which is current."""
     major, minor = torch.cuda.get_device_capability(device)
-    binary = compiled(options.defines(), f"sm_{major}{minor}").binary
+    code = compiled(options.defines(), f"sm_{major}{minor}")
     module = ctypes.c_void_p()
-    _check(_driver().cuModuleLoadData(ctypes.byref(module), binary))
+    _check(_driver().cuModuleLoadData(ctypes.byref(module), code))
     return module
 
 

@@ -1,4 +1,5 @@
-"""NVRTC, the compiler that CUDA's libraries bring: CUDA C++ to PTX and machine code, in memory."""
+"""NVRTC, the compiler that CUDA's libraries bring: CUDA C++ to PTX or machine code, once
+(`hope/compile_cache.py`)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import NamedTuple
+
+from hope.compile_cache import kept_bytes, key
 
 MAIN = "kernels.cu"
 HEADERS = (
@@ -17,13 +19,6 @@ HEADERS = (
 _NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _FLAGS = ("--std=c++17", "-default-device", "-lineinfo")
 _FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")
-
-
-class Compiled(NamedTuple):
-    """A module: its PTX, and its machine code where an architecture was named for it."""
-
-    ptx: str
-    binary: bytes
 
 
 @cache
@@ -45,8 +40,9 @@ def _candidates() -> Iterator[str]:
         yield from (f"{base}/{folder}/{name}" for folder in _FOLDERS for name in _NAMES)
 
 
-def compiled(defines: list[str], architecture: str = "sm_90") -> Compiled:
-    """The kernels with those definitions, for one kind of device.
+def compiled(defines: list[str], architecture: str = "sm_90") -> bytes:
+    """The kernels with those definitions: machine code for a device (`sm_90`), or PTX for a kind of
+    them (`compute_90`).
 
     Raises RuntimeError with what the compiler said.
     """
@@ -55,6 +51,18 @@ def compiled(defines: list[str], architecture: str = "sm_90") -> Compiled:
         raise RuntimeError(nvrtc)
     here = files(__package__)
     sources = [here.joinpath(name).read_bytes() for name in (MAIN, *HEADERS)]
+    flags = [f"--gpu-architecture={architecture}", *_FLAGS, *defines]
+    name = f"cuda-{architecture}-{key([*flags, *_version(nvrtc)], sources)}"
+    return kept_bytes(name, lambda: _compile(nvrtc, flags, sources))
+
+
+def _version(nvrtc: ctypes.CDLL) -> tuple[str, ...]:
+    numbers = (ctypes.c_int(), ctypes.c_int())
+    nvrtc.nvrtcVersion(*map(ctypes.byref, numbers))
+    return tuple(str(number.value) for number in numbers)
+
+
+def _compile(nvrtc: ctypes.CDLL, flags: list[str], sources: list[bytes]) -> bytes:
     program = ctypes.c_void_p()
     headers = (ctypes.c_char_p * len(HEADERS))(*sources[1:])
     names = (ctypes.c_char_p * len(HEADERS))(*(name.encode() for name in HEADERS))
@@ -64,12 +72,12 @@ def compiled(defines: list[str], architecture: str = "sm_90") -> Compiled:
     if status:
         raise RuntimeError(f"NVRTC: status {status}")
     try:
-        flags = [f"--gpu-architecture={architecture}", *_FLAGS, *defines]
         told = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
         if nvrtc.nvrtcCompileProgram(program, len(flags), told):
             raise RuntimeError(_part(nvrtc, program, "ProgramLog").decode().strip("\0\n"))
-        binary = _part(nvrtc, program, "CUBIN") if architecture.startswith("sm") else b""
-        return Compiled(_part(nvrtc, program, "PTX").decode().strip("\0"), binary)
+        if "=sm_" in flags[0]:
+            return _part(nvrtc, program, "CUBIN")
+        return _part(nvrtc, program, "PTX").rstrip(b"\0")
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 
