@@ -87,8 +87,31 @@ class HuggingFaceTokenizer(Tokenizer):
     def reserved_texts(self) -> list[str]:
         return list(self._added.values())
 
+    def _spelled(self, token: int) -> list[int]:
+        """A special token's text in tokens of single bytes."""
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        text = self._added[token]
+        if self._byte_level:
+            mapped = ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+            names = [char for part, _ in mapped for char in part]
+        else:
+            names = [f"<0x{byte:02X}>" for byte in text.encode()]
+        ids = [self._hf.token_to_id(name) for name in names]
+        if None in ids:
+            raise DataError(
+                f"the tokenizer takes {text!r} in a text for its special token and has no tokens "
+                "for the single bytes: leave such documents out"
+            )
+        return ids
+
     def encode(self, text: str) -> np.ndarray:
-        return np.array(self._hf.encode(text, add_special_tokens=False).ids, np.int32)
+        ids = self._hf.encode(text, add_special_tokens=False).ids
+        # a unigram model finds a special token that is one of its pieces, whatever it was told
+        for token in (self._specials - {self.unk_id}).intersection(ids):
+            spelled = self._spelled(token)
+            ids = [one for found in ids for one in (spelled if found == token else (found,))]
+        return np.array(ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         specials = {self.bos_id, self.eos_id, self.pad_id}

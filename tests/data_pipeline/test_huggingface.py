@@ -94,6 +94,23 @@ def test_byte_fallback_like_llama():
     assert tokenizer.token_bytes[ids].tolist() == [2, 1, 1, 1]
 
 
+def test_a_model_that_finds_special_tokens_in_text_ends_no_document(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    vocabulary = [(piece, -1.0) for piece in pieces]
+    made = tokenizers.Tokenizer(tokenizers.models.Unigram(vocabulary, unk_id=0, byte_fallback=True))
+    made.decoder = tokenizers.decoders.ByteFallback()
+    made.decoder = tokenizers.decoders.Sequence([made.decoder, tokenizers.decoders.Fuse()])
+    made.add_special_tokens(pieces[:4])
+    tokenizer = Tokenizer.from_bytes(made.to_str().encode())
+    text = "a</s>é<s>a <pad>"
+    (tmp_path / "a.txt").write_text(text)
+    tokenize([str(tmp_path / "a.txt")], tokenizer, tmp_path / "c")
+    corpus, damages = verify(tmp_path / "c")
+    assert damages == []
+    assert tokenizer.decode(corpus.read(0, corpus.num_tokens)) == text
+    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
 def test_lossy_or_broken_files_are_refused(tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     for content in (words.to_str(), "{}", '{"model": 3}'):
