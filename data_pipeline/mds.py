@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 import zstandard
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_pipeline.building import Part, build_corpus, wrap
 from data_pipeline.errors import CorruptDataError, DataError
@@ -25,6 +25,50 @@ _VALUE_TYPES = {
     8: "uint8", 9: "int8", 16: "uint16", 17: "int16", 32: "uint32", 33: "int32", 64: "uint64",
     65: "int64",
 }  # fmt: skip
+
+
+class _File(BaseModel):
+    basename: str = Field(min_length=1)
+    bytes: int
+
+
+class _Shard(BaseModel):
+    """What is read of a shard's part of index.json."""
+
+    format: str
+    raw_data: _File
+    zip_data: _File | None = None
+    compression: str | None = None
+    samples: int
+    column_names: list[str] = []
+    column_encodings: list[str] = []
+    column_sizes: list[int | None] = []
+
+    @model_validator(mode="after")
+    def _columns_are_whole(self) -> _Shard:
+        sizes, encodings = len(self.column_sizes), len(self.column_encodings)
+        if not sizes == encodings == len(self.column_names):
+            raise ValueError("column_names, column_encodings and column_sizes differ in length")
+        return self
+
+
+class _Index(BaseModel):
+    shards: list[_Shard]
+
+
+def _index(path: Path) -> list[dict[str, Any]]:
+    """The shards that index.json tells of; CorruptDataError if it is none."""
+    try:
+        shards: list[dict[str, Any]] = _Index.model_validate_json(path.read_bytes()).model_dump()[
+            "shards"
+        ]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
+        raise CorruptDataError(str(path), f"not an MDS index ({where}: {first['msg']})") from None
+    return shards
 
 
 def _array(encoding: str, data: bytes) -> np.ndarray:
@@ -46,7 +90,7 @@ def _stored(folder: Path, shard: dict[str, Any]) -> tuple[str, str]:
     zipped = shard.get("zip_data")
     if not zipped or not (folder / zipped["basename"]).is_file():
         raise DataError(f"{folder / name}: no such file; bring the whole dataset")
-    kind = shard["compression"].partition(":")[0]
+    kind = (shard["compression"] or "").partition(":")[0]
     if kind not in ("zstd", "gz"):
         file = folder / zipped["basename"]
         raise DataError(f"{file}: compression {kind!r} is not read; unpack the shards first")
@@ -67,7 +111,9 @@ def _samples(shard: dict[str, Any], data: bytes, column: int, file: str) -> Iter
     """What stands in one column of each sample."""
     if len(data) != shard["raw_data"]["bytes"]:
         raise CorruptDataError(file, f"{len(data)} bytes, not {shard['raw_data']['bytes']}")
-    count = int(np.frombuffer(data, "<u4", 1)[0])
+    count = int.from_bytes(data[:4], "little")
+    if len(data) < 8 + 4 * count:
+        raise CorruptDataError(file, f"too short for {count} samples")
     if count != shard["samples"]:
         raise CorruptDataError(file, f"{count} samples, not {shard['samples']}")
     bounds = np.frombuffer(data, "<u4", count + 1, 4).tolist()
@@ -107,14 +153,25 @@ class _Documents:
                 except UnicodeDecodeError as error:
                     raise DataError(f"{self.folder / name}: not UTF-8 ({error.reason})") from None
             else:
-                ids = (
-                    np.frombuffer(value, self.dtype)
-                    if encoding == "bytes"
-                    else _array(encoding, value)
-                )
-                tokens = wrap(name, ids.astype(np.int64), described)
+                tokens = wrap(name, self._ids(encoding, value, name), described)
             if len(tokens) > 2:
                 yield name, tokens, int(sizes[tokens].sum())
+
+    def _ids(self, encoding: str, value: bytes, name: str) -> np.ndarray:
+        try:
+            if encoding == "bytes":
+                ids = np.frombuffer(value, self.dtype)
+            else:
+                ids = _array(encoding, value)
+            if ids.dtype.kind in "iu":
+                return ids.astype(np.int64)
+            problem = f"values of {ids.dtype}"
+        except (ValueError, TypeError, LookupError) as error:
+            problem = str(error)
+        raise DataError(
+            f"{self.folder / name}: column {self.column} holds no token ids ({problem}); "
+            "name another --column, or the --dtype of its bytes"
+        )
 
 
 def import_mds(
@@ -131,16 +188,11 @@ def import_mds(
     `bytes` column, whose `dtype` has to be given. Every sample is a document, bos ... eos.
     """
     root = Path(folder)
-    try:
-        shards = json.loads((root / "index.json").read_bytes())["shards"]
-    except OSError as error:
-        raise DataError(f"{root / 'index.json'}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):
-        raise CorruptDataError(str(root / "index.json"), "not an MDS index") from None
+    shards = _index(root / "index.json")
     parts = []
     for shard in shards:
         if shard["format"] != "mds" or column not in shard["column_names"]:
-            has = ", ".join(shard.get("column_names", []))
+            has = ", ".join(shard["column_names"])
             raise DataError(
                 f"{root}: a {shard['format']} shard with the columns {has}: no {column}"
             )

@@ -216,3 +216,28 @@ def test_what_is_no_whole_mds_dataset(tokenizer, tmp_path):
     (packed / "shard.00000.mds.gz").write_bytes(b"nonsense")
     with pytest.raises(CorruptDataError, match="compressed data is damaged"):
         import_mds(packed, tokenizer, tmp_path / "c", "x")
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"samples": None}, "shards.0.samples"),
+        ({"raw_data": {}}, "shards.0.raw_data.basename"),
+        ({"column_encodings": []}, "differ in length"),
+        ({"column_encodings": ["ndarray"]}, r"mds@0: column x holds no token ids"),
+        ({"column_encodings": ["ndarray:foo:2"]}, r"mds@0: column x holds no token ids"),
+        ({"column_encodings": ["ndarray:float32:1"]}, r"values of float32"),
+        ({"column_encodings": ["ndarray:int64:1"]}, r"mds@0: column x holds no token ids"),
+        ({}, r"mds@0: column x holds no token ids"),
+    ],
+)
+def test_an_index_or_a_column_that_is_not_what_it_says(tokenizer, tmp_path, change, problem):
+    folder = write_mds(tmp_path / "mds", {"x": "bytes"}, [[b"\x99bcd"]])
+    index = json.loads((folder / "index.json").read_text())
+    index["shards"][0] |= change
+    (folder / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=problem):
+        import_mds(folder, tokenizer, tmp_path / "c", "x", "int64")
+    (folder / "index.json").write_text('{"shards": 5}')
+    with pytest.raises(CorruptDataError, match="not an MDS index"):
+        import_mds(folder, tokenizer, tmp_path / "c", "x", "int64")
