@@ -1,3 +1,4 @@
+import io
 import json
 import signal
 import subprocess
@@ -106,6 +107,14 @@ def test_help(capsys, command):
     code, out, _ = call(capsys, *command, "--help")
     assert code == 0
     assert "usage: python -m data_pipeline" in out
+
+
+def test_what_the_terminal_cannot_show_is_escaped(monkeypatch, model):
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    there = model.rename(model.with_name("é"))
+    assert cli.main(["tokenizer", "inspect", str(there)]) == 0
+    assert b"\\xe9" in shown.getvalue()
 
 
 def test_verify_exits_with_1_on_damage(capsys, copied):
