@@ -191,20 +191,23 @@ def export_megatron(folder: str | Path, prefix: str | Path, workers: int = 1) ->
     """
     corpus = Corpus.open(folder)
     data_path, index_path = _paths(prefix)
+    unfinished = data_path.with_suffix(".unfinished")
+    notes = unfinished / corpus.fingerprint
+    partial_path, shards = notes / "data", range(corpus.num_shards)
+    # where a run was stopped between the two files, the first is its own
+    ours = not partial_path.exists() and all((notes / f"{n}.json").exists() for n in shards)
     for path in (data_path, index_path):
-        if path.exists():
+        if path.exists() and not (ours and data_path.exists()):
             raise DataError(f"{path}: is there already; name another --out or remove it")
     wide = corpus.vocab_size > 1 << 16
     dtype, code = np.dtype("<i4" if wide else "<u2"), 4 if wide else 8
-    unfinished = data_path.with_suffix(".unfinished")
     with only_writer(unfinished):
-        notes = unfinished / corpus.fingerprint
         notes.mkdir(exist_ok=True)
-        partial_path = notes / "data"
+        if data_path.exists():
+            os.replace(data_path, partial_path)
         exporter = _Exporter(corpus, partial_path, dtype, notes)
         with open(partial_path, "ab") as file:
             file.truncate(exporter.place(corpus.num_shards))
-        shards = range(corpus.num_shards)
         found: dict[int, np.ndarray] = {}
         with tqdm(total=len(shards), desc="export", unit=" shards", disable=None) as bar:
             for shard, lengths in each(exporter, shards, workers, str(data_path)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from data_pipeline import CorruptDataError, DataError, cli
+from data_pipeline import CorruptDataError, DataError, cli, megatron
 from data_pipeline.mds import import_mds
 from data_pipeline.megatron import export_megatron, import_megatron, read_index
 from data_pipeline.verify import verify
@@ -51,6 +51,30 @@ def write_megatron(prefix, sequences, bounds, code=4, dtype="<i4"):
         + np.array(bounds, "<i8").tobytes()
     )
     return prefix
+
+
+@pytest.mark.parametrize("stopped_by", ["write", "rmtree"])
+def test_an_export_stopped_behind_its_first_file_goes_on(
+    corpus_folder, tmp_path, monkeypatch, stopped_by
+):
+    export_megatron(corpus_folder, tmp_path / "whole")
+
+    def stop(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        where = {"write": (megatron, "replacing"), "rmtree": (megatron.shutil, "rmtree")}
+        patch.setattr(*where[stopped_by], stop)
+        with pytest.raises(OSError, match="full"):
+            export_megatron(corpus_folder, tmp_path / "x")
+    assert (tmp_path / "x.bin").exists()
+    export_megatron(corpus_folder, tmp_path / "x")
+    for suffix in (".bin", ".idx"):
+        made = (tmp_path / "x").with_suffix(suffix).read_bytes()
+        assert made == (tmp_path / "whole").with_suffix(suffix).read_bytes()
+    assert not (tmp_path / "x.unfinished").exists()
+    with pytest.raises(DataError, match="there already"):
+        export_megatron(corpus_folder, tmp_path / "x")
 
 
 @pytest.mark.parametrize(("code", "dtype"), [(4, "<i4"), (8, "<u2"), (5, "<i8"), (3, "<i2")])
