@@ -20,6 +20,7 @@ from typing import Any
 from data_pipeline.arguments import at_least, utf8
 from data_pipeline.errors import DataError
 from data_pipeline.redaction import redact
+from data_pipeline.streams import is_url
 
 Handler = Callable[[argparse.Namespace], int]
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -317,6 +318,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in _STOPS:
         signal.signal(number, interrupt)
     try:
+        for name in ("out", "model_out"):
+            if is_url(getattr(args, name, "")):
+                raise DataError(f"{getattr(args, name)}: a URL; write to a disk here and copy that")
         status: int = args.handler(args)
         sys.stdout.flush()
         return status

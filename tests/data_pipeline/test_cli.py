@@ -68,6 +68,8 @@ def test_from_text_to_a_verified_corpus(text_folder, tmp_path):
         ("tokenize --input {model} --tokenizer {model} --out c", "not a type that is read"),
         ("tokenizer train --input x --model-out m --vocab-size 400", "x: no"),
         ("corpus stdlib --out c --holdout 1", "--holdout 1"),
+        ("corpus stdlib --out s3://b/c", "s3://b/c: a URL"),
+        ("tokenizer train --input x --model-out s3://b/m --vocab-size 400", "s3://b/m: a URL"),
     ],
 )
 def test_bad_input_is_one_clear_line(capsys, monkeypatch, model, arguments, message):
