@@ -66,31 +66,47 @@ class ShardCache:
     def fetch(self, url: str, entry: dict[str, Any]) -> Path:
         """The local copy of the shard at `url`, whose manifest entry is `entry`.
 
-        DataError where it cannot be had, or does not match its checksum however often it is read.
+        DataError where it cannot be had or kept, or does not match its checksum however often it is
+        read.
         """
         path = self.path(entry)
         try:
-            os.utime(path)
-            return path
-        except FileNotFoundError:
-            pass
-        if entry["bytes"] > self.limit:
-            raise DataError(
-                f"{url}: {entry['bytes']} bytes do not fit into a cache of {self.limit}: raise it"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._make_room(entry["bytes"])
+            try:
+                os.utime(path)
+                return path
+            except FileNotFoundError:
+                pass
+            if entry["bytes"] > self.limit:
+                raise DataError(
+                    f"{url}: {entry['bytes']} bytes do not fit into a cache of {self.limit}: "
+                    "raise it"
+                )
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_room(entry["bytes"])
+        except OSError as error:
+            raise self._unusable(error) from None
         with_retries(lambda: self._download(url, entry, path), url)
         return path
 
+    def _unusable(self, error: OSError) -> DataError:
+        return DataError(
+            f"{self.folder}: {error.strerror or error}: shards of URLs are kept there; "
+            "name another cache_dir, or make room in it"
+        )
+
     def _download(self, url: str, entry: dict[str, Any], path: Path) -> None:
         digest = xxhash.xxh3_128()
-        with open_bytes(url) as source, replacing(path) as file:
-            while block := source.read(_READ_BYTES):
-                digest.update(block)
-                file.write(block)
-            if digest.hexdigest() != entry["xxh3_128"]:
-                raise CorruptDataError(url, "arrived with another checksum than the manifest's")
+        try:
+            with open_bytes(url) as source, replacing(path) as file:
+                while block := source.read(_READ_BYTES):
+                    digest.update(block)
+                    file.write(block)
+                if digest.hexdigest() != entry["xxh3_128"]:
+                    raise CorruptDataError(url, "arrived with another checksum than the manifest's")
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) or error.filename == url:  # of the store
+                raise
+            raise self._unusable(error) from None
 
     def _make_room(self, needed: int) -> None:
         for path in self.folder.glob(f".*{TEMPORARY}*"):  # of processes that were killed

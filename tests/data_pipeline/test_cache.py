@@ -1,5 +1,6 @@
 """Remote corpora, on a file system that fails in every way it can."""
 
+import errno
 import os
 
 import fsspec
@@ -145,6 +146,20 @@ def test_the_cache_keeps_to_its_size(url, corpus, tmp_path):
     assert ShardCache(tmp_path).path(last).name in kept
     with pytest.raises(DataError, match="do not fit into a cache of 10"):
         Corpus.open(url, cache_dir=tmp_path / "x", cache_bytes=10).read(0, 1)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "full"])
+def test_a_place_that_keeps_nothing_is_an_error_that_names_it(url, tmp_path, monkeypatch, folder):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"")
+    if folder == "full":
+        monkeypatch.setattr(cache, "replacing", full)
+    remote = Corpus.open(url, cache_dir=tmp_path / folder)
+    with pytest.raises(DataError, match=f"{tmp_path / folder}: (No space|Not a dir).*cache_dir"):
+        everything(remote)
+    assert len(Faulty.opened) <= 1
 
 
 def test_no_such_place(tmp_path, url):
