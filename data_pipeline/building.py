@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from tqdm import tqdm
 
 from data_pipeline import manifest as manifests
@@ -38,6 +39,26 @@ class Part:
 
 def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tok"
+
+
+def write_note(folder: Path, entry: dict[str, Any], rejects: list[dict[str, Any]]) -> None:
+    """Note that the shard of a manifest's entry is finished, and the bad records on the way."""
+    note = {"entry": entry, "rejects": rejects}
+    whole = {**note, "xxh3_64": xxhash.xxh3_64_hexdigest(manifests.canonical(note))}
+    write_whole(folder / PROGRESS / f"{entry['file']}.json", json.dumps(whole).encode())
+
+
+def read_notes(folder: Path) -> Iterator[tuple[dict[str, Any], list[dict[str, Any]]]]:
+    """(entry, bad records) of each note that is what was written; without one a shard is made
+    again."""
+    for path in (folder / PROGRESS).glob("*.json"):
+        try:
+            note = json.loads(path.read_bytes())
+            check = note.pop("xxh3_64")
+            if check == xxhash.xxh3_64_hexdigest(manifests.canonical(note)):
+                yield note["entry"], note["rejects"]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+            continue
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -99,8 +120,7 @@ class _Maker:
             tokenizer_sha256=self.tokenizer_sha256,
         )
         entry = {"file": name, "input_xxh3_128": part.source, **made}
-        content = json.dumps({"entry": entry, "rejects": []}).encode()
-        write_whole(self.folder / PROGRESS / f"{name}.json", content)
+        write_note(self.folder, entry, [])
         return entry, True
 
 
@@ -136,9 +156,7 @@ def build_corpus(
     with only_writer(folder):
         remove_temporaries(folder)
         (folder / PROGRESS).mkdir(exist_ok=True)
-        for note in (folder / PROGRESS).glob("*.json"):
-            entry = json.loads(note.read_bytes())["entry"]
-            known[entry["file"]] = entry
+        known |= {entry["file"]: entry for entry, _ in read_notes(folder)}
         jobs = [(name, part, known.get(name)) for name, part in zip(names, parts, strict=True)]
         maker = _Maker(folder, documents, tokenizer["vocab_size"], tokenizer["sha256"])
         made: dict[int, tuple[dict[str, Any], bool]] = {}

@@ -20,7 +20,14 @@ import xxhash
 from tqdm import tqdm
 
 from data_pipeline import manifest as manifests
-from data_pipeline.building import PROGRESS, REJECTS, refuse_foreign, shard_name
+from data_pipeline.building import (
+    PROGRESS,
+    REJECTS,
+    read_notes,
+    refuse_foreign,
+    shard_name,
+    write_note,
+)
 from data_pipeline.cutting import split_source
 from data_pipeline.encoders import DocumentEncoder
 from data_pipeline.errors import DataError
@@ -162,8 +169,7 @@ def _make(job: Job, folder: Path, recipe: Recipe, known: Done | None) -> Done:
         tokenizer_sha256=recipe.tokenizer.sha256,
     )
     entry = {"file": job.file, "input_xxh3_128": checksum, "rejected": len(rejects), **entry}
-    note = {"entry": entry, "rejects": [asdict(reject) for reject in rejects]}
-    write_whole(folder / PROGRESS / f"{job.file}.json", json.dumps(note).encode())
+    write_note(folder, entry, [asdict(reject) for reject in rejects])
     return Done(entry, rejects, True)
 
 
@@ -180,22 +186,22 @@ class _Maker:
 
 def _known(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Done]:
     """The shards that an earlier run finished, by file name."""
-    if manifest is not None:
-        rejects: dict[str, list[Reject]] = {}
-        if (folder / REJECTS).exists():
-            for line in (folder / REJECTS).read_text().splitlines():
-                fields = json.loads(line)
-                rejects.setdefault(fields.pop("shard"), []).append(Reject(**fields))
+    if manifest is None:
         return {
-            entry["file"]: Done(entry, rejects.get(entry["file"], []), False)
-            for entry in manifest["shards"]
+            entry["file"]: Done(entry, [Reject(**fields) for fields in rejects], False)
+            for entry, rejects in read_notes(folder)
         }
-    known = {}
-    for path in (folder / PROGRESS).glob("*.json"):
-        note = json.loads(path.read_bytes())
-        rejects_there = [Reject(**fields) for fields in note["rejects"]]
-        known[note["entry"]["file"]] = Done(note["entry"], rejects_there, False)
-    return known
+    listed: dict[str, list[Reject]] = {}
+    try:
+        for line in (folder / REJECTS).read_text().splitlines():
+            fields = json.loads(line)
+            listed.setdefault(fields.pop("shard"), []).append(Reject(**fields))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        listed.clear()  # shards that had any are made again
+    return {
+        entry["file"]: Done(entry, listed.get(entry["file"], []), False)
+        for entry in manifest["shards"]
+    }
 
 
 def _check_manifest(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import DataError, tokenizing
+from data_pipeline import DataError, building, tokenizing
 from data_pipeline.files import only_writer
 from data_pipeline.inputs import Source
 from data_pipeline.tokenizing import plan, tokenize
@@ -217,3 +217,24 @@ def test_workers_end_with_their_parent(model, tmp_path):
         alive = [pid for pid in alive if Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert children
     assert alive == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b"\xff", "count"])
+def test_a_damaged_note_of_an_unfinished_run_is_no_note(text_folder, tokenizer, tmp_path, damage):
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n?\n')
+    inputs, out = [str(text_folder), str(tmp_path / "bad.jsonl")], tmp_path / "c"
+    made, _ = tokenize(inputs, tokenizer, out, shard_bytes=50_000, max_bad=1)
+    whole = (out / "manifest.json").read_bytes()
+    (out / "rejects.jsonl").write_bytes(b"?" if damage == "count" else damage)
+    assert tokenize(inputs, tokenizer, out, shard_bytes=50_000, max_bad=1) == (made, 1)
+    (out / "manifest.json").unlink()
+    (out / building.PROGRESS).mkdir()
+    for entry in made["shards"]:
+        rejects = [{"file": "bad.jsonl", "line": 2, "reason": "not JSON"}] * entry["rejected"]
+        building.write_note(out, entry, rejects)
+    note = out / building.PROGRESS / f"{made['shards'][0]['file']}.json"
+    wrong = json.loads(note.read_bytes())
+    wrong["entry"]["tokens"] += 1
+    note.write_bytes(json.dumps(wrong).encode() if damage == "count" else damage)
+    assert tokenize(inputs, tokenizer, out, shard_bytes=50_000, max_bad=1) == (made, 1)
+    assert (out / "manifest.json").read_bytes() == whole
