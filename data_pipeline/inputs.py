@@ -341,12 +341,11 @@ def _groups(metadata: Any, source: Source) -> tuple[list[int], int, int]:
 def _parquet(source: Source, text_field: str, id_field: str | None) -> Iterator[Document | Reject]:
     columns = [text_field, *([id_field] if id_field else [])]
     with open_parquet(source.path) as table:
-        missing = [name for name in columns if name not in table.schema_arrow.names]
-        if missing:
-            raise DataError(
-                f"{source.path}: no column {', '.join(missing)}; "
-                f"it has {', '.join(table.schema_arrow.names)}"
-            )
+        names = table.schema_arrow.names
+        for name in columns:
+            if (there := names.count(name)) != 1:
+                number = "several columns" if there else "no column"
+                raise DataError(f"{source.path}: {number} {name}; it has {', '.join(names)}")
         groups, row, end = _groups(table.metadata, source)
         for batch in table.iter_batches(_PARQUET_ROWS, row_groups=groups, columns=columns):
             before = min(max(source.start - row, 0), batch.num_rows)

@@ -80,6 +80,10 @@ def test_parquet(tmp_path):
     assert Reject("c.parquet", 2, "field 'text' is not text") in list(
         read_source(one(tmp_path / "c.parquet"))
     )
+    twice = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="several columns text; it has text, text"):
+        texts_of(tmp_path / "d.parquet")
 
 
 def test_parquet_text_that_is_not_utf8(tmp_path):
