@@ -35,7 +35,11 @@ def _source(corpus: Corpus, shard: int, purpose: str) -> str:
 
 
 def _of_one(corpora: Sequence[Corpus], key: tuple[int, int]) -> Iterator[Document]:
-    return documents_of(corpora[key[0]], key[1])
+    corpus, shard = corpora[key[0]], key[1]
+    text_bytes = corpus.shard(shard).text_bytes  # of all of them, and only the sum is stored
+    for name, tokens, _ in documents_of(corpus, shard):
+        yield name, tokens, text_bytes
+        text_bytes = 0
 
 
 def merge(

@@ -1,8 +1,10 @@
+import io
 import shutil
 
 import pytest
+import sentencepiece
 
-from data_pipeline import Corpus, DataError, cli, train_tokenizer
+from data_pipeline import Corpus, DataError, Tokenizer, cli, train_tokenizer
 from data_pipeline.recombining import held_out, merge, split
 from data_pipeline.tokenizing import tokenize
 from data_pipeline.verify import verify
@@ -25,6 +27,24 @@ def test_merged_corpora_follow_each_other(corpus_folder, second_folder, tmp_path
     assert merge([corpus_folder, second_folder], tmp_path / "m")[1] == 0
     with pytest.raises(DataError, match="holds another corpus"):
         merge([second_folder, corpus_folder], tmp_path / "m")
+
+
+def test_a_merge_keeps_the_bytes_of_text_of_a_tokenizer_that_adds_spaces(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(["one two", "three"]),
+        model_writer=model,
+        model_type="char",
+        vocab_size=14,
+        minloglevel=2,
+    )
+    for name, text in (("a", "one  two"), ("b", "three")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    made, _ = tokenize([str(tmp_path)], Tokenizer(model.getvalue()), tmp_path / "c")
+    merged, _ = merge([tmp_path / "c", tmp_path / "c"], tmp_path / "m")
+    assert made["text_bytes"] == 13
+    assert merged["text_bytes"] == 26
+    assert verify(tmp_path / "m")[1] == []
 
 
 def test_a_split_holds_out_by_content(corpus_folder, second_folder, tmp_path):
