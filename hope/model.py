@@ -113,8 +113,18 @@ class HopeModel(nn.Module):
 
         tokens: int [B, T]; document_starts: bool [B, T], True where a row begins a new document.
         Returns (logits [B, T, vocab_size], state after the last token). Splitting a sequence into
-        calls that pass the state on gives the logits of one call.
+        calls that pass the state on gives the logits of one call. Raises ValueError, in one line,
+        for tokens, starts or a state that do not fit together.
         """
+        if tokens.dim() != 2 or min(tokens.shape) < 1:
+            raise ValueError(f"tokens must be [B, T], none of them 0, got {list(tokens.shape)}")
+        if document_starts is not None:
+            given = (document_starts.dtype, document_starts.shape)
+            if given != (torch.bool, tokens.shape):
+                raise ValueError(
+                    f"document_starts must be bool [B, T] = {list(tokens.shape)}, "
+                    f"got {given[0]} {list(given[1])}"
+                )
         x, after = self.transform(self.embed(tokens), state, document_starts)
         return self.logits(x), after
 
@@ -127,6 +137,8 @@ class HopeModel(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """All layers held here: x [B, T, dim] -> (x, state after the last token)."""
         before = state.layers if state is not None else (None,) * len(self.layers)
+        if len(before) != len(self.layers):
+            raise ValueError(f"state is of {len(before)} layers, the model has {len(self.layers)}")
         after = []
         for layer, layer_state in zip(self.layers, before, strict=True):
             x, layer_state = layer(x, layer_state, document_starts)

@@ -44,3 +44,16 @@ def _why_not_native(x: Tensor) -> str:
 def precise(weight: Tensor, x: Tensor) -> Tensor:
     """A weight in the dtype that kernels on x compute in: float32, float64 for float64."""
     return weight.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+
+
+def check(x: Tensor, **others: tuple[Tensor | None, str, tuple[int, ...]]) -> None:
+    """Raise ValueError, in one line, for a tensor that does not fit x, which kernels would read
+    beyond its end. others: by name the tensor, its axes in words, the shape that it must have.
+    """
+    for name, (tensor, axes, shape) in others.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {axes} = {list(shape)}, got {list(tensor.shape)}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but what it goes with on {x.device}")

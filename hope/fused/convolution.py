@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hope.fused.choice import Implementation, chosen, precise
+from hope.fused.choice import Implementation, check, chosen, precise
 from hope.fused.native import call
 
 ROWS, COLUMNS = 16, 128
@@ -32,10 +32,21 @@ def causal_convolution(
     x: [B, T, channels]; weight: [width, channels]; tail: the width - 1 inputs before x, [B,
     width - 1, channels], zeros if None; document_starts: bool [B, T] or None. Returns [B, T,
     channels] in x's dtype, summed in float32 (float64 for float64) by the kernels. Raises
-    ValueError where the implementation that is named can't run.
+    ValueError where the implementation that is named can't run, and for shapes that do not fit.
     """
+    if x.dim() != 3:
+        raise ValueError(f"x must be [B, T, channels], got {list(x.shape)}")
     kind = chosen(x, implementation)
     width = weight.shape[0]
+    rows, tokens, channels = x.shape
+    check(
+        x,
+        weight=(weight, "[width, channels]", (width, channels)),
+        tail=(tail, "[B, width - 1, channels]", (rows, width - 1, channels)),
+        document_starts=(document_starts, "[B, T]", (rows, tokens)),
+    )
+    if document_starts is not None and document_starts.dtype != torch.bool:
+        raise ValueError(f"document_starts must be bool, got {document_starts.dtype}")
     reach = None if document_starts is None else _reach(document_starts, width - 1)
     if kind != "torch":
         return _convolve(x, weight, tail, reach, kind)

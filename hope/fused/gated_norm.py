@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
-from hope.fused.choice import Implementation, chosen, precise
+from hope.fused.choice import Implementation, check, chosen, precise
 from hope.fused.native import call
 
 ELEMENTS = 2048
@@ -28,9 +28,16 @@ def gated_rms_norm(
 
     read: [B, N, T, d], any strides; weight: [N, d]; gate: [B, T, N * d]. Returns [B, T, N * d] in
     the gate's dtype, by the kernels with statistics and all between in float32 (float64 for
-    float64). Raises ValueError where the implementation that is named can't run.
+    float64). Raises ValueError where the implementation that is named can't run, and for shapes
+    that do not fit.
     """
     kind = chosen(read, implementation)
+    batch, heads, length, width = read.shape
+    check(
+        read,
+        weight=(weight, "[N, d]", (heads, width)),
+        gate=(gate, "[B, T, N * d]", (batch, length, heads * width)),
+    )
     if kind != "torch":
         return _gated_norm(read, weight, gate, eps, kind)
     normed = rms_norm(read, (read.shape[3],), eps=eps).transpose(1, 2)

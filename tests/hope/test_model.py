@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.sampling import generate
 from hope.scan import ScanConfig
+from hope.state import ModelState
 
 VOCABULARY = 97
 LEVELS = (
@@ -288,6 +289,32 @@ def test_generation_keeps_to_the_ids_of_the_tokenizer(temperature) -> None:
 def test_vocabulary_must_be_known() -> None:
     with pytest.raises(ValueError, match="vocab_size"):
         HopeModel(HopeConfig())
+
+
+@pytest.mark.parametrize(
+    ("shape", "starts", "words"),
+    [
+        ((8,), None, "tokens must be"),
+        ((2, 0), None, "tokens must be"),
+        ((2, 8), torch.zeros(1, 8, dtype=torch.bool), "document_starts must be bool"),
+        ((2, 8), torch.zeros(2, 9, dtype=torch.bool), "document_starts must be bool"),
+        ((2, 8), torch.zeros(2, 8), "document_starts must be bool"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_one_line(
+    shape: tuple[int, ...], starts: Tensor | None, words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        HopeModel(BASE)(torch.zeros(shape, dtype=torch.int64), document_starts=starts)
+
+
+def test_a_state_of_another_model_or_batch_is_one_line() -> None:
+    """With writes off too, where only the convolution's inputs are carried."""
+    model = HopeModel(replace(BASE, titans=replace(BASE.titans, writes=False)))
+    with pytest.raises(ValueError, match="tail must be"):
+        model(tokens_of(3, 8), model.initial_state(1))
+    with pytest.raises(ValueError, match="state is of 1 layers"):
+        model(tokens_of(3, 8), ModelState(model.initial_state(3).layers[:1]))
 
 
 def test_an_aligned_query_meets_what_follows_its_token() -> None:

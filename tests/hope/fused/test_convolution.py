@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 import pytest
@@ -215,3 +216,24 @@ def test_split_sequences_are_the_whole(cuts: tuple[int, ...], how: str) -> None:
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
     assert torch.equal(tail, last)
+
+
+@pytest.mark.parametrize("how", ["torch", *KERNELS])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.zeros(21, 6)}, "x must be [B, T, channels]"),
+        ({"weight": torch.zeros(4, 5)}, "weight must be [width, channels] = [4, 6]"),
+        ({"tail": torch.zeros(1, 3, 6)}, "tail must be [B, width - 1, channels] = [2, 3, 6]"),
+        ({"tail": torch.zeros(2, 2, 6)}, "got [2, 2, 6]"),
+        ({"starts": torch.zeros(1, 21, dtype=torch.bool)}, "document_starts must be [B, T]"),
+        ({"starts": torch.zeros(2, 20, dtype=torch.bool)}, "got [2, 20]"),
+        ({"starts": torch.zeros(2, 21)}, "document_starts must be bool"),
+        ({"tail": torch.zeros(2, 3, 6, device="meta")}, "tail is on meta"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(change: dict, words: str, how: str) -> None:
+    """And not read beyond its end."""
+    inputs = make().to(torch.float32)._replace(**change)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        causal_convolution(*inputs, how)

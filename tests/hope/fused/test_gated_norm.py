@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -225,3 +226,18 @@ def test_where_kernels_do_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(plain, gated_rms_norm(*inputs, EPS, "torch"))
     with pytest.raises(ValueError, match=r"native can't be used: there is no C\+\+ compiler"):
         gated_rms_norm(*inputs, EPS, "native")
+
+
+@pytest.mark.parametrize("how", ["torch", *KERNELS])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weight": torch.zeros(1, 5)}, "weight must be [N, d] = [3, 5], got [1, 5]"),
+        ({"gate": torch.zeros(1, 7, 15)}, "gate must be [B, T, N * d] = [2, 7, 15]"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(change: dict, words: str, how: str) -> None:
+    """And not read beyond its end."""
+    inputs = make().to(torch.float32)._replace(**change)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        gated_rms_norm(*inputs, EPS, how)
