@@ -95,6 +95,7 @@ class EvaluationConfig(Section):
     """Held-out loss every so many tokens, over at most max_tokens; once more, whole, at the end.
 
     In mode continual, at the end of each domain, over at most max_tokens of every domain.
+    batch_rows: read at a time over all ranks; where those are more, one a data-parallel rank.
     """
 
     every_tokens: int = Field(1_000_000, ge=1)

@@ -277,7 +277,7 @@ class Trainer:
         batches = evaluation_batches(
             corpus,
             seq_len=data.seq_len,
-            batch_size=self.config.evaluation.batch_rows,
+            batch_size=max(self.config.evaluation.batch_rows, self.mesh.data.size),
             dp_rank=self.mesh.data.rank,
             dp_size=self.mesh.data.size,
             packing=data.packing,

@@ -190,7 +190,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 @pytest.mark.parametrize(
     "overrides",
     [
-        [],
+        ["evaluation.batch_rows=1"],  # fewer than ranks
         pytest.param(["model.mixer=attention"], marks=pytest.mark.slow),
         pytest.param(["training.state_carry=stream", "data.order=stream"], marks=pytest.mark.slow),
         pytest.param(["model.titans.writes=false"], marks=pytest.mark.slow),
