@@ -54,9 +54,14 @@ class URLPath:
             raise CheckpointError(f"can't use {self.url}: {error}") from None
 
     def exists(self) -> bool:
-        """Whether there is a file or a folder."""
+        """Whether there is a file or a folder. Raises what is raised where that can't be known:
+        fsspec's own `exists` says no then, and what is not complete is deleted."""
         self.files.invalidate_cache()
-        return bool(self.files.exists(self.url))
+        try:
+            self.files.info(self.url)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
 
 
 Place = Path | URLPath

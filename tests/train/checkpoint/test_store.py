@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 from torch import Tensor
 
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
@@ -352,6 +354,27 @@ def test_urls(tmp_path: Path, asynchronous: bool) -> None:
     places.remove(store.newest() / "trainer.json")
     with pytest.warns(UserWarning, match="trainer.json is missing"):
         assert store.newest().name == "tokens-000000000000003"
+
+
+def test_a_url_that_does_not_answer_loses_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's `exists` takes any error for a no, and what has no marker is deleted."""
+
+    def info(self: Any, path: str, **more: Any) -> Any:
+        if "002/COMPLETE" in path:
+            raise TimeoutError("no answer")
+        return known(self, path, **more)
+
+    store = store_in(f"memory://silent{os.getpid()}", keep_last=3)
+    for tokens in (1, 2, 3):
+        store.save(tokens, state({"fast": tokens}), PLAIN)
+    known = MemoryFileSystem.info
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "info", info)
+        patch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
+        with pytest.warns(UserWarning, match="no answer"):
+            store.save(4, state({"fast": 4}), PLAIN)
+    assert {"2", "3"} <= {folder.name[-1] for folder in store.complete()}
+    assert damage(store.folder / "tokens-000000000000002") is None
 
 
 def test_a_url_that_nothing_reads_is_one_line(tmp_path: Path) -> None:
