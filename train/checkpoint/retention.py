@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,21 +88,24 @@ def apply(
 ) -> list[str]:
     """Delete what the rules don't keep, markers first; the names of what was deleted.
 
-    entering: told of "delete" when the markers are gone.
+    entering: told of "delete" when the markers are gone. Raises what stood in the way of one (a
+    file that is open over NFS, a permission) when the others are gone.
     """
     doomed = superfluous(complete(folder), rules)
-    for one in doomed:
-        remove(one / MARKER)
+    failed = _failures(remove, (one / MARKER for one in doomed))
     if doomed:
         entering("delete")
     sweep(folder)
+    if failed:
+        raise failed[0]
     return [one.name for one in doomed]
 
 
 def sweep(folder: Place, drafts: bool = False) -> None:
     """Remove what is left of checkpoints without a marker; drafts: of unfinished saves, too.
 
-    Not to be called while a save is under way, except by the one who ends it.
+    Not to be called while a save is under way, except by the one who ends it. Raises what stood in
+    the way of one when the others are gone.
     """
     referenced: set[tuple[str, str]] = set()
     whole = {one.name for one in complete(folder)}
@@ -113,11 +116,24 @@ def sweep(folder: Place, drafts: bool = False) -> None:
             except (ManifestError, OSError):
                 return  # what it refers to is not known: nothing may go
             referenced |= {(e.folder, file) for file, e in files.items() if e.folder is not None}
-    for name in names(folder):
-        if drafts and name.startswith(DRAFT):
-            remove(folder / name)
-        elif position(name) is not None and name not in whole:
-            _remove_unreferenced(folder / name, referenced)
+    there = names(folder)
+    left = [folder / name for name in there if position(name) is not None and name not in whole]
+    failed = _failures(lambda one: _remove_unreferenced(one, referenced), left)
+    if drafts:
+        failed += _failures(remove, (folder / name for name in there if name.startswith(DRAFT)))
+    if failed:
+        raise failed[0]
+
+
+def _failures(action: Callable[[Place], None], places: Iterable[Place]) -> list[Exception]:
+    """Do it to every place; what went wrong."""
+    failed: list[Exception] = []
+    for place in places:
+        try:
+            action(place)
+        except Exception as error:
+            failed.append(error)
+    return failed
 
 
 def _remove_unreferenced(leftover: Place, referenced: set[tuple[str, str]]) -> None:

@@ -63,7 +63,7 @@ class CheckpointStore:
         self.rules = Retention(keep_last, keep_every_tokens, keep_best)
         self.asynchronous = asynchronous
         self.failure: str | None = None  # of the last save
-        self.report: dict[str, Any] = {}  # bytes that the last save wrote and reused, first rank
+        self.report: dict[str, Any] = {}  # of the last save: see `train.checkpoint.writer.finish`
         self.on_complete: Callable[[Any], None] | None = None  # told of each folder that counts
         self._writer: Writer = (
             BackgroundWriter() if asynchronous else DirectWriter(ranks.pulse.enter)
@@ -142,6 +142,12 @@ class CheckpointStore:
         if self.asynchronous and seconds > WORTH_SAYING and self.ranks.is_first:
             warnings.warn(
                 f"training waited {seconds:.1f} s for checkpoint {target.final.name}", stacklevel=2
+            )
+        if self.report["undeleted"] is not None and self.ranks.is_first:
+            warnings.warn(
+                f"what {target.final.name} supersedes can't be deleted: "
+                f"{self.report['undeleted']}; the next save tries again",
+                stacklevel=2,
             )
         if self.on_complete is not None:
             self.on_complete(target.final)

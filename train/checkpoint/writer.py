@@ -129,7 +129,8 @@ def finish(
     """On the first rank: when every part is there, make the checkpoint count; then delete old ones.
 
     entering: told of "save-before-marker", "save-after-marker" and "delete" when they begin.
-    Returns bytes written and reused, and the names of what was deleted.
+    Returns bytes written and reused, the names of what was deleted and why something was not: the
+    checkpoint counts all the same.
     """
     files: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
@@ -156,7 +157,8 @@ def finish(
     entering("save-before-marker")
     write_marker(target.final, digest)
     entering("save-after-marker")
-    return {**totals, "deleted": retention.apply(target.final.parent, rules, entering)}
+    answer = attempt(lambda: retention.apply(target.final.parent, rules, entering))
+    return {**totals, "deleted": answer.get("result", []), "undeleted": answer.get("error")}
 
 
 def discard(target: Target) -> None:

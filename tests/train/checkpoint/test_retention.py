@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
+from tests.train.checkpoint.states import PLAIN, state, store_in
+from train.checkpoint import retention
 from train.checkpoint.manifest import MARKER
+from train.checkpoint.places import Place, remove
 from train.checkpoint.retention import (
     TAG,
     Retention,
@@ -100,3 +105,34 @@ def test_what_is_left_of_a_dead_run_goes_and_nothing_else(tmp_path: Path) -> Non
     assert (tmp_path / ".saving-tokens-000000000000300").exists()  # perhaps under way
     sweep(tmp_path, drafts=True)
     assert sorted(tmp_path.iterdir()) == [aside, tmp_path / "notes.txt", whole]
+
+
+def test_one_that_can_not_be_deleted_keeps_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over NFS the folder of a file that somebody has open can't be removed."""
+
+    def refuse(place: Place) -> None:
+        if place == busy:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        remove(place)
+
+    busy, *_, last = [make(tmp_path, tokens) for tokens in (1, 2, 3)]
+    (tmp_path / ".saving-tokens-000000000000004").mkdir()
+    monkeypatch.setattr(retention, "remove", refuse)
+    with pytest.raises(OSError, match="busy"):
+        apply(tmp_path, Retention(last=1))
+    assert sorted(tmp_path.glob("tokens-*")) == [busy, last]
+    with pytest.raises(OSError, match="busy"):
+        sweep(tmp_path, drafts=True)
+    assert sorted(tmp_path.iterdir()) == [busy, last]
+
+
+def test_a_save_counts_whatever_becomes_of_older_ones(tmp_path: Path) -> None:
+    (make(tmp_path, 1) / TAG).mkdir()  # whether it may go can't be read
+    store, told = store_in(tmp_path, keep_last=1), []
+    store.on_complete = told.append
+    with pytest.warns(UserWarning, match="supersedes can't be deleted: IsADirectoryError"):
+        saved = store.save(2, state(), PLAIN)
+    store.finish()
+    assert told == [saved] == [store.newest()]
