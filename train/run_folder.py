@@ -174,8 +174,22 @@ def check_fresh(folder: Path, url: str | None = None) -> None:
         )
     if url is not None and complete(as_place(url)):
         raise RunFolderError(f"{url} already holds checkpoints; choose another checkpoint.url")
+    before = _saved_url(folder)
+    if before is not None and complete(as_place(before)):
+        raise RunFolderError(
+            f"{folder} already holds a run, with its checkpoints under {before}; add --resume and "
+            "that checkpoint.url to continue it, or choose another run_dir"
+        )
     for leftover in (METRICS, MLFLOW_RUN_ID, MLFLOW_BACKLOG, MLFLOW_SENT):
         (folder / leftover).unlink(missing_ok=True)
+
+
+def _saved_url(folder: Path) -> str | None:
+    """Where the run of a folder had its checkpoints, if behind a URL."""
+    try:
+        return load_config(folder / CONFIG).checkpoint.url
+    except ConfigError:  # none there, or one that nothing can be resumed with
+        return None
 
 
 def own_url(folder: Path, url: str) -> None:

@@ -200,6 +200,22 @@ def test_checkpoints_behind_a_url(straight: RunConfig, tmp_path: Path) -> None:
     assert load_run(run.run_dir)[0].checkpoint.url == settings.url
 
 
+def test_a_run_whose_url_was_forgotten_is_not_begun_again(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoints are where the folder's own configuration says."""
+    url = f"file://{tmp_path}/bucket"
+    small = {"model.mixer": "attention", "training.total_tokens": 256}
+    config = make_config(**small, **{"checkpoint.url": url})
+    assert train(config, resume=False) == 0
+    before = losses(config)
+    file = config_file(make_config(**{"checkpoint.url": None}), tmp_path)
+    for how in ([], ["--resume-or-start"]):
+        assert main([file, *how]) == 2
+        assert f"already holds a run, with its checkpoints under {url}" in capsys.readouterr().err
+    assert losses(config) == before
+
+
 def test_two_runs_do_not_write_behind_one_url(make_config, tmp_path: Path) -> None:
     """Not even while neither has a checkpoint: the one would take the other's for its own."""
     url = f"file://{tmp_path}/bucket"
