@@ -7,6 +7,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Iterable
@@ -87,8 +88,10 @@ def names(folder: Place) -> list[str]:
 
 
 def opened(file: Place, mode: str = "rb") -> IO[bytes]:
-    """Open a file for reading or writing bytes."""
+    """Open a file for reading or writing bytes. Raises OSError for a pipe, which would wait."""
     if isinstance(file, Path):
+        if file.is_fifo():
+            raise OSError(errno.EINVAL, "it is a pipe and no file", str(file))
         return cast(IO[bytes], file.open(mode))
     return cast(IO[bytes], file.files.open(file.url, mode))
 

@@ -23,7 +23,7 @@ from train.checkpoint.manifest import (
     damage,
     parse_manifest,
 )
-from train.checkpoint.places import checksum, checksum_of
+from train.checkpoint.places import checksum, checksum_of, read
 
 
 @pytest.fixture
@@ -70,6 +70,15 @@ def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> No
     victim.rename(outside)
     victim.symlink_to(outside)
     assert damage(folder) == f"{victim.name} is a link to somewhere else"
+
+
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(folder: Path) -> None:
+    for name in (MARKER, MANIFEST, "TAG"):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)
+        with pytest.raises(OSError, match="it is a pipe"):
+            read(folder / name)
+    assert damage(folder) == f"{MARKER} can't be read: it is a pipe and no file"
 
 
 def test_ranks_look_at_shares_that_make_up_the_whole(folder: Path) -> None:
