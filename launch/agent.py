@@ -216,6 +216,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torchrun warns that it is not set
     if wrong := impossible(args):
         own.error(wrong)
+    try:
+        more = shlex.split(options.preflight_args)
+    except ValueError as error:
+        own.error(f"--preflight-args={options.preflight_args}: {error}")
     os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)  # torchrun's, and SIGUSR1
     # With the shared store (seen in torch 2.13) the survivors of a lost node never tell its
     # replacement where rank 0 is, and both wait until they time out.
@@ -224,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     stores: list[Store] = []
     try:
         if not options.no_preflight:
-            checks = for_preflight(args, shlex.split(options.preflight_args))
+            checks = for_preflight(args, more)
             if status := launch(checks, args.rdzv_id, options.this_node, stores):
                 return status
         return launch(args, args.rdzv_id, options.this_node, stores)

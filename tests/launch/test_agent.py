@@ -196,6 +196,7 @@ def test_checks_come_first_then_the_training(launched, tmp_path: Path) -> None:
         (["--standalone", "--nproc-per-node", "two"], "Unsupported nproc_per_node value: two"),
         (["--rdzv-backend", "c10d", "--nnodes", "4:2"], "min_nodes"),
         (["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:99999"], "port number"),
+        (["--standalone", "--preflight-args", "--hosts 'a,b"], "No closing quotation"),
     ],
 )
 def test_impossible_options_are_one_line(
