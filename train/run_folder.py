@@ -13,9 +13,10 @@ from typing import Any
 from uuid import uuid4
 
 from data_pipeline.redaction import redact
+from train.checkpoint.errors import CheckpointError
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
-from train.checkpoint.places import as_place, make_folder, read, write
+from train.checkpoint.places import Place, as_place, make_folder, read, write
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 from train.line_file import write_whole
@@ -110,7 +111,7 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
                 if config.checkpoint.url is not None:
                     own_url(folder, config.checkpoint.url)
                 write_whole(folder / JOB, _job())
-            except RunFolderError as error:
+            except (RunFolderError, CheckpointError) as error:
                 refused = str(error)
             except OSError as error:
                 refused = f"can't write to run folder {folder}: {error.strerror}"
@@ -124,7 +125,21 @@ def continues(config: RunConfig, resume: bool, auto: bool) -> bool:
     """Whether the run of a folder is to be continued, by what was asked for and what is there."""
     if resume or not (auto or _restarted(config.run_dir)):
         return resume
-    return bool(complete(as_place(config.checkpoint.url or config.run_dir / CHECKPOINTS)))
+    return _has_checkpoints(as_place(config.checkpoint.url or config.run_dir / CHECKPOINTS))
+
+
+def _has_checkpoints(place: Place) -> bool:
+    with _reaching(place):
+        return bool(complete(place))
+
+
+@contextmanager
+def _reaching(place: Place) -> Iterator[None]:
+    """An OSError, such as a URL gives that does not answer, as a RunFolderError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"can't use {place}: {error.strerror or error}") from None
 
 
 def _job() -> str:
@@ -172,10 +187,10 @@ def check_fresh(folder: Path, url: str | None = None) -> None:
         raise RunFolderError(
             f"{folder} already holds a run; add --resume to continue it, or choose another run_dir"
         )
-    if url is not None and complete(as_place(url)):
+    if url is not None and _has_checkpoints(as_place(url)):
         raise RunFolderError(f"{url} already holds checkpoints; choose another checkpoint.url")
     before = _saved_url(folder)
-    if before is not None and complete(as_place(before)):
+    if before is not None and _has_checkpoints(as_place(before)):
         raise RunFolderError(
             f"{folder} already holds a run, with its checkpoints under {before}; add --resume and "
             "that checkpoint.url to continue it, or choose another run_dir"
@@ -198,12 +213,13 @@ def own_url(folder: Path, url: str) -> None:
     mine, owner = folder / OWNER, as_place(url) / OWNER
     if not mine.exists():
         write_whole(mine, uuid4().hex)
-    try:
-        there = read(owner).decode("ascii", "replace")
-    except FileNotFoundError:
-        make_folder(as_place(url))
-        write(owner, [mine.read_bytes()])
-        return
+    with _reaching(as_place(url)):
+        try:
+            there = read(owner).decode("ascii", "replace")
+        except FileNotFoundError:
+            make_folder(as_place(url))
+            write(owner, [mine.read_bytes()])
+            return
     if there != mine.read_text():
         raise RunFolderError(
             f"{url} takes the checkpoints of another run; choose another checkpoint.url (or, if "

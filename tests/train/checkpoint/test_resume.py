@@ -216,6 +216,19 @@ def test_a_run_whose_url_was_forgotten_is_not_begun_again(
     assert losses(config) == before
 
 
+def test_a_url_that_can_not_be_used_is_named(make_config, tmp_path: Path) -> None:
+    """In one line of every rank, of which the first one alone has looked."""
+    (tmp_path / "file").touch()
+    for url, why in (
+        (f"file://{tmp_path}/file/bucket", "can't use file:.*/bucket: Not a directory"),
+        ("nosuch://bucket", "can't use nosuch://bucket"),
+    ):
+        config = make_config(**{"checkpoint.url": url})
+        refusal = pytest.raises(RunFolderError, match=why)
+        with refusal, claim(config, Ranks.alone(), resume=False, auto=False):
+            pass
+
+
 def test_two_runs_do_not_write_behind_one_url(make_config, tmp_path: Path) -> None:
     """Not even while neither has a checkpoint: the one would take the other's for its own."""
     url = f"file://{tmp_path}/bucket"
