@@ -40,10 +40,18 @@ class Retention:
 
 
 def complete(folder: Place) -> list[Place]:
-    """Checkpoints whose marker stands, oldest first."""
+    """Checkpoints whose marker stands, or where that can't be known, oldest first: what counts is
+    verified before it is used, and what does not is deleted."""
     found = [name for name in names(folder) if position(name) is not None]
     found.sort(key=lambda name: position(name) or (0, 0))
-    return [folder / name for name in found if (folder / name / MARKER).exists()]
+    return [folder / name for name in found if _may_count(folder / name)]
+
+
+def _may_count(checkpoint: Place) -> bool:
+    try:
+        return (checkpoint / MARKER).exists()
+    except OSError:
+        return True
 
 
 def metric(checkpoint: Place) -> float | None:
@@ -97,7 +105,7 @@ def apply(
         entering("delete")
     sweep(folder)
     if failed:
-        raise failed[0]
+        raise failed.pop(0)
     return [one.name for one in doomed]
 
 
@@ -122,17 +130,17 @@ def sweep(folder: Place, drafts: bool = False) -> None:
     if drafts:
         failed += _failures(remove, (folder / name for name in there if name.startswith(DRAFT)))
     if failed:
-        raise failed[0]
+        raise failed.pop(0)
 
 
 def _failures(action: Callable[[Place], None], places: Iterable[Place]) -> list[Exception]:
-    """Do it to every place; what went wrong."""
+    """Do it to every place; what went wrong, without the frames, which hold what is saved."""
     failed: list[Exception] = []
     for place in places:
         try:
             action(place)
         except Exception as error:
-            failed.append(error)
+            failed.append(error.with_traceback(None))
     return failed
 
 

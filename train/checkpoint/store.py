@@ -274,8 +274,13 @@ class CheckpointStore:
 
     def _agreed_names(self) -> list[str]:
         """Names of the complete checkpoints as the first rank sees them, newest first."""
-        mine = [one.name for one in self.complete()] if self.ranks.is_first else []
-        return list(reversed(self.ranks.broadcast(mine)))
+        answer: dict[str, Any] = {}
+        if self.ranks.is_first:
+            answer = attempt(lambda: [one.name for one in self.complete()])
+        answer = self.ranks.broadcast(answer)
+        if "error" in answer:
+            raise CheckpointError(f"can't look under {self.folder}: {answer['error']}")
+        return list(reversed(answer["result"]))
 
     def _damage(self, folder: Place) -> str | None:
         """Why a checkpoint can't be trusted, each rank having looked at its share of the files."""

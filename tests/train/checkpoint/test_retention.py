@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.train.checkpoint.states import PLAIN, state, store_in
-from train.checkpoint import retention
+from train.checkpoint import CheckpointError, retention
 from train.checkpoint.manifest import MARKER
 from train.checkpoint.places import Place, remove
 from train.checkpoint.retention import (
@@ -24,6 +26,7 @@ from train.checkpoint.retention import (
     sweep,
     tag,
 )
+from train.checkpoint.writer import attempt
 
 
 def make(folder: Path, tokens: int, loss: float | None = None, generation: int = 0) -> Path:
@@ -123,6 +126,15 @@ def test_one_that_can_not_be_deleted_keeps_no_other(
     with pytest.raises(OSError, match="busy"):
         apply(tmp_path, Retention(last=1))
     assert sorted(tmp_path.glob("tokens-*")) == [busy, last]
+    shared = mmap.mmap(-1, 8)
+
+    def save() -> None:
+        view = memoryview(shared)
+        assert "busy" in attempt(lambda: apply(tmp_path, Retention(last=1)))["error"]
+        assert len(view) == 8
+
+    save()
+    shared.close()  # a frame that the error had kept would hold the view
     with pytest.raises(OSError, match="busy"):
         sweep(tmp_path, drafts=True)
     assert sorted(tmp_path.iterdir()) == [busy, last]
@@ -136,3 +148,26 @@ def test_a_save_counts_whatever_becomes_of_older_ones(tmp_path: Path) -> None:
         saved = store.save(2, state(), PLAIN)
     store.finish()
     assert told == [saved] == [store.newest()]
+
+
+def test_one_that_can_not_be_looked_at_is_passed_over_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_in(tmp_path, keep_last=9)
+    first, locked = (store.save(tokens, state(), PLAIN) for tokens in (1, 2))
+
+    def refuse(path: Path, **more: Any) -> Any:
+        if path.is_relative_to(closed):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return os.stat(path, **more)
+
+    closed = locked
+    monkeypatch.setattr(Path, "stat", refuse)
+    sweep(tmp_path)
+    with pytest.warns(UserWarning, match="skipping damaged checkpoint tokens-0+2: .*denied"):
+        assert store.newest() == first
+    monkeypatch.undo()
+    assert store.newest() == locked
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"can't look under .*: NotADirectoryError"):
+        store_in(tmp_path / "file").newest()

@@ -371,9 +371,8 @@ def test_a_url_that_does_not_answer_loses_no_checkpoint(monkeypatch: pytest.Monk
     with monkeypatch.context() as patch:
         patch.setattr(MemoryFileSystem, "info", info)
         patch.setattr(MemoryFileSystem, "exists", AbstractFileSystem.exists)
-        with pytest.warns(UserWarning, match="no answer"):
-            store.save(4, state({"fast": 4}), PLAIN)
-    assert {"2", "3"} <= {folder.name[-1] for folder in store.complete()}
+        store.save(4, state({"fast": 4}), PLAIN)
+    assert [folder.name[-1] for folder in store.complete()] == ["2", "3", "4"]
     assert damage(store.folder / "tokens-000000000000002") is None
 
 
