@@ -41,9 +41,10 @@ def load(*more_flags: str) -> ctypes.CDLL | str:
     """The library, or in a clause why there is none: no compiler, or what it said."""
     if platform.system() == "Windows":
         return "it is not made for Windows"
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, _NAMES), "")
-    if not shutil.which(compiler):
-        return f"there is no C++ compiler ({compiler or ', '.join(_NAMES)})"
+    named = os.environ.get("CXX") or next(filter(shutil.which, _NAMES), "")
+    compiler = [named] if shutil.which(named) else named.split()  # as in `ccache g++`
+    if not compiler or not shutil.which(compiler[0]):
+        return f"there is no C++ compiler ({named or ', '.join(_NAMES)})"
     files = [path for folder in _FOLDERS for path in sorted((_HOPE / folder).glob("*.[ch]*"))]
     sources = [path for path in files if path.suffix == ".cpp"]
     processor = _PROCESSOR.get(torch.backends.cpu.get_cpu_capability(), ())
@@ -67,14 +68,14 @@ def why_not() -> str:
     return found if isinstance(found, str) else ""
 
 
-def _compile(compiler: str, flags: tuple[str, ...], sources: list[Path], made: Path) -> None:
+def _compile(compiler: list[str], flags: tuple[str, ...], sources: list[Path], made: Path) -> None:
     """Compile `sources` into the file `made`; RuntimeError with the first line of what the
     compiler said."""
     said = ""
     for threads in ((_THREADS,), ()):
-        command = [compiler, *flags, *threads, *map(str, sources), "-o", str(made)]
+        command = [*compiler, *flags, *threads, *map(str, sources), "-o", str(made)]
         result = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if result.returncode == 0:
             return
         said = next(iter(result.stderr.strip().splitlines()), f"status {result.returncode}")
-    raise RuntimeError(f"{compiler}: {said}")
+    raise RuntimeError(f"{' '.join(compiler)}: {said}")

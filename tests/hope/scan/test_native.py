@@ -202,12 +202,16 @@ def test_without_a_compiler(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not fresh_cache.exists()
 
 
-def test_a_compiler_that_fails(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["", "sh "])
+def test_a_compiler_that_fails(
+    fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
+    """`CXX` may be several words, as make understands it: `ccache g++`."""
     broken = fresh_cache.parent / "broken"
     broken.write_text("#!/bin/sh\necho 'error: no such flag' >&2\nexit 1\n")
     broken.chmod(0o755)
-    monkeypatch.setenv("CXX", str(broken))
-    assert build.why_not() == f"it could not be compiled: {broken}: error: no such flag"
+    monkeypatch.setenv("CXX", f"{before}{broken}")
+    assert build.why_not() == f"it could not be compiled: {before}{broken}: error: no such flag"
     assert [path.name for path in fresh_cache.iterdir()] == ["lock"]
 
 
