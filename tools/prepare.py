@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def run(module: str, *arguments: object) -> None:
     a checkpoint to write.
     """
     words = [str(argument) for argument in arguments]
-    print(f"$ python -m {module} {' '.join(words)}", flush=True)
+    print(f"$ python -m {module} {shlex.join(words)}", flush=True)
     command = [sys.executable, "-m", module, *words]
     with subprocess.Popen(command) as process:
         before = {
