@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -324,9 +323,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.handler(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # as in `inspect DIR | head`; Python flushes once more when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:  # `as_command` has a status for it
+        raise
     except DataError as error:
         message = " ".join(str(error).split("\n"))
     except OSError as error:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from data_pipeline import DataError
 from data_pipeline.arguments import at_least
+from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools.figures import table
 from train.checkpoint import CheckpointError
@@ -105,4 +106,4 @@ def _perplexity(losses: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

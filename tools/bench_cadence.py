@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data_pipeline.command import as_command
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.scan import ScanConfig
 from tools.figures import table, write_figures
@@ -256,4 +257,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data_pipeline.command import as_command
 from hope import HopeModel
 from tools.bench_cadence import EVERY_STEPS, model_config
 from tools.figures import add_figures, table, write_figures
@@ -186,4 +187,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

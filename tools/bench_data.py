@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import Corpus, Loader, Tokenizer
+from data_pipeline.command import as_command
 from data_pipeline.corpora import fetch
 from data_pipeline.encoders import DocumentEncoder, Gigatoken, choose
 from data_pipeline.inputs import find_sources, read_texts
@@ -304,4 +305,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.command import as_command
 from tools.figures import table, write_figures
 from tools.prepare import run
 from tools.quickstart import CONFIG_FILE
@@ -211,4 +212,4 @@ def draw(losses: dict[str, list[dict[str, dict[str, float]]]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

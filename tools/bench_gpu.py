@@ -29,6 +29,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.command import as_command
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from hope.init import initialise
 from hope.layer import HopeLayer
@@ -304,4 +305,4 @@ def gated_deltanet(config: HopeConfig) -> tuple[Callable[[], nn.Module], int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
+from data_pipeline.command import as_command
 from hope import CMSConfig, HopeConfig, LevelConfig, TitansConfig
 from hope.config import MixerName
 from hope.init import initialise
@@ -192,4 +193,4 @@ def _memory_key(case: Case, threads: tuple[int, ...]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining.stage import PipelineStage
 
 from data_pipeline import Batch
+from data_pipeline.command import as_command
 from data_pipeline.loader import rows_of_rank
 from tools import parity
 from tools.figures import add_figures, table
@@ -281,4 +282,4 @@ def _load() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
+from data_pipeline.command import as_command
 from tools.figures import BENCH, table, write_figures
 from tools.peer_environment import PeerError, prepare
 from tools.peer_models import COMPARISONS, Result
@@ -123,4 +124,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from data_pipeline.command import as_command
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.init import seed_from
 from hope.scan import ScanConfig
@@ -247,4 +248,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

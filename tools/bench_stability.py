@@ -23,6 +23,7 @@ from torch.nn.functional import gelu
 from tqdm import tqdm
 
 from data_pipeline import Corpus, CorruptDataError, DataError
+from data_pipeline.command import as_command
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.init import seed_from
 from hope.scan import MEMORIES, MemoryState
@@ -340,4 +341,4 @@ def plot(record: Record, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from data_pipeline.arguments import at_least
+from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools import deepspeed_checkpoints
 from tools.figures import table
@@ -256,10 +257,12 @@ def main(arguments: list[str] | None = None) -> int:
     except DamagedError as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `as_command` has a status for it
+        raise
     except (CheckpointError, ConfigError, RunFolderError, OSError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

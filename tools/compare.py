@@ -26,6 +26,7 @@ from typing import Any
 
 from data_pipeline import Corpus
 from data_pipeline.arguments import at_least
+from data_pipeline.command import as_command
 from hope import AttentionConfig, CMSConfig, HopeConfig, LevelConfig
 from hope.model import num_parameters
 from tools.figures import table, write_figures
@@ -195,4 +196,4 @@ def _final_loss(rows: list[dict[str, Any]]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

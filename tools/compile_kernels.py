@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from data_pipeline.command import as_command
 from hope.fused.convolution import COLUMNS, ROWS
 from hope.fused.gated_norm import tile
 from hope.fused.loss import BLOCK, WARPS
@@ -328,4 +329,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from data_pipeline.command import as_command
 from hope.scan.cuda.nvrtc import library
 from tools.compile_kernels import why_not_compiled
 from tools.kernel_costs import Shape
@@ -135,4 +136,4 @@ def machine(dtype: torch.dtype) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

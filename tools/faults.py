@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.arguments import at_least
+from data_pipeline.command import as_command
 from tools.bench_checkpoint import measure_time, stall_fractions
 from tools.fault_processes import attempt
 from tools.fault_rehearsal import (
@@ -283,4 +284,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

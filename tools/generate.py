@@ -10,6 +10,7 @@ import torch
 
 from data_pipeline import DataError
 from data_pipeline.arguments import at_least, utf8
+from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from hope.sampling import generate
 from train.checkpoint import CheckpointError
@@ -51,4 +52,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

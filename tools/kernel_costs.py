@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+from data_pipeline.command import as_command
 from hope.flops import backward_products, forward_products
 from hope.scan import ScanConfig
 from hope.scan.layouts import block_lengths
@@ -168,4 +169,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -28,6 +28,7 @@ import torch
 import yaml
 
 from data_pipeline import train_tokenizer
+from data_pipeline.command import as_command
 from data_pipeline.tokenizing import tokenize
 from tools.figures import table
 from tools.node_network import (
@@ -339,4 +340,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline import Corpus, evaluation_batches
+from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools.figures import table
 from tools.prepare import prepare_sotu, run
@@ -151,4 +152,4 @@ def _tokens(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

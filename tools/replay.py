@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from data_pipeline import IGNORE, Batch, CorruptDataError, DataError, Tokenizer
 from data_pipeline.arguments import at_least
+from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools.figures import table
 from train.__main__ import open_corpora, prepare_torch
@@ -244,4 +245,4 @@ def _row_in_words(number: int, row: Row, batch: Batch, tokenizer: Tokenizer) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(as_command(main))

@@ -25,10 +25,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 
 from data_pipeline import Corpus, CorruptDataError, DataError
+from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from train.callbacks.base import Callback
 from train.callbacks.faults import Faults
@@ -122,6 +124,8 @@ def main(arguments: list[str] | None = None, signals: StopSignals | None = None)
     except (NonFiniteError, FloatingPointError, OutOfMemoryError) as error:
         return _tell(error, FAILED)
     except Exception as error:
+        if options.dry_run and isinstance(error, BrokenPipeError):
+            raise
         if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
             return _tell(f"{error}; {DISK_HINT}", FAILED)
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
@@ -291,4 +295,4 @@ def with_total_tokens(config: RunConfig, corpora: Corpora) -> RunConfig:
 
 
 if __name__ == "__main__":
-    sys.exit(main(signals=listening))
+    sys.exit(as_command(partial(main, signals=listening)))

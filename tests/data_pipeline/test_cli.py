@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -176,6 +177,30 @@ def test_nobody_reads_the_output(corpus_folder):
         text=True,
     )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "how", "status", "shown"),
+    [
+        (r"print('\u2581 \xfc')", "", 0, "\\u2581 \\xfc\n"),
+        ("print(1, file=sys.stderr); print(open('/dev/null').fileno() > 2)", "2>&-", 0, "True\n"),
+        ("print(1, flush=True)", ">&-", 0, ""),
+        ("gone.poll(); print(1)", "| true", 141, ""),
+        ("gone.poll(); sys.exit(print(1))", "| true", 141, ""),  # as --help does
+    ],
+)
+def test_output_that_cannot_be_shown(code, how, status, shown):
+    start = "import select, sys; from data_pipeline.command import as_command"
+    start += "; gone = select.poll(); gone.register(1, 0)"  # until nobody reads
+    whole = f"{start}; sys.exit(as_command(lambda: exec({code!r})))"
+    done = subprocess.run(
+        ["bash", "-c", f'"$0" -c "$1" {how}; exit ${{PIPESTATUS[0]}}', sys.executable, whole],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (status, shown, "")
 
 
 def test_a_second_signal_does_not_disturb_the_tidying_up(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -45,6 +46,18 @@ def test_list(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert first.endswith("released")
     assert second.split()[2] == "2.0000"
     assert not third.endswith("released")
+
+
+def test_nobody_reads_the_output(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not bad input: `as_command` makes it status 141."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Closed())
+    with pytest.raises(BrokenPipeError):
+        main(["list", str(folder)])
 
 
 def test_verify(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

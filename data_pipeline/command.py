@@ -1,0 +1,36 @@
+"""What a terminal may do to a command's output, for all command lines."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+def as_command(main: Callable[[], int]) -> int:
+    """Run `main`; returns its exit status, or 141 when nobody reads the output.
+
+    Characters that the output's encoding lacks are shown escaped. A closed standard stream goes
+    to the null device, so that no file of ours gets its number and what others write to it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as in `inspect DIR | head`; Python flushes once more when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
