@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import time
 from types import SimpleNamespace
@@ -19,6 +20,23 @@ PERIODS = {"step": 0, "mid": 1_048_576, "slow": 4_194_304, "slowest": 16_777_216
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+def test_a_terminal_without_a_size_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, terminal = os.openpty()  # 0 by 0, as in a container
+    os.set_blocking(shown, False)
+    trainer: Any = SimpleNamespace(
+        clock=TokenClock(PERIODS), target_tokens=9, domains=None, level_changes=[], finished=False
+    )
+    with open(terminal, "w") as screen:
+        monkeypatch.setattr("sys.stderr", screen)
+        progress = Progress()
+        progress.on_start(trainer)
+        record = SimpleNamespace(loss=10.125, tokens=3, tokens_per_second=1e6)
+        progress.on_step(trainer, cast(Any, record))
+        assert b"loss 10.125" in os.read(shown, 999)
+        progress.on_end(trainer)
+    os.close(shown)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -5,6 +5,7 @@ When the levels fire next does not fit beside the bar into 80 columns; it stands
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from contextlib import suppress
@@ -40,7 +41,7 @@ class Progress(Callback):
             self._write(f"resumed: {change}")
         if trainer.finished:
             self._write(f"all {trainer.clock.tokens:,} tokens of this run are trained already")
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and _columns():
             self._bar = tqdm(
                 total=trainer.target_tokens,
                 initial=trainer.clock.tokens,
@@ -115,6 +116,14 @@ class Progress(Callback):
     def _write(self, line: str) -> None:
         with suppress(OSError):  # the log may lie on a full disk
             tqdm.write(redact(line), file=sys.stderr)
+
+
+def _columns() -> int:
+    """Of the terminal; none where it has no size, as in some containers, and tqdm shows nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # not known: tqdm takes $COLUMNS
+        return 80
 
 
 def _short(tokens: int) -> str:
