@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
+import runpy
 import sys
 from math import prod
 from pathlib import Path
@@ -101,16 +101,20 @@ def test_the_figures_are_saved(
     assert "runs/bench/peers.json" in capsys.readouterr().out
 
 
-def test_a_package_that_is_missing_is_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.peer_models", "lucidrains", "--pairs", "1"]
+def test_a_package_that_is_missing_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peer_models", "lucidrains", "--pairs", "1"])
     # A broken package of that name hides an installed one.
     (tmp_path / "titans_pytorch.py").write_text("raise ImportError('No module named it')")
-    found = os.pathsep.join([str(tmp_path), str(bench_peers.ROOT)])
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": found}, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "lucidrains: not installed (No module named it)\n"
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "titans_pytorch", raising=False)
+    monkeypatch.delitem(sys.modules, "tools.peer_models")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("tools.peer_models", run_name="__main__")
+    written = capsys.readouterr()
+    assert (ended.value.code, written.out) == (1, "")
+    assert written.err == "lucidrains: not installed (No module named it)\n"
 
 
 def test_without_packages_there_is_one_line_and_no_figure(
