@@ -7,7 +7,6 @@ interrupted, after which the same command goes on where it was, 141 nobody reads
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import signal
 import sys
@@ -306,8 +305,6 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what is inspected may not be in its encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
 
     def interrupt(number: int, _: FrameType | None) -> None:
         for other in _STOPS:  # a launcher and a terminal may both pass one on: tidy up just once

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def as_command(main: Callable[[], int]) -> int:
-    """Run `main`; returns its exit status, or 141 when nobody reads the output.
+    """Run `main`; returns its exit status, or 141 in place of 0 when nobody reads the output.
 
     Characters that the output's encoding lacks are shown escaped. A closed standard stream goes
     to the null device, so that no file of ours gets its number and what others write to it.
@@ -26,11 +26,13 @@ def as_command(main: Callable[[], int]) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    status = 0
     try:
         try:
-            return main()
+            status = main()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # as in `inspect DIR | head`; Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 128 + signal.SIGPIPE
+        return status or 128 + signal.SIGPIPE
+    return status
