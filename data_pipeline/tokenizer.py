@@ -21,6 +21,8 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 TYPES = ("bpe", "unigram")
 _EASILY_LOST = "  A\tb\r\n\n \ufb01 e\u0301 \u00bd\u4e00\U0001f642\u0e01 "
 _LINE_CHARS = 4000
+# normalizer_spec {add_dummy_prefix: false}; behind a model, it takes the place of what that says.
+_NO_PREFIX = b"\x1a\x02\x18\x00"
 # Part of what a unigram model becomes, and written into every model: never the number of cores.
 _UNIGRAM_THREADS = 4
 
@@ -114,9 +116,9 @@ class Tokenizer:
         """int32 [n]: the tokens of `text`, without bos and eos."""
         if self._space_mark is None or SPACE not in text:
             return self._encode(text)
-        parts = [self._encode(part) for part in text.split(SPACE)]
-        joined = [ids for part in parts for ids in (self._space_mark, part)]
-        return np.concatenate(joined[1:]).astype(np.int32)
+        first, *others = text.split(SPACE)
+        joined = [ids for part in others for ids in (self._space_mark, self._encode_further(part))]
+        return np.concatenate([self._encode(first), *joined]).astype(np.int32)
 
     @cached_property
     def never_cut(self) -> str:
@@ -142,6 +144,15 @@ class Tokenizer:
         if not self.never_cut:
             return UnitEncoder(self._sp).encode
         return lambda text: np.array(self._sp.EncodeAsIds(text), np.int32)
+
+    @cached_property
+    def _encode_further(self) -> Callable[[str], np.ndarray]:
+        """The same for what follows in a text, where no model puts a space of its own."""
+        if not self.never_cut:
+            return self._encode
+        inner = sentencepiece.SentencePieceProcessor()
+        inner.LoadFromSerializedProto(self.model + _NO_PREFIX)
+        return lambda text: np.array(inner.EncodeAsIds(text), np.int32)
 
     def encode_document(self, text: str) -> np.ndarray:
         """int32 [n + 2]: bos, the tokens of `text`, eos; what a shard stores."""

@@ -170,6 +170,9 @@ def test_a_model_that_loses_text_is_said_to(text_folder, tmp_path, either, capsy
     options = {"byte_fallback": True, "normalization_rule_name": "identity"}
     kept = foreign_model(tmp_path / "b.model", **options, remove_extra_whitespaces=False)
     assert kept.lossless
+    for text in ("def\u2581self", "\u2581 a", " \u2581 \u2581 ", "\u2581", " a", "\u2581\u2581b"):
+        assert kept.decode(kept.encode(text)) == text  # it puts a space before a text, and once
+    assert kept.encode("def of self").tolist() == kept._sp.EncodeAsIds("def of self")
     for name in ("a", "b"):
         command = ["tokenize", "--input", str(text_folder), "--out", str(tmp_path / name)]
         assert cli.main([*command, "--tokenizer", str(tmp_path / f"{name}.model")]) == 0
