@@ -98,7 +98,9 @@ class DirectWriter:
 class SharedMemory:
     """Memory shared with the process that writes: a region for each file, kept from save to save.
 
-    A region that has become too small is left for a new one; files hardly ever grow.
+    A region that has become too small is left for a new one; files hardly ever grow. To CUDA its
+    addresses must be what they were before then: the next region to lie there would be copied to
+    where the old one was.
     """
 
     def __init__(self) -> None:
@@ -122,15 +124,21 @@ class SharedMemory:
             )
             if torch.cuda.is_available():
                 torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), size, 0)
+            self._leave(name)
             self._regions[name] = (start, memory)
         return start, memory[:size]
 
-    def close(self) -> None:
-        """Give the memory back."""
-        for _, memory in self._regions.values():
+    def _leave(self, name: str) -> None:
+        """Unmap the region of that name, if there is one."""
+        if name in self._regions:
+            _, memory = self._regions.pop(name)
             if torch.cuda.is_available():
                 torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
-        self._regions.clear()
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for name in list(self._regions):
+            self._leave(name)
         os.close(self.descriptor)
 
 
