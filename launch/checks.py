@@ -22,6 +22,7 @@ from torch import Tensor
 from data_pipeline import Corpus, CorruptDataError, DataError
 from data_pipeline.streams import is_url
 from train.config import RunConfig, dump_config
+from train.parallel.ranks import NoDeviceError, own_device
 
 SOURCES = ("hope", "train", "data_pipeline", "launch")
 SHARDS_READ = 16  # of each corpus: the first, the last and some in between
@@ -139,11 +140,16 @@ def nonce_file(folder: Path, nonce: str) -> Path:
     return folder / f".preflight-{nonce}"
 
 
-def device_of(local_rank: int) -> torch.device:
-    """The GPU of this rank, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
+def device_of(local_rank: int) -> tuple[torch.device, list[str]]:
+    """The GPU of this rank, or the CPU; the problem of a rank that has none of its own, which looks
+    at another's."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), []
+    devices = torch.cuda.device_count()
+    try:
+        return torch.device("cuda", own_device(local_rank, devices)), []
+    except NoDeviceError as error:
+        return torch.device("cuda", local_rank % devices), [f"device: {error}"]
 
 
 def check_matmul(

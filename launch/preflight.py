@@ -109,9 +109,8 @@ class Preflight:
     def _alone(self) -> dict[str, Any]:
         """What this rank finds by itself."""
         place, limits, probes = self.meeting.place, self.limits, self.probes
-        device = checks.device_of(place.local_rank)
+        device, problems = checks.device_of(place.local_rank)
         facts = dict(probes.versions())
-        problems: list[str] = []
         if isinstance(self.config, ConfigError):
             problems.append(f"config: {self.config}")
         else:
@@ -162,7 +161,7 @@ class Preflight:
     def _collective(self) -> list[str]:
         """Sum known values over the ranks, exactly, and gather what each one gave."""
         place, seconds = self.meeting.place, timedelta(seconds=self.limits.seconds)
-        device = checks.device_of(place.local_rank)
+        device, _ = checks.device_of(place.local_rank)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"

@@ -45,7 +45,7 @@ from train.dry_run.report import print_dry_run
 from train.engines import layout_of, open_engine
 from train.memory import OutOfMemoryError, building_report, is_out_of_memory, memory_report
 from train.parallel.pulse import RankLostError
-from train.parallel.ranks import Ranks
+from train.parallel.ranks import NoDeviceError, Ranks
 from train.records import Corpora, NonFiniteError
 from train.redaction import redact_logging
 from train.run_folder import RunFolderError, claim, continues, goes_back_to, save_config, went_back
@@ -119,6 +119,8 @@ def main(arguments: list[str] | None = None, signals: StopSignals | None = None)
         return _tell(error, FAILED)
     except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
         return _tell(error, USER_ERROR, int(os.environ.get("RANK", "0")) == 0)
+    except NoDeviceError as error:
+        return _tell(error, USER_ERROR)
     except RankLostError as error:
         return _tell(error, HANG)
     except (NonFiniteError, FloatingPointError, OutOfMemoryError) as error:

@@ -14,6 +14,21 @@ from train.parallel.attempts import of_this_attempt
 from train.parallel.pulse import Pulse
 
 
+class NoDeviceError(RuntimeError):
+    """There are more ranks on this machine than GPUs; the message is one line."""
+
+
+def own_device(local_rank: int, devices: int) -> int:
+    """Which of the GPUs that this process sees is its rank's: the only one, where the launcher
+    shows each rank its own. Raises NoDeviceError where there is none for it."""
+    if devices > 1 and local_rank >= devices:
+        raise NoDeviceError(
+            f"local rank {local_rank} has no GPU of its own: there are {devices} here; start at "
+            "most as many ranks on a machine"
+        )
+    return local_rank if devices > 1 else 0
+
+
 class Ranks:
     """This process's place among a group of ranks; by default all, as torchrun's environment tells.
 
@@ -52,7 +67,8 @@ class Ranks:
         if self.size > 1:
             backend = "gloo"
             if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+                torch.cuda.set_device(own_device(local_rank, torch.cuda.device_count()))
                 backend = "cpu:gloo,cuda:nccl"
             with self.pulse.collective("init_process_group"):
                 store, rank, size = next(rendezvous("env://"))

@@ -1,0 +1,44 @@
+"""A rank's GPU, with stand-ins for what needs GPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from launch.checks import device_of
+from tests.conftest import tiny_config
+from train.__main__ import main
+from train.parallel.ranks import NoDeviceError, own_device
+
+
+def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [own_device(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert [own_device(rank, 1) for rank in range(3)] == [0, 0, 0]  # each is shown another one
+    with pytest.raises(NoDeviceError, match="local rank 4 has no GPU of its own: there are 4 here"):
+        own_device(4, 4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_of(1) == (torch.device("cuda", 1), [])
+    device, problems = device_of(2)
+    assert device.type == "cuda"
+    assert [one.partition(":")[0] for one in problems] == ["device"]
+
+
+def test_a_rank_without_one_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever rank it is: the first one may be elsewhere."""
+    for name, value in (("RANK", "3"), ("LOCAL_RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    folders = dict.fromkeys(("train", "validation"), tmp_path)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tiny_config(folders, tmp_path / "run")))
+    assert main([str(config)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: local rank 3 has no GPU of its own: there are 2 here")
+    assert said.count("\n") == 1
