@@ -83,7 +83,12 @@ class Ranks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.size > 1:
+        if self.size == 1:
+            return
+        if kind is not None and torch.cuda.is_available():
+            # Destroying waits for what the device was given, and that for ranks that know nothing.
+            dist.distributed_c10d._abort_process_group()
+        else:
             dist.destroy_process_group()
 
     @property

@@ -1,4 +1,4 @@
-"""A rank's GPU, with stand-ins for what needs GPUs."""
+"""A rank's GPU, and how it leaves its process group, with stand-ins for what needs GPUs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
 from launch.checks import device_of
 from tests.conftest import tiny_config
 from train.__main__ import main
-from train.parallel.ranks import NoDeviceError, own_device
+from train.parallel.ranks import NoDeviceError, Ranks, own_device
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +43,19 @@ def test_a_rank_without_one_says_so(
     said = capsys.readouterr().err
     assert said.startswith("error: local rank 3 has no GPU of its own: there are 2 here")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_a_rank_that_failed_waits_for_no_other(monkeypatch: pytest.MonkeyPatch, gpus: bool) -> None:
+    """Destroying NCCL's groups waits for their kernels, and these for ranks that go on waiting."""
+    done: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(
+        dist.distributed_c10d, "_abort_process_group", lambda: done.append("aborted")
+    )
+    ranks = Ranks.alone()
+    ranks.size = 2
+    ranks.__exit__(None, None, None)
+    ranks.__exit__(MemoryError, MemoryError(), None)
+    assert done == ["destroyed", "aborted" if gpus else "destroyed"]
