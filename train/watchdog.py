@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from pydantic import Field
 
 from train.parallel.pulse import REMEMBERED
@@ -133,7 +134,14 @@ class Watchdog:
             return [f"every rank is alive in {mine}: the network hangs"]
         if wait is None:
             where = f"in phase {self.pulse.phase} of step {self.pulse.step}"
-            return [f"rank {self.rank} itself stands still, {where}, not in a collective"]
+            if self.size == 1 or not torch.cuda.is_available():
+                return [f"rank {self.rank} itself stands still, {where}, not in a collective"]
+            words = {rank: last_words(after.get(rank), before.get(rank)) for rank in others}
+            return [
+                f"rank {self.rank} stands still, {where}: it computes, or waits for its GPU, and "
+                "that in a collective for GPUs of ranks that are behind; of the others",
+                *(f"  rank {rank}: {said}" for rank, said in words.items()),
+            ]
         late = [rank for rank in wait.ranks if rank != self.rank]
         return missing(self.rank, f"{wait} {place}", late, before, after)
 
@@ -192,11 +200,13 @@ class Watchdog:
 
 
 def _flight_recorder() -> list[str]:
-    """What torch itself recorded of the collectives: NCCL, with TORCH_FR_BUFFER_SIZE set."""
+    """What torch itself recorded of the collectives: those of NCCL, and of gloo on CPUs."""
     import torch._C._distributed_c10d as c10d
 
-    dump = getattr(c10d, "_dump_fr_trace_json", None)  # torch 2.13
-    recorded = json.loads(dump()) if dump is not None else {}
-    if not recorded.get("entries"):
-        return []
-    return ["torch's flight recorder:", json.dumps(recorded["entries"][-REMEMBERED:])]
+    lines = []
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # the one where NCCL was built
+        dump = getattr(c10d, name, None)
+        entries = json.loads(dump()).get("entries") if dump is not None else None
+        if entries:
+            lines += ["torch's flight recorder:", json.dumps(entries[-REMEMBERED:])]
+    return lines
