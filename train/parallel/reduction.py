@@ -36,7 +36,7 @@ class GradientReduction:
     def __init__(self, ranks: Ranks, world: Ranks | None = None) -> None:
         """ranks: those that hold the same parameters; world: all of the job (default: the same)."""
         self.ranks, self.world = ranks, world or ranks
-        self._mesh: DeviceMesh | None = None
+        self._meshes: dict[str, DeviceMesh] = {}
 
     def is_shared(self, tensor: Tensor) -> bool:
         """Whether the ranks have parts of this gradient's sum that are still to be added."""
@@ -80,10 +80,11 @@ class GradientReduction:
         """The tensor of `shape` of which this is a share, so that a checkpoint sees one tensor."""
         if not self.is_shared(share):
             return share
-        if self._mesh is None:
-            self._mesh = _mesh_of(self.ranks, share.device.type)
+        kind = share.device.type  # a mesh of another one would move the share there
+        if kind not in self._meshes:
+            self._meshes[kind] = _mesh_of(self.ranks, kind)
         stride = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        return DTensor.from_local(share, self._mesh, [Shard(0)], shape=shape, stride=stride)
+        return DTensor.from_local(share, self._meshes[kind], [Shard(0)], shape=shape, stride=stride)
 
     def _rows(self, shape: torch.Size, rank: int | None = None) -> tuple[int, int]:
         """(rows, first row) of a rank's share of a tensor of `shape`."""
