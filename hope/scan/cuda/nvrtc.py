@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
+
+import torch
 
 from hope.compile_cache import kept_bytes, key
 
@@ -16,7 +18,7 @@ HEADERS = (
     "block.h", "copies.h", "products.h", "sums.h", "systems.h", "program.h", "projections.h",
     "writes.h", "reads_backward.h", "frozen_backward.h", "writes_backward.h",
 )  # fmt: skip
-_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 _FLAGS = ("--std=c++17", "-default-device", "-lineinfo")
 _FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")
 
@@ -24,20 +26,22 @@ _FOLDERS = ("cu13/lib", "cuda_nvrtc/lib")
 @cache
 def library() -> ctypes.CDLL | str:
     """NVRTC, or in a clause why there is none."""
-    for name in _candidates():
+    found = find_spec("nvidia")
+    for name in candidates((found.submodule_search_locations or ()) if found else ()):
         try:
             return ctypes.CDLL(name)
         except OSError:
             continue
-    return f"there is no NVRTC ({', '.join(_NAMES)}); it comes with torch for CUDA"
+    return f"there is no NVRTC ({', '.join(NAMES)}); it comes with torch for CUDA"
 
 
-def _candidates() -> Iterator[str]:
-    """Where torch has loaded it from, then the packages that hold it."""
-    yield from _NAMES
-    found = find_spec("nvidia")
-    for base in (found.submodule_search_locations or ()) if found else ():
-        yield from (f"{base}/{folder}/{name}" for folder in _FOLDERS for name in _NAMES)
+def candidates(packages: Iterable[str]) -> Iterator[str]:
+    """By each name where torch has loaded it from, then in the packages that hold it. Of torch's
+    own CUDA first: a driver that torch can use may not load what a newer compiler makes."""
+    own = (torch.version.cuda or "").partition(".")[0]
+    for name in sorted(NAMES, key=lambda name: not name.endswith(f".{own}")):
+        yield name
+        yield from (f"{base}/{folder}/{name}" for base in packages for folder in _FOLDERS)
 
 
 def compiled(defines: list[str], architecture: str = "sm_90") -> bytes:

@@ -20,7 +20,7 @@ from hope.scan.cuda.call import (
     sums_size,
 )
 from hope.scan.cuda.device import why_not
-from hope.scan.cuda.nvrtc import compiled, library
+from hope.scan.cuda.nvrtc import NAMES, candidates, compiled, library
 from tests.hope.scan import on_host as host
 from tests.hope.scan.cases import OnGpu, Problem, everything, make_problem, worst_error
 from tests.hope.scan.on_host import on_host
@@ -236,3 +236,18 @@ def test_auto_takes_the_fastest_that_there_is(monkeypatch: pytest.MonkeyPatch) -
 def test_what_the_compiler_says_is_passed_on() -> None:
     with pytest.raises(RuntimeError, match=r"program\.h\(\d+\): error"):
         compiled(["-DTOKENS=oops"])
+
+
+@pytest.mark.parametrize(("cuda", "first"), [("12.8", "12"), ("13.0", "13"), (None, "13")])
+def test_the_compiler_is_of_torchs_own_cuda(
+    cuda: str | None, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both installed: a driver of CUDA 12 loads nothing that CUDA 13's compiler makes."""
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    there = list(candidates(["/packages"]))
+    assert there[:3] == [
+        f"libnvrtc.so.{first}",
+        f"/packages/cu13/lib/libnvrtc.so.{first}",
+        f"/packages/cuda_nvrtc/lib/libnvrtc.so.{first}",
+    ]
+    assert {path.rpartition("/")[2] for path in there} == set(NAMES)
