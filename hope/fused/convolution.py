@@ -111,7 +111,8 @@ def _convolve_backward(
     dx, d_out = torch.empty_like(x), d_out.contiguous()
     d_tail = None if tail is None else torch.empty_like(tail)
     rows, tokens, channels = x.shape
-    programs = min(PROGRAMS, rows * -(-tokens // ROWS))
+    before = 0 if tail is None else tail.shape[1]
+    programs = min(PROGRAMS, rows * -(-(tokens + before) // ROWS))
     taps = precise(weight, x)
     partial = taps.new_empty(programs, *weight.shape)
     with torch.cuda.device_of(x):

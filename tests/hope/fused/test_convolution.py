@@ -117,6 +117,17 @@ def test_output_and_gradients(
         assert relative_error(actual, wanted) < 2 * TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("how", ["torch", *KERNELS])
+def test_no_tokens_have_no_gradient(how: str) -> None:
+    """The tail's is zero, whatever lay in memory before."""
+    inputs = make(tokens=0, starts=False).to(torch.float32)
+    left = torch.full((2, 3, 6), float("nan"), device=DEVICE)
+    del left
+    y, d_weight, d_tail = (results(inputs, how)[n] for n in (0, 1, 2))
+    assert y.shape == (2, 0, 6)
+    assert d_weight.count_nonzero() == d_tail.count_nonzero() == 0
+
+
 def test_partial_sums_of_several_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each program takes several groups of inputs, the last of them not whole; twice the same."""
     for name, size in (("ROWS", 4), ("COLUMNS", 4), ("PROGRAMS", 3)):
@@ -228,7 +239,7 @@ def test_split_sequences_are_the_whole(cuts: tuple[int, ...], how: str) -> None:
         ({"tail": torch.zeros(2, 2, 6)}, "got [2, 2, 6]"),
         ({"starts": torch.zeros(1, 21, dtype=torch.bool)}, "document_starts must be [B, T]"),
         ({"starts": torch.zeros(2, 20, dtype=torch.bool)}, "got [2, 20]"),
-        ({"starts": torch.zeros(2, 21)}, "document_starts must be bool"),
+        ({"starts": torch.zeros(2, 21, device=DEVICE)}, "document_starts must be bool"),
         ({"tail": torch.zeros(2, 3, 6, device="meta")}, "tail is on meta"),
     ],
 )
