@@ -26,7 +26,7 @@ class Version(NamedTuple):
 
 
 _VERSIONS = (
-    Version("flash_attn_interface", range(257), "heads of at most 256", 8),  # 3
+    Version("flash_attn_interface", range(8, 257, 8), "heads of multiples of 8 up to 256", 8),  # 3
     Version("flash_attn", range(257), "heads of at most 256", 8),  # 2
     Version("flash_attn.cute", (64, 96, 128), "heads of 64, 96 or 128", 9),  # 4
 )

@@ -97,6 +97,12 @@ def test_what_only_some_can_take(monkeypatch: pytest.MonkeyPatch) -> None:
     two = load_flash("auto")
     assert two is not None
     assert two.takes(queries("cuda", torch.bfloat16, head_dim=256))
+    install(monkeypatch, "flash_attn_interface")
+    three = load_flash("auto")
+    assert three is not None
+    fits = [n for n in range(2, 300, 2) if three.takes(queries("cuda", torch.bfloat16, n))]
+    assert fits == list(range(8, 257, 8))  # 2 pads others itself
+    install(monkeypatch, "flash_attn")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     assert load_flash("auto") == two
