@@ -197,8 +197,18 @@ def timed(
             step()  # compiles and tunes what it needs
         elapsed = milliseconds(step if kind == "eager" else as_graph(step), repetitions)
         return elapsed, torch.cuda.max_memory_allocated() / 2**30
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not ran_out_of_memory(error):
+            raise
         return None
+
+
+def ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that was the error, or what came before it: where memory ends while a graph is
+    captured, the end of the capture is an error of its own."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 def variants(config: HopeConfig, mlp: int, scan: Implementation = "auto") -> dict[str, HopeConfig]:

@@ -48,12 +48,14 @@ def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
 
 def as_graph(step: Callable[[], None]) -> Callable[[], None]:
     """The same work captured once and replayed; the step before it compiles what it needs."""
-    stream = torch.cuda.Stream()
+    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
     with torch.cuda.stream(stream):
         step()
-    torch.cuda.current_stream().wait_stream(stream)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # A capture that fails leaves its own stream the current one.
+    with torch.cuda.stream(current), torch.cuda.graph(graph):
         step()
     return graph.replay
 

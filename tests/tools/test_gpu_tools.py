@@ -40,6 +40,27 @@ def test_without_a_gpu_the_benchmark_says_so(capsys: pytest.CaptureFixture[str])
     assert output.err == "bench_gpu: this machine has no CUDA device that torch can use\n"
 
 
+def test_memory_that_ends_within_a_capture_is_memory_that_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And the step is tried in micro-batches; what else fails in a capture is an error still."""
+
+    def capture(step: object) -> None:
+        try:
+            raise failure
+        finally:
+            raise RuntimeError("CUDA error: capturing stream has unjoined work")
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(bench_gpu, "as_graph", capture)
+    x = torch.zeros(2, 3)
+    failure: RuntimeError = torch.OutOfMemoryError("CUDA out of memory")
+    assert bench_gpu.timed(torch.nn.Identity, x, 1, "graph") is None
+    failure = RuntimeError("CUDA error: an illegal memory access")
+    with pytest.raises(RuntimeError, match="unjoined"):
+        bench_gpu.timed(torch.nn.Identity, x, 1, "graph")
+
+
 @pytest.mark.parametrize("size", ["340m", "760m", "1b3"])
 def test_the_twin_that_is_timed_is_the_configurations_own(size: str) -> None:
     config = load_config(Path("configs") / f"{size}.yaml").model
