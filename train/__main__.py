@@ -178,7 +178,7 @@ def train(
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemoryError(f"{error}\n{memory_report(trainer)}") from None
+            raise OutOfMemoryError(f"{error}\n{memory_report(trainer, error)}") from None
 
 
 def _prepare(

@@ -32,11 +32,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return cpu or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
-def memory_report(trainer: Trainer) -> str:
-    """Bytes of this rank by what they are for, and what to change; several lines.
+def memory_report(trainer: Trainer, error: BaseException) -> str:
+    """Bytes of this rank by what they are for, where `error` says that there were no more, and what
+    to change; several lines.
 
     What is left of the peak after everything that has a name is activations, for the most part.
     """
+    on_device = isinstance(error, torch.OutOfMemoryError)
+    device = trainer.engine.mesh.device if on_device else torch.device("cpu")
+
+    def there(tensors: Iterable[Tensor]) -> int:
+        return _bytes(tensor for tensor in tensors if tensor.device.type == device.type)
+
     parameters = list(trainer.engine.parameters.values())
     cadence = trainer.cadence
     parts_of_levels = [p for level in cadence.levels for p in (level, level.start) if p is not None]
@@ -49,14 +56,13 @@ def memory_report(trainer: Trainer) -> str:
     starts = [level.start for level in cadence.levels if level.start is not None]
     carried = trainer.carried.values() if trainer.carried is not None else ()
     parts = {
-        "parameters": _bytes(parameters),
-        "gradients": _bytes(p.grad for p in parameters if p.grad is not None),
-        "optimizer states": _bytes(moments),
-        "learned starts of nested levels": _bytes(p for s in starts for p in s.parameters.values()),
-        "accumulators of slow levels": _bytes(held[ACCUMULATOR] for held in cadence.state.values()),
-        "carried fast weights": _bytes(carried),
+        "parameters": there(parameters),
+        "gradients": there(p.grad for p in parameters if p.grad is not None),
+        "optimizer states": there(moments),
+        "learned starts of nested levels": there(p for s in starts for p in s.parameters.values()),
+        "accumulators of slow levels": there(held[ACCUMULATOR] for held in cadence.state.values()),
+        "carried fast weights": there(carried),
     }
-    device = parameters[0].device
     if device.type == "cuda":
         peak, what = torch.cuda.max_memory_allocated(device), "peak allocated on the device"
     else:
