@@ -25,6 +25,7 @@ from train.config import RunConfig, dump_config
 from train.parallel.ranks import NoDeviceError, own_device
 
 SOURCES = ("hope", "train", "data_pipeline", "launch")
+SUFFIXES = (".py", ".cpp", ".cu", ".h")
 SHARDS_READ = 16  # of each corpus: the first, the last and some in between
 PACKAGES = ("numpy", "triton", "flash-attn", "deepspeed", "megatron-core")  # what may compute
 NONE = "none"
@@ -34,11 +35,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 
 
 def code_digest(root: Path | None = None) -> str:
-    """SHA-256 over the names and the content of this project's Python sources under `root`."""
+    """SHA-256 over the names and the content of this project's sources under `root`."""
     root = root or Path(__file__).parent.parent
     digest = hashlib.sha256()
     for room in SOURCES:
-        for path in sorted((root / room).rglob("*.py")):
+        for path in sorted(p for p in (root / room).rglob("*") if p.suffix in SUFFIXES):
             digest.update(f"{path.relative_to(root)}\0".encode())
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

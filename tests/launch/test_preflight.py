@@ -237,11 +237,15 @@ def test_the_digest_of_the_code_sees_a_change(tmp_path: Path) -> None:
     for room in checks.SOURCES:
         (tmp_path / room).mkdir()
         (tmp_path / room / "a.py").write_text("x = 1\n")
+    kernels = [tmp_path / "hope" / name for name in ("a.cpp", "a.cu", "a.h")]
+    for source in kernels:
+        source.write_text("x = 1\n")
     before = checks.code_digest(tmp_path)
-    (tmp_path / "launch" / "a.py").write_text("x = 2\n")
-    assert checks.code_digest(tmp_path) != before
-    (tmp_path / "launch" / "a.py").write_text("x = 1\n")
-    assert checks.code_digest(tmp_path) == before
+    for source in (tmp_path / "launch" / "a.py", *kernels):
+        source.write_text("x = 2\n")
+        assert checks.code_digest(tmp_path) != before
+        source.write_text("x = 1\n")
+        assert checks.code_digest(tmp_path) == before
 
 
 def test_gloo_on_a_loopback_name_is_a_problem_where_nodes_are_apart(monkeypatch) -> None:
