@@ -26,6 +26,7 @@ from launch import checks
 from launch.meeting import Meeting, NoAnswerError, Place
 from launch.report import Nodes
 from train.config import ConfigError, RunConfig, load_config
+from train.parallel.ranks import end_groups
 
 BAD = 2
 
@@ -174,12 +175,14 @@ class Preflight:
                 world_size=place.world_size,
                 timeout=seconds,
             )
+            whole = False
             try:
                 problems += self._sum_and_gather(torch.device("cpu"))
                 if device.type == "cuda":
                     problems += self._sum_and_gather(device)
+                whole = True
             finally:
-                dist.destroy_process_group()
+                end_groups(whole)
         except (RuntimeError, ValueError) as error:
             problems.append(f"collective: {' '.join(str(error).split())[:200]}")
         return problems
@@ -188,13 +191,13 @@ class Preflight:
         place = self.meeting.place
         pattern = torch.arange(1024, dtype=torch.float32, device=device) % 251
         mine = pattern * (place.rank + 1)
-        every = [torch.empty_like(mine) for _ in range(place.world_size)]
+        every = [torch.full_like(mine, -1) for _ in range(place.world_size)]
         dist.all_gather(every, mine)
+        total = pattern * (place.rank + 1)
+        self.probes.all_reduce(total)  # whatever arrived: the others wait in it
         for rank, got in enumerate(every):
             if not torch.equal(got, pattern * (rank + 1)):
                 return [f"collective: what rank {rank} sent on {device} arrived changed"]
-        total = pattern * (place.rank + 1)
-        self.probes.all_reduce(total)
         expected = pattern * (place.world_size * (place.world_size + 1) // 2)
         if not torch.equal(total, expected):
             wrong = int((total != expected).sum())

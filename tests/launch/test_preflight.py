@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -231,6 +232,23 @@ def test_a_truncated_and_a_missing_shard_are_problems(
     assert f"data: {shard} has {len(content) - 1} bytes" in checks.check_data(config)[1][0]
     shard.unlink()
     assert checks.check_data(config)[1] == [f"data: {shard} is missing"]
+
+
+def test_a_rank_that_received_nonsense_still_takes_part_in_the_sum(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others, to which nothing is wrong, wait in it."""
+    summed: list[Tensor] = []
+    place = SimpleNamespace(rank=0, world_size=2)
+    preflight = Preflight(
+        SimpleNamespace(place=place),  # type: ignore[arg-type]
+        ConfigError(),
+        probes=Probes(all_reduce=summed.append),
+    )
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda every, mine: every[0].copy_(mine))
+    said = preflight._sum_and_gather(torch.device("cpu"))
+    assert said == ["collective: what rank 1 sent on cpu arrived changed"]
+    assert len(summed) == 1
 
 
 def test_the_digest_of_the_code_sees_a_change(tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ def own_device(local_rank: int, devices: int) -> int:
     return local_rank if devices > 1 else 0
 
 
+def end_groups(whole: bool) -> None:
+    """End all process groups. whole: what was given to devices will be done; destroying would wait
+    for it, and that for ranks that know of no failure."""
+    if whole or not torch.cuda.is_available():
+        dist.destroy_process_group()
+    else:
+        dist.distributed_c10d._abort_process_group()
+
+
 class Ranks:
     """This process's place among a group of ranks; by default all, as torchrun's environment tells.
 
@@ -83,13 +92,8 @@ class Ranks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.size == 1:
-            return
-        if kind is not None and torch.cuda.is_available():
-            # Destroying waits for what the device was given, and that for ranks that know nothing.
-            dist.distributed_c10d._abort_process_group()
-        else:
-            dist.destroy_process_group()
+        if self.size > 1:
+            end_groups(whole=kind is None)
 
     @property
     def is_first(self) -> bool:
