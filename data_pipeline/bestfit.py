@@ -44,7 +44,8 @@ def pack_shard(lengths: np.ndarray, seq_len: int, align: int) -> tuple[np.ndarra
             rows.append([(0, at, min(at + seq_len + 1, int(ends[document])))])
     units = -(-rest // align)
     longest_first = np.argsort(-units, kind="stable")
-    room: list[list[int]] = [[] for _ in range(seq_len // align + 1)]
+    full = min(seq_len // align, int(units.sum()))  # room beyond all rests is never used
+    room: list[list[int]] = [[] for _ in range(full + 1)]
     with_room = 0
     for document in longest_first.tolist():
         need = int(units[document])
@@ -57,10 +58,10 @@ def pack_shard(lengths: np.ndarray, seq_len: int, align: int) -> tuple[np.ndarra
             if not room[left]:
                 with_room &= ~(1 << left)
         else:
-            left, row = seq_len // align, len(rows)
+            left, row = full, len(rows)
             rows.append([])
         end = int(ends[document])
-        rows[row].append((seq_len - left * align, end - int(rest[document]), end))
+        rows[row].append(((full - left) * align, end - int(rest[document]), end))
         left -= need
         if left:
             room[left].append(row)

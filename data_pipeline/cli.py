@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
 
     pack = command(commands, "pack", _pack, "count rows of best-fit packing ahead of training")
     pack.add_argument("folder", metavar="DIR")
-    pack.add_argument("--seq-len", type=at_least(1), required=True, metavar="N")
+    pack.add_argument("--seq-len", type=at_least(1, 1 << 62), required=True, metavar="N")
     pack.add_argument("--align", type=at_least(1), default=64, metavar="N")
 
     merge = command(commands, "merge", _merge, "one corpus of several, in the order given")

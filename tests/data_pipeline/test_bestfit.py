@@ -54,6 +54,12 @@ def test_each_rest_goes_to_the_fullest_row_with_room(lengths):
     assert sorted(left) == sorted(free)
 
 
+def test_a_row_longer_than_all_text_takes_no_more_than_the_text():
+    for lengths in ([100, 7, 30], []):
+        wide, wider = (pack_shard(np.array(lengths, int), n, 16) for n in (256, 1 << 40))
+        assert [one.tolist() for one in wide] == [other.tolist() for other in wider]
+
+
 @pytest.mark.parametrize(("seq_len", "align"), [(256, 16), (4096, 64)])
 def test_rows_hold_documents_with_their_labels(corpus, documents, seq_len, align):
     seen, labels, starts_at = [], 0, set()
