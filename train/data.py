@@ -21,13 +21,14 @@ Location = Annotated[str, Field(min_length=1), AfterValidator(_plain)]
 class CorpusConfig(Section):
     """One corpus of token shards, in a folder or at a URL.
 
-    weight: its share of the training tokens (mode pretrain). In mode continual a corpus is a
-    domain: name (default: the last part of path), validation: held-out shards of it, on which the
-    model is evaluated after every domain; tokens: how much of it is read (default: all, once).
+    weight: its share of the training tokens (mode pretrain); 0 leaves it out, until a stage of the
+    curriculum. In mode continual a corpus is a domain: name (default: the last part of path),
+    validation: held-out shards of it, on which the model is evaluated after every domain; tokens:
+    how much of it is read (default: all, once).
     """
 
     path: Location
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, ge=0)
     name: str | None = Field(None, min_length=1)
     validation: Location | None = None
     tokens: int | None = Field(None, ge=1)
@@ -87,6 +88,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
+        if not any(source.weight for source in self.train):
+            raise ValueError("data.train: every weight is 0: give one above 0")
         starts = [stage.from_tokens for stage in self.curriculum]
         if starts != sorted(set(starts)):
             raise ValueError(f"data.curriculum begins at {starts}: give rising from_tokens")

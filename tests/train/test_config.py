@@ -55,6 +55,7 @@ MISTAKES = [
         ["data.order=stream", "data.curriculum=[{from_tokens: 64, weights: [1]}]"],
         "data.curriculum needs data.order=shuffle or window",
     ),
+    (["data.train.0.weight=0"], "data.train: every weight is 0"),
     (["data.order=stream", "data.packing=best-fit"], "data.order=stream needs aligned or concat"),
     (["optimizer.lr=[1"], "not valid YAML"),
     (["model.cms.levels.\u00b2.name=x"], "'\u00b2' is no entry of a list of 3"),

@@ -104,6 +104,20 @@ def test_weights_change_where_the_curriculum_says(make_config, corpora) -> None:
     assert all(second[16:])
 
 
+@pytest.mark.parametrize("order", ["shuffle", "stream"])
+def test_a_corpus_of_weight_0_is_left_out_until_its_stage(make_config, corpora, order) -> None:
+    kept, out = {"path": str(corpora["train"])}, {"path": str(corpora["validation"]), "weight": 0}
+    changes = {"data.order": order, "data.train": [out, kept]}
+    alone = rows(make_config(**{**changes, "data.train": [kept]}), 400)
+    taken = rows(make_config(**changes), 8)
+    assert {tuple(row) for row in taken} <= {tuple(row) for row in alone}
+    if order == "shuffle":
+        later = [{"from_tokens": 4 * 256, "weights": [1, 0]}]
+        joined = rows(make_config(**{"data.curriculum": later}), 8)
+        assert joined[:16] == taken[:16]
+        assert not {tuple(row) for row in joined[16:]} & {tuple(row) for row in alone}
+
+
 def damaged(corpora, tmp_path: Path) -> Path:
     folder = Path(shutil.copytree(corpora["train"], tmp_path / "damaged"))
     for path in folder.glob("*.tok"):
