@@ -55,6 +55,10 @@ MISTAKES = [
         ["data.order=stream", "data.curriculum=[{from_tokens: 64, weights: [1]}]"],
         "data.curriculum needs data.order=shuffle or window",
     ),
+    (
+        ["data.curriculum=[{from_tokens: 64, weights: [1]}, {from_tokens: 3072, weights: [2]}]"],
+        "the stage from 3072 tokens on would never come: training.total_tokens=3072",
+    ),
     (["data.train.0.weight=0"], "data.train: every weight is 0"),
     (["data.order=stream", "data.packing=best-fit"], "data.order=stream needs aligned or concat"),
     (["optimizer.lr=[1"], "not valid YAML"),
