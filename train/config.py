@@ -145,7 +145,7 @@ class RunConfig(Section):
     mode: Literal["pretrain", "continual"] = "pretrain"
     run_dir: LocalPath
     seed: int = Field(0, ge=0)
-    num_threads: int | None = Field(None, ge=1)
+    num_threads: int | None = Field(None, ge=1, le=1 << 10)
     model: HopeConfig
     init_from: InitFromConfig | None = None
     data: DataConfig

@@ -66,12 +66,12 @@ class DataConfig(Section):
 
     train: tuple[CorpusConfig, ...] = Field(min_length=1)
     validation: Location
-    seq_len: int = Field(512, ge=1)
+    seq_len: int = Field(512, ge=1, le=1 << 40)
     order: Literal["shuffle", "window", "stream"] = "shuffle"
     packing: Literal["aligned", "best-fit", "concat"] = "aligned"
     curriculum: tuple[StageConfig, ...] = ()
     on_corrupt: Literal["raise", "skip"] = "raise"
-    prefetch: int = Field(2, ge=0)
+    prefetch: int = Field(2, ge=0, le=1 << 10)
     cache_dir: LocalPath | None = None
     cache_bytes: int = Field(64 << 30, ge=1)
 

@@ -35,7 +35,7 @@ class SpikesConfig(Section):
     """
 
     action: Literal["none", "skip", "rollback"] = "none"
-    window: int = Field(64, ge=8)
+    window: int = Field(64, ge=8, le=1 << 20)
     threshold: float = Field(10.0, gt=0)
     skip_batches: int = Field(4, ge=1)
     max_rollbacks: int = Field(5, ge=0)
