@@ -48,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         if len(tokens) < 2:
             raise ValueError(f"{options.input} holds no text to predict")
         stream = torch.tensor([tokens])
+        idle = [f"{name}={number}" for name, number in every.items() if number >= len(tokens)]
         rows = []
         for label, rate in (("trained weights", 0.0), (f"adapted, lr {options.lr:g}", options.lr)):
             with OnlineAdapter(model.eval(), config.model, every, lr=rate) as adapter:
@@ -57,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError, DataError, ValueError, OSError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return 2
+    if idle:
+        print(f"never stepped, the text is too short: {', '.join(idle)}", file=sys.stderr)
     print(table([f"perplexity of {len(tokens) - 1:,} tokens", "all", "last quarter"], rows))
     return 0
 
@@ -94,11 +97,16 @@ def _text(path: Path) -> str:
 
 
 def _read(adapter: OnlineAdapter, stream: Tensor, label: str) -> Tensor:
-    """Losses [n] of the whole stream, with progress."""
+    """Losses [n] of the whole stream, with progress; ValueError where one is not finite."""
     found = []
-    for part in tqdm(stream.split(adapter.segment, dim=1), desc=label, unit="segment"):
+    size = min(adapter.segment, stream.shape[1])
+    for part in tqdm(stream.split(size, dim=1), desc=label, unit="segment"):
         found.append(adapter.feed(part))
-    return torch.cat([*found, adapter.rest()], dim=1)[0]
+    losses = torch.cat([*found, adapter.rest()], dim=1)[0]
+    if len(bad := (~losses.isfinite()).nonzero()):
+        hint = "; lower --lr" if adapter.settings.lr else ""
+        raise ValueError(f"{label}: the loss is not finite from token {int(bad[0]) + 1:,} on{hint}")
+    return losses
 
 
 def _perplexity(losses: Tensor) -> str:

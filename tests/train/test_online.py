@@ -330,6 +330,13 @@ def test_it_lowers_the_perplexity_of_a_long_held_out_document(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    assert adapt([*common[:-1], "1e30", "--level", "b=128"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: adapted, lr 1e+30: the loss is not finite from token 129 on; lower --lr"
+    common = [*common[:3], "--max-tokens", "300"]
+    assert adapt([*common, "--level", "b=128", "--level", f"c={10**21}"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1] == f"never stepped, the text is too short: c={10**21}"
     file.write_bytes(b"caf\xe9")
     assert adapt([*common, "--level", "b=128"]) == 2
     assert f"{file} is not UTF-8: byte 3 of it" in capsys.readouterr().err
