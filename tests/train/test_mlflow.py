@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,6 +165,42 @@ def test_a_server_that_never_answers_takes_no_time(tmp_path: Path) -> None:
             backlog.add({"metrics": {"x": 1.0}, "step": step, "time": 0})
         assert time.monotonic() - started < 5  # 5 ms each would be slow
         assert sender.finish(0.5) == 1000
+
+
+def test_a_run_whose_making_is_not_answered_is_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[dict[str, str]] = []
+    taken: list[str] = []
+
+    class Client:
+        def __init__(self, tracking_uri: str) -> None: ...
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            return SimpleNamespace(experiment_id="1")
+
+        def create_run(self, experiment_id: str, run_name: str, tags: dict[str, str]) -> Any:
+            made.append(tags)
+            raise TimeoutError("read timed out")
+
+        def search_runs(self, experiments: list[str], wanted: str, max_results: int) -> Any:
+            found = [n for n, t in enumerate(made) if all(value in wanted for value in t.values())]
+            return [SimpleNamespace(info=SimpleNamespace(run_id=f"run {n}")) for n in found]
+
+        def log_batch(self, run_id: str, metrics: Any) -> None:
+            taken.append(run_id)
+
+    monkeypatch.setattr("mlflow.tracking.MlflowClient", Client)
+    monkeypatch.setattr("train.callbacks.mlflow_sender.FIRST_RETRY_S", 0.01)
+    backlog = Backlog(tmp_path)
+    backlog.add({"metrics": {"x": 1.0}, "step": 1, "time": 1})
+    sender = Sender(backlog, "http://slow", None, "e", tmp_path)
+    sender.start()
+    deadline = time.monotonic() + 60
+    while backlog.left() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert sender.finish(30) == 0
+    assert (len(made), taken) == (1, ["run 0"])
 
 
 def test_a_backlog_goes_on_after_half_a_line(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from data_pipeline.redaction import redact
 from train.line_file import LineFile, tell, write_whole
@@ -19,6 +20,8 @@ from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
 AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 ARTIFACT_TRIES = 3
+ATTEMPT = "hope.attempt"
+"""The tag by which a run is found whose making was not answered."""
 ARTIFACTS = ("text", "file")  # kinds of records that go where MLflow stores files
 NOT_FROM_HERE = (ImportError, PermissionError, FileNotFoundError, NotADirectoryError)
 
@@ -94,6 +97,7 @@ class Sender:
         self._done = threading.Event()
         self._client: Any = None
         self._run_id = ""
+        self._attempt = ""  # to make a run
         self._tries = 0  # of the artifact that is next
         self._refused: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
@@ -110,8 +114,9 @@ class Sender:
         return self.backlog.left()
 
     def _send_all(self) -> None:
-        # MLflow would try for minutes by itself; here it is the backlog that waits.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        # MLflow would try for minutes by itself, and make a run in each try; here it is the backlog
+        # that waits.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         wait = FIRST_RETRY_S
         while True:
@@ -231,9 +236,19 @@ class Sender:
         if id_file.exists():
             self._run_id = id_file.read_text().strip()
         else:
-            run = client.create_run(experiment_id, run_name=self.run_dir.name)
-            self._run_id = run.info.run_id
+            self._run_id = self._make_run(experiment_id)
             write_whole(id_file, self._run_id)
+
+    def _make_run(self, experiment_id: str) -> str:
+        """The id of a new run, of the one made before where only the answer was lost."""
+        if self._attempt:
+            wanted = f"tags.`{ATTEMPT}` = '{self._attempt}'"
+            if found := self._client.search_runs([experiment_id], wanted, max_results=1):
+                return str(found[0].info.run_id)
+        self._attempt = self._attempt or uuid4().hex
+        tags = {ATTEMPT: self._attempt}
+        run = self._client.create_run(experiment_id, run_name=self.run_dir.name, tags=tags)
+        return str(run.info.run_id)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
