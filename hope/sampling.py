@@ -50,8 +50,9 @@ def generate(
             token = int(scores.argmax())
         else:
             # Of differences to the largest, which stays 0 however cold it is.
-            cold = max(temperature, torch.finfo(scores.dtype).tiny)
-            shares = torch.softmax((scores - scores.max()) / cold, dim=-1)
+            limits = torch.finfo(scores.dtype)
+            divisor = min(max(temperature, limits.tiny), limits.max)
+            shares = torch.softmax((scores - scores.max()) / divisor, dim=-1)
             token = int(torch.multinomial(shares, 1, generator=generator))
         if token == stop_token:
             break

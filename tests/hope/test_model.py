@@ -247,6 +247,8 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(top_k: int | None) 
     for temperature in (1e-30, 1e-40, 1e-300):
         cold = generate(model, prompt, 5, temperature=temperature, top_k=top_k)
         assert torch.equal(cold, coldest), temperature
+    hottest = generate(model, prompt, 5, temperature=1e40, top_k=top_k)
+    assert hottest.shape == (5,)
 
 
 @pytest.mark.parametrize(
