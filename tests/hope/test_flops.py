@@ -17,6 +17,8 @@ from tests.hope.counting import executed_flops
 from tests.hope.scan.cases import IMPLEMENTATIONS, make_problem
 
 TOLERANCE = 0.02
+OF_A_SCAN = 1e-3
+"""The smallest line of its tables is more."""
 LEVELS = (LevelConfig(name="a", hidden_size=48), LevelConfig(name="b", hidden_size=80))
 BASE = HopeConfig(
     vocab_size=101,
@@ -40,9 +42,9 @@ MODELS = {
 }
 
 
-def assert_close(declared: Flops, executed: Flops) -> None:
+def assert_close(declared: Flops, executed: Flops, tolerance: float = TOLERANCE) -> None:
     for name, one, other in zip(Flops._fields, declared, executed, strict=True):
-        assert one == pytest.approx(other, rel=TOLERANCE), f"{name}: {one / other:.3f} of executed"
+        assert one == pytest.approx(other, rel=tolerance), f"{name}: {one / other:.4f} of executed"
 
 
 @pytest.mark.parametrize("rule", ["normalised", "target", "input", "off"])
@@ -78,7 +80,7 @@ def check_scan(
     p = make_problem(2, 1, tokens, width, expansion, memories, with_state=False).to(torch.float32)
     executed = executed_flops(lambda: scan(p.x, p.q, p.weights, config)[0])
     declared = scan_flops(config, 1, width, expansion * width, memories, tokens)
-    assert_close(Flops(*(2 * tokens * flops for flops in declared)), executed)
+    assert_close(Flops(*(2 * tokens * flops for flops in declared)), executed, OF_A_SCAN)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["as_executed", "as_registered"])
