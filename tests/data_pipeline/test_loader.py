@@ -2,6 +2,7 @@ import json
 import random
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -260,6 +261,29 @@ def test_a_foreign_state_is_refused_by_name(corpus, change, field):
         make(corpus, **change).load_state_dict(make(corpus).state_dict())
 
 
+@pytest.mark.parametrize(("order", "batch_size"), [("shuffle", None), ("stream", 6)])
+def test_a_state_that_an_earlier_version_left(corpus, order, batch_size):
+    """Plain data of this form, to the letter, is in the checkpoints that there are."""
+    state = {
+        "position": 12,
+        "version": 1,
+        "corpora": [corpus.fingerprint[:16]],
+        "weights": [[0, [1]]],
+        "seed": 3,
+        "seq_len": 64,
+        "packing": "aligned",
+        "align": ALIGN,
+        "order": order,
+        "batch_size": batch_size,
+    }
+    loader = make(corpus, order=order)
+    take(loader, 2)
+    assert loader.state_dict() == state
+    other = make(corpus, order=order)
+    other.load_state_dict(json.loads(json.dumps(state)))
+    assert take(other, 1) == take(loader, 1)
+
+
 def test_a_state_of_another_corpus_or_blend_is_refused(corpus, second_folder):
     second = Corpus.open(second_folder)
     with pytest.raises(DataError, match="corpora is"):
@@ -353,6 +377,22 @@ def test_seek_to_the_end_of_a_trillion_windows():
     again = make([Endless()], packing="concat", batch_size=8)
     again.seek(10**12 - 8 * 700)
     assert take(again, 701)[-16:] == last
+
+
+def test_what_was_planned_for_rows_that_are_read_is_let_go():
+    loader = make([Endless()], packing="concat", batch_size=512)
+    windows, planned = loader._sampling.windows, []
+
+    def watched(rows):
+        plan = windows(rows)
+        planned.append(weakref.ref(plan[1]))
+        return plan
+
+    loader._sampling.windows = watched
+    for _ in range(8):
+        next(loader)
+    assert len(planned) == 8
+    assert sum(plan() is not None for plan in planned) == 2
 
 
 def _seconds_to_first_batch(position):
