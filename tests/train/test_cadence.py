@@ -15,8 +15,10 @@ from hope.scan import ScanConfig
 from train.optim.build import build_cadence, decays
 from train.optim.cadence import Cadence
 from train.optim.config import LevelOptimizerConfig, OptimizerConfig
-from train.optim.finite import OverflowedError
+from train.optim.finite import LARGEST, OverflowedError, check_sums
+from train.optim.level import Level
 from train.optim.levels import group_by_level
+from train.parallel.ranks import Ranks
 
 TOKENS = 64
 OPTIMIZER = OptimizerConfig(lr=0.01, clip_norm=0.5)
@@ -314,3 +316,30 @@ def test_a_norm_that_float32_does_not_hold_moves_nothing(clip_norm: float | None
         cadence.step({"fast", "l0"}, 1, constant)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class TwoAlike(Ranks):
+    """Two ranks that have the same numbers."""
+
+    def sum(self, numbers: list[float]) -> list[float]:
+        return [2 * number for number in numbers]
+
+
+@pytest.mark.parametrize(
+    ("reduce", "held", "refused"),
+    [
+        ("every_step", 0.6 * LARGEST, False),  # of other elements: shares of one sum
+        ("every_step", math.inf, True),
+        ("at_update", 0.4 * LARGEST, False),
+        ("at_update", 0.6 * LARGEST, True),  # of the same elements: to be added up
+    ],
+)
+def test_what_waits_on_several_ranks_overflows(reduce, held: float, refused: bool) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    level = Level("slow", {"w": parameter}, [], reduce=reduce)
+    state = {parameter: {"accumulated_grad": torch.tensor([1.0, -held])}}
+    world = TwoAlike()
+    if not refused:
+        return check_sums([level], 1.0, {}, state, world)
+    with pytest.raises(OverflowedError, match="of level slow"):
+        check_sums([level], 1.0, {}, state, world)
