@@ -65,6 +65,7 @@ def test_the_scan_under_every_option(rule: str, decay_to: str, read: str) -> Non
         (ScanConfig(96, 96, checkpoint_chunks=3), 384, 16, 1),  # too long to keep
         (ScanConfig(32, 96), 160, 16, 1),  # the last memory chunks padded or partial
         (ScanConfig(16, 64), 9, 16, 1),
+        (ScanConfig(16, 64), 1, 16, 1),
     ],
 )
 def test_the_scan_at_other_sizes(
