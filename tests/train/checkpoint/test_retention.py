@@ -65,11 +65,19 @@ def test_the_latest_of_one_token_count_replaces_the_others(tmp_path: Path) -> No
         make(tmp_path, 100, 1.0, generation)
     make(tmp_path, 50, 2.0)
     assert [one.name[-3:] for one in complete(tmp_path)] == ["050", "100", "0-2", "-10"]
-    assert apply(tmp_path, Retention(last=2)) == [
+    entered = []
+
+    def entering(phase: str) -> None:
+        entered.append((phase, [one.name[-3:] for one in complete(tmp_path)]))
+        assert len(list(tmp_path.iterdir())) == 4  # only markers are gone
+
+    assert apply(tmp_path, Retention(last=2), entering) == [
         "tokens-000000000000100",
         "tokens-000000000000100-2",
     ]
     assert [one.name[-3:] for one in complete(tmp_path)] == ["050", "-10"]
+    assert apply(tmp_path, Retention(last=2), entering) == []
+    assert entered == [("delete", ["050", "-10"])]
 
 
 @pytest.mark.parametrize("seed", range(20))

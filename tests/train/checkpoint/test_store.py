@@ -42,6 +42,7 @@ def test_every_dtype_and_shape_comes_back(tmp_path: Path, asynchronous: bool) ->
     folder = store.newest()
     assert folder == tmp_path / "tokens-000000000000005"
     found = store.tensors(folder)
+    assert list(found) == sorted(tensors)
     nan, expected = found.pop("model/nan"), tensors.pop("model/nan")
     assert torch.equal(nan.view(torch.int32), expected.view(torch.int32))  # to the bit
     assert_equal(found, tensors)
