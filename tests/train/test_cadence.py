@@ -343,3 +343,17 @@ def test_what_waits_on_several_ranks_overflows(reduce, held: float, refused: boo
         return check_sums([level], 1.0, {}, state, world)
     with pytest.raises(OverflowedError, match="of level slow"):
         check_sums([level], 1.0, {}, state, world)
+
+
+def test_a_level_steps_at_the_rates_that_it_is_given() -> None:
+    one, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups = [{"params": [one]}, {"params": [other], "lr_ratio": 0.5, "tokens": 0}]
+    level = Level("a", {"one": one, "other": other}, [torch.optim.SGD(groups, lr=1.0)])
+    for lr, tokens in ((0.25, 64), (0.0, 128), (2.0, 192)):
+        before = one.tolist(), other.tolist()
+        one.grad, other.grad = torch.tensor([1.0, -2.0]), torch.tensor([4.0, 1.0])
+        level.step(lr, tokens)
+        assert one.tolist() == [before[0][0] - lr, before[0][1] + 2 * lr]
+        assert other.tolist() == [before[1][0] - 2 * lr, before[1][1] - lr / 2]
+        assert level.optimizers[0].param_groups[1]["tokens"] == tokens
+        assert one.grad is other.grad is None
