@@ -198,12 +198,6 @@ class RunConfig(Section):
             )
         if self.training.total_tokens > 0:
             self.check_schedules(self.training.total_tokens)
-        late = [stage.from_tokens for stage in self.data.curriculum][-1:]
-        if late and late[0] >= self.training.total_tokens:
-            raise ValueError(
-                f"data.curriculum: the stage from {late[0]} tokens on would never come: "
-                f"training.total_tokens={self.training.total_tokens}"
-            )
         beside = {str(fault.phase) for fault in self.faults} & set(FIRST_RANK_PHASES)
         if beside and self.checkpoint.asynchronous:
             raise ValueError(
