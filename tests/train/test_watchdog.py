@@ -40,9 +40,16 @@ def test_a_rank_that_waits_for_its_gpu_says_where_the_others_are(
 
 def test_both_of_torchs_recorders_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL's collectives are in one of their own."""
+    found = {name: [{"profiling_name": f"{name}:all_reduce"}] for name in ("nccl", "fr")}
+    recorded = {"nccl": [], "fr": []}
+    for name in found:
+        dump = f"_dump_{name}_trace_json"
+        says = lambda name=name: json.dumps({"entries": recorded[name]}).encode()  # noqa: E731
+        monkeypatch.setattr(c10d, dump, says, raising=False)
     assert watchdog._flight_recorder() == []
-    recorded = json.dumps({"entries": [{"profiling_name": "nccl:all_reduce"}]}).encode()
-    monkeypatch.setattr(c10d, "_dump_nccl_trace_json", lambda: recorded, raising=False)
+    recorded["nccl"] = found["nccl"]
     title, entries = watchdog._flight_recorder()
     assert title == "torch's flight recorder:"
-    assert json.loads(entries) == [{"profiling_name": "nccl:all_reduce"}]
+    assert json.loads(entries) == found["nccl"]
+    recorded = found
+    assert [json.loads(line) for line in watchdog._flight_recorder()[1::2]] == [*found.values()]
