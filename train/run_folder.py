@@ -190,7 +190,7 @@ def check_fresh(folder: Path, url: str | None = None) -> None:
     if url is not None and _has_checkpoints(as_place(url)):
         raise RunFolderError(f"{url} already holds checkpoints; choose another checkpoint.url")
     before = _saved_url(folder)
-    if before is not None and _has_checkpoints(as_place(before)):
+    if before not in (None, url) and _has_checkpoints(as_place(before)):
         raise RunFolderError(
             f"{folder} already holds a run, with its checkpoints under {before}; add --resume and "
             "that checkpoint.url to continue it, or choose another run_dir"
