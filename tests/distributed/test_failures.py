@@ -62,7 +62,7 @@ def calm(data: Path) -> Callable[[int], Outcome]:
     return get
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_stop_in_any_phase_is_agreed_saved_and_resumed_to_the_bit(
     data: Path, calm: Callable[[int], Outcome], tmp_path: Path, ranks: int
 ) -> None:

@@ -97,11 +97,13 @@ def changed_config(preflight: Preflight, **changed: Any) -> None:
 
 
 def other_torch(preflight: Preflight) -> None:
-    probe(preflight, versions=lambda: {**checks.versions(), "torch": "1.0"})
+    found = preflight.probes.versions()
+    probe(preflight, versions=lambda: {**found, "torch": "1.0"})
 
 
 def no_deepspeed(preflight: Preflight) -> None:
-    probe(preflight, versions=lambda: {**checks.versions(), "deepspeed": checks.NONE})
+    found = preflight.probes.versions()
+    probe(preflight, versions=lambda: {**found, "deepspeed": checks.NONE})
 
 
 def late_clock(preflight: Preflight) -> None:
@@ -171,11 +173,31 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("fault", "expected"), FAULTS, ids=[fault.__name__ for fault, _ in FAULTS])
-def test_a_fault_names_its_node(config_file: Path, fault: Change, expected: list[str]) -> None:
-    answers = check(config_file, fault)
+TOGETHER = ([0, 1, 2, 3, 4, 5], [6, 10], [7], [8], [9])
+"""What can be told apart where one node has all of it."""
+ALONE = (0, 1, 2, 3, 4, 5, 6, 10)
+
+
+@dataclasses.dataclass
+class Several:
+    """Faults that one node has at once."""
+
+    numbers: list[int]
+
+    def __call__(self, preflight: Preflight) -> None:
+        for number in self.numbers:
+            FAULTS[number][0](preflight)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [*TOGETHER, *(pytest.param([number], marks=pytest.mark.slow) for number in ALONE)],
+    ids=lambda numbers: "+".join(FAULTS[number][0].__name__ for number in numbers),
+)
+def test_faults_name_their_node(config_file: Path, numbers: list[int]) -> None:
+    answers = check(config_file, Several(numbers))
     problems, table = answers[0]
-    for start in expected:
+    for start in (start for number in numbers for start in FAULTS[number][1]):
         assert sum(line.startswith(start) for line in problems) == 1, problems
     assert all(line.startswith(NODE) for line in problems), problems
     assert {tuple(answer[0]) for answer in answers.values()} == {tuple(problems)}

@@ -103,7 +103,8 @@ def save_plainly(rank: int, folder: str, raw: dict[str, Any], stage: int) -> dic
     return {name: get(parameter).clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("stage", [3, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
 def test_weights_of_any_stage_from_several_ranks(
     raw_config: dict[str, Any], tmp_path: Path, stage: int
 ) -> None:
