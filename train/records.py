@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data_pipeline import Corpus
+from train.evaluate.perplexity import HeldOut
 from train.optim.finite import NonFinite, Overflow
 from train.spikes import LeftOut, Spike
 
@@ -67,6 +68,12 @@ class Corpora:
             "validation": self.validation.fingerprint,
             "domains": {name: corpus.fingerprint for name, corpus in self.domains.items()},
         }
+
+    def held_out_is_whole(self, evaluation: HeldOut | None) -> bool:
+        """Whether an evaluation was over all held-out text: over every token that is predicted,
+        which is all but the first of each document."""
+        text = self.validation
+        return evaluation is not None and evaluation.tokens == text.num_tokens - text.num_documents
 
     def held_out_changes(self, saved: dict[str, Any]) -> list[str]:
         """One line for each held-out corpus that was another when `saved`, the fingerprints of a

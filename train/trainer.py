@@ -232,14 +232,14 @@ class Trainer:
 
     def _evaluate_if_due(self) -> None:
         """Evaluate at multiples of evaluation.every_tokens, also one that a signal cut short."""
-        if not self.finished and self._crossed(
-            self.config.evaluation.every_tokens, self.evaluated_tokens
-        ):
-            self._evaluate(self.config.evaluation.max_tokens)
+        settings = self.config.evaluation
+        if not self.finished and self._crossed(settings.every_tokens, self.evaluated_tokens):
+            self._evaluate(settings.max_tokens)
 
     def _evaluate_finally(self) -> bool:
-        """Evaluate over everything, unless the checkpoint resumed from has that already."""
-        return self.evaluated_tokens == self.clock.tokens or self._evaluate(None)
+        """Evaluate over everything, unless the last evaluation did and was of this moment."""
+        whole = self.corpora.held_out_is_whole(self.last_evaluation)
+        return (whole and self.evaluated_tokens == self.clock.tokens) or self._evaluate(None)
 
     def _evaluate(self, max_tokens: int | None) -> bool:
         """Evaluate and tell the callbacks; False when a signal interrupted it."""

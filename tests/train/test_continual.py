@@ -141,17 +141,21 @@ def test_a_flush_after_the_end_is_evaluated_on_every_domain(continual) -> None:
 def test_a_skipped_step_does_not_make_the_stream_run_dry(
     continual, skipped: int, first_domain: int
 ) -> None:
-    """Nor does it put off the evaluation at the end of its domain."""
+    """Nor does it put off the evaluation at the end of its domain, or stand in for the last one,
+    over everything, where one over a part was due just before."""
     honest, seen = NativeEngine.forward_backward, count()
 
     def spoiled(self: NativeEngine, batch: Any, carried: Any) -> Any:
         total, state = honest(self, batch, carried)
         return (float("nan") if next(seen) == skipped else total), state
 
-    config = continual()
+    config = continual(**{"evaluation.every_tokens": 14 * BATCH})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NativeEngine, "forward_backward", spoiled)
         assert train(config, resume=False) == 0
+    held_out = Corpus.open(config.data.validation)
+    last = rows_of(config, "evaluation")[-1]
+    assert last["predicted_tokens"] == held_out.num_tokens - held_out.num_documents
     store = store_of(config)
     clock = store.plain(store.newest())["clock"]
     assert (clock["tokens"], clock["skipped_tokens"]) == (14 * BATCH, BATCH)
@@ -159,6 +163,7 @@ def test_a_skipped_step_does_not_make_the_stream_run_dry(
     assert ends == [first_domain * BATCH, 14 * BATCH]
     assert train(config, resume=True) == 0  # finished: nothing is done again
     assert len(rows_of(config, "domain_evaluation")) == 2
+    assert rows_of(config, "evaluation")[-1] == last
 
 
 @pytest.mark.slow
