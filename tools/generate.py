@@ -47,7 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, ConfigError, DataError, ValueError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return 2
-    print(options.prompt + tokenizer.decode(tokens.tolist()))
+    # As the end of a text: by itself, what follows would lose a space that it begins with to
+    # tokenizers that put one before every text.
+    before = len(tokenizer.decode(prompt))
+    print(options.prompt + tokenizer.decode([*prompt, *tokens.tolist()])[before:])
     return 0
 
 
