@@ -44,8 +44,8 @@ def generate(
         if not scores.isfinite().all():
             raise ValueError("the model's logits are not finite: its weights or its state are not")
         if top_k is not None and top_k < scores.numel():
-            floor = scores.topk(top_k).values[-1]
-            scores = scores.masked_fill(scores < floor, float("-inf"))
+            others = scores.argsort(descending=True, stable=True)[top_k:]
+            scores = scores.index_fill(0, others, float("-inf"))
         if temperature == 0:
             token = int(scores.argmax())
         else:

@@ -249,6 +249,9 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(top_k: int | None) 
         assert torch.equal(cold, coldest), temperature
     hottest = generate(model, prompt, 5, temperature=1e40, top_k=top_k)
     assert hottest.shape == (5,)
+    torch.nn.init.zeros_(model.embedding.weight)  # all tokens are equally likely
+    alike = generate(model, prompt, 20, temperature=1.0, top_k=top_k)
+    assert top_k is None or len(set(alike.tolist())) <= top_k
 
 
 @pytest.mark.parametrize(
