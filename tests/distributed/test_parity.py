@@ -201,6 +201,7 @@ IMPOSSIBLE = [
     ({"micro_batches": 9}, 1, "micro_batches=9 of only 8 rows"),
     ({"tensor_backend": "megatron"}, 1, "needs tp above 1"),
     ({"cpu_offload": True}, 2, "cpu_offload needs dp_shard"),
+    ({"cp": 16, "tp": 4, "sequence_parallel": True}, 64, "tp=4 must divide data.seq_len / cp = 2"),
 ]
 
 

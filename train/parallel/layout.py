@@ -135,8 +135,9 @@ def problems(parallel: ParallelConfig, layout: Layout, job: Job) -> list[str]:
             f"tp={layout.tp} must divide the heads, the vocabulary and every level's hidden_size "
             f"(possible: {', '.join(map(str, sizes))})"
         )
-    if parallel.sequence_parallel and job.seq_len // layout.cp % layout.tp:
-        found.append(f"sequence_parallel: tp={layout.tp} must divide data.seq_len={job.seq_len}")
+    piece = job.seq_len // layout.cp
+    if parallel.sequence_parallel and piece % layout.tp:
+        found.append(f"sequence_parallel: tp={layout.tp} must divide data.seq_len / cp = {piece}")
     stages = layout.pp * layout.stages_per_rank
     if layout.pp > 1 and model.num_layers < stages:
         found.append(
