@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -201,7 +202,13 @@ IMPOSSIBLE = [
     ({"micro_batches": 9}, 1, "micro_batches=9 of only 8 rows"),
     ({"tensor_backend": "megatron"}, 1, "needs tp above 1"),
     ({"cpu_offload": True}, 2, "cpu_offload needs dp_shard"),
+    ({"pp": 2, "stages_per_rank": 2, "micro_batches": 2}, 2, "schedule=1f1b has one stage a rank"),
+    ({"pp": 2, "schedule": "interleaved", "micro_batches": 5}, 2, "must be a multiple of pp=2"),
+    ({"pp": 2, "cp": 2, "schedule": "zbv"}, 4, "schedule=zbv with cp above 1: use 1f1b or"),
+    ({"cp": 2, "compile": True}, 2, "with cp above 1 layers wait for each other"),
     ({"cp": 16, "tp": 4, "sequence_parallel": True}, 64, "tp=4 must divide data.seq_len / cp = 2"),
+    ({"pp": 2, "schedule": "zbv", "micro_batches": 2, "dp_shard": 2}, 4, "share tied embeddings"),
+    ({"tensor_backend": "megatron", "activation_checkpointing": "selective"}, 1, "up in place"),
 ]
 
 
@@ -213,6 +220,13 @@ def test_impossible_layouts_are_refused_with_what_would_do(
         resolve(ParallelConfig(**raw), world, JOB)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rank_has_a_head_for_every_piece_of_a_sequence() -> None:
+    attention = Job(replace(JOB.model, mixer="attention"), ROWS, LENGTH)
+    assert resolve(ParallelConfig(cp=2, tp=2), 4, attention).world == 4
+    with pytest.raises(ConfigError, match="cp=4 must divide the 2 heads of a rank"):
+        resolve(ParallelConfig(cp=4, tp=2), 8, attention)
 
 
 def test_every_reason_is_told_where_the_axes_do_not_come_out_even_too() -> None:
