@@ -89,7 +89,7 @@ def plain_loop(model: HopeModel, tokens: Tensor, every: dict[str, int]) -> Tenso
     return torch.cat(losses, dim=1)
 
 
-@pytest.mark.parametrize("every", [{"b": 8}, {"b": 16}, {"a": 8, "c": 24}])
+@pytest.mark.parametrize("every", [{"b": 8}, {"b": 16}, {"a": 16, "c": 24}])
 def test_it_is_a_plain_loop_over_segments(every: dict[str, int]) -> None:
     model, config = make()
     reference, _ = make()
@@ -201,15 +201,18 @@ def test_a_stream_is_saved_and_gone_on_with_to_the_bit() -> None:
     adapter = OnlineAdapter(model, config, {"a": 16, "c": 48}, lr=LR)
     first = adapter.feed(tokens[:, :77])
     file = io.BytesIO()
-    torch.save(adapter.state_dict(), file)
+    kept = adapter.state_dict()
+    torch.save(kept, file)
     file.seek(0)
+    adapter.feed(tokens[:, 77:])  # changes nothing of what was kept
     adapter.reset()
-    other_model, _ = make()
-    other = OnlineAdapter(other_model, config, {"a": 16, "c": 48}, lr=LR)
-    other.load_state_dict(torch.load(file, weights_only=True))
-    assert torch.equal(torch.cat([first, other.feed(tokens[:, 77:])], 1), expected)
     moved = weights(straight_model)
-    assert all(torch.equal(value, moved[name]) for name, value in weights(other_model).items())
+    for state in (torch.load(file, weights_only=True), kept, kept):
+        other_model, _ = make()
+        other = OnlineAdapter(other_model, config, {"a": 16, "c": 48}, lr=LR)
+        other.load_state_dict(state)
+        assert torch.equal(torch.cat([first, other.feed(tokens[:, 77:])], 1), expected)
+        assert all(torch.equal(v, moved[name]) for name, v in weights(other_model).items())
     with pytest.raises(ValueError, match="every_tokens"):
         OnlineAdapter(other_model, config, {"a": 16}).load_state_dict(adapter.state_dict())
 
@@ -234,6 +237,22 @@ def test_a_segment_that_is_not_finite_teaches_nothing() -> None:
     assert not torch.equal(
         after["layers.0.cms.levels.1.up.weight"], before["layers.0.cms.levels.1.up.weight"]
     )
+
+
+def test_a_segment_that_spoils_what_is_carried_teaches_nothing() -> None:
+    """Its own losses are finite; the memories go on from before it."""
+    model, config = make()
+    adapter = OnlineAdapter(model, config, {"b": 16}, lr=LR)
+    predict, calls = adapter._predict, []
+
+    def spoiled(tokens: torch.Tensor) -> Any:
+        losses, after = predict(tokens)
+        calls.append(len(calls))
+        return losses, after.map(lambda _, t: t * float("nan")) if calls[-1] == 1 else after
+
+    adapter._predict = spoiled  # type: ignore[method-assign]
+    assert adapter.feed(stream(65)).isfinite().all()
+    assert (adapter.clock.tokens, adapter.clock.skipped_tokens) == (48, 16)
 
 
 def test_a_segment_whose_gradient_overflows_what_waits_teaches_nothing(

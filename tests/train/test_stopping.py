@@ -20,7 +20,15 @@ from train.config import ConfigError
 from train.line_file import write_whole
 from train.parallel.ranks import Ranks
 from train.run_folder import RunFolderError, claim
-from train.signals import REQUEUE, SAME_REQUEST_S, agreed_status, stop_signals, walltime_deadline
+from train.signals import (
+    REASONS,
+    REQUEUE,
+    SAME_REQUEST_S,
+    StopSignals,
+    agreed_status,
+    stop_signals,
+    walltime_deadline,
+)
 
 ALONE = Ranks.alone()
 STATUSES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, REQUEUE)]
@@ -73,6 +81,28 @@ def test_a_later_ctrl_c_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
+
+
+def test_what_asks_twice_or_from_two_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later SIGUSR1 is no second Ctrl-C; a signal counts before the walltime and after it; of two
+    ranks' reasons the one that ends the job."""
+    now, usual = time.monotonic(), []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: usual.append(number))
+    with stop_signals() as signals:
+        signals.deadline = now + 600
+        assert agreed_status(signals, ALONE) is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        monkeypatch.setattr(time, "monotonic", lambda: now + SAME_REQUEST_S + 5)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert agreed_status(signals, ALONE) == REQUEUE
+        ended = StopSignals(received=signal.SIGTERM, deadline=now)
+        told = [ended.reason == reason for reason in REASONS]
+        monkeypatch.setattr(
+            ALONE, "sum", lambda own: [sum(one) for one in zip(own, told, strict=True)]
+        )
+        assert agreed_status(signals, ALONE) == 143
+    assert not usual
+    signal.signal(signal.SIGUSR1, before)
 
 
 def test_the_walltime_less_a_margin_is_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
