@@ -24,6 +24,11 @@ from tools.generate import main as generate
 from train.__main__ import train
 from train.checkpoint.load import load_run
 from train.online import OnlineAdapter
+from train.optim.config import (
+    LevelOptimizerConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
 
 LR = 0.02
 
@@ -215,6 +220,27 @@ def test_a_stream_is_saved_and_gone_on_with_to_the_bit() -> None:
         assert all(torch.equal(v, moved[name]) for name, v in weights(other_model).items())
     with pytest.raises(ValueError, match="every_tokens"):
         OnlineAdapter(other_model, config, {"a": 16}).load_state_dict(adapter.state_dict())
+
+
+def test_the_rate_is_what_schedule_and_level_say() -> None:
+    """Of plain gradient descent one step is proportional to it."""
+    moved, name = [], "layers.0.cms.levels.1.up.weight"
+    for schedule, scale in (("constant", 1.0), ("linear", 1.0), ("constant", 0.25)):
+        model, config = make()
+        optimizer = OptimizerConfig(
+            name="sgd",
+            lr=0.5,
+            weight_decay=0.0,
+            schedule=ScheduleConfig(name=schedule, min_ratio=0.0),
+            levels={"b": LevelOptimizerConfig(lr_scale=scale)},
+        )
+        before = weights(model)[name]
+        adapter = OnlineAdapter(model, config, {"b": 16}, optimizer=optimizer, total_tokens=64)
+        adapter.feed(stream(17))
+        moved.append(weights(model)[name] - before)
+    assert moved[0].abs().max() > 0
+    torch.testing.assert_close(moved[1], 0.75 * moved[0], rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(moved[2], 0.25 * moved[0], rtol=1e-3, atol=1e-7)
 
 
 def test_a_segment_that_is_not_finite_teaches_nothing() -> None:
