@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.train.test_cadence import TOKENS, backward, config_with
 from tests.train.test_levels_in_a_run import rows_of
 from tests.train.test_trainer import final_tensors
 from train.__main__ import train
-from train.optim.build import build_cadence, is_matrix
+from train.optim.build import build_cadence, decays, is_matrix
 from train.optim.config import OptimizerConfig
 from train.optim.m3 import M3
 from train.optim.muon import Muon
@@ -164,8 +165,7 @@ def test_what_they_refuse() -> None:
 
 
 def test_matrices_are_what_maps_vectors_to_vectors() -> None:
-    config = config_with("step", 100)
-    model = HopeModel(config)
+    model = HopeModel(replace(config_with("step", 100), tie_embeddings=False))
     chosen = {
         name.rpartition("layers.0.")[2]
         for name, p in model.named_parameters()
@@ -175,6 +175,33 @@ def test_matrices_are_what_maps_vectors_to_vectors() -> None:
     mixer = {"memory_w1", "memory_w2", "x_in.weight", "q_in.weight", "gate.weight", "out.weight"}
     levels = {f"cms.levels.{i}.{part}.weight" for i in (0, 1) for part in ("gate", "up", "down")}
     assert chosen == {f"mixer.{name}" for name in mixer} | levels
+    plain = {name for name, p in model.named_parameters() if not decays(name, p)}
+    gains = ("norm.weight", "head_norm", "b_eta", "b_alpha", "embedding.weight")
+    assert plain == {name for name, _ in model.named_parameters() if name.endswith(gains)}
+
+
+def test_every_number_of_the_section_reaches_its_optimizer() -> None:
+    said: dict[str, dict[str, Any]] = {
+        "muon": {"momentum": 0.7, "nesterov": False, "ns_steps": 3, "adjust_lr": "original"},
+        "m3": {
+            "variant": "paper",
+            "betas": (0.1, 0.2, 0.3),
+            "alpha": 0.4,
+            "eps": 0.1,
+            "ns_steps": 4,
+        },
+        "sgd": {"momentum": 0.6, "nesterov": True},
+    }
+    said["m3"]["lr_ratio"] = 0.2
+    kinds = {f"l{i}": {"name": name} for i, name in enumerate(said)}
+    own = {"betas": (0.8, 0.7), "eps": 1e-5, "weight_decay": 0.3}
+    settings = OptimizerConfig(**own, **said, levels=kinds)  # type: ignore[arg-type]
+    config = config_with("step", "step", "step")
+    levels = {one.name: one for one in build_cadence(HopeModel(config), config, settings).levels}
+    wanted = {"fast": own, "l0": said["muon"], "l1": {**said["m3"], "slow_every_steps": 16}}
+    for name, numbers in {**wanted, "l2": said["sgd"]}.items():
+        (group, *_) = levels[name].optimizers[-1].param_groups
+        assert {**group, **numbers, "weight_decay": 0.3} == group, name
 
 
 @pytest.mark.parametrize(
