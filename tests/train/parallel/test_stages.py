@@ -48,6 +48,7 @@ def test_a_costly_head_takes_layers_from_the_last_stage() -> None:
     costs, head = layer_costs(config, 256)
     assert head == 6 * 64 * 4000
     assert len(set(costs)) == 1
+    assert [len(one) for one in split_layers([1.0] * 5, 0.0, 2)] == [3, 2]  # the first, if either
     sizes = [len(one) for one in split_layers(costs, head, 3)]
     assert sum(sizes) == 7
     assert sizes[2] < sizes[1] <= sizes[0]
