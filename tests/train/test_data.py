@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import Corpus, CorruptDataError
+from data_pipeline import Corpus, CorruptDataError, DataError
 from tests.train.test_trainer import assert_same_run, losses
 from train.__main__ import main, open_corpora, train
 from train.config import RunConfig, dump_config
@@ -61,6 +61,9 @@ def test_a_corpus_at_a_url_is_read_through_the_cache(make_config, corpora, tmp_p
     assert remote.data.train[0].path == url
     assert rows(remote, 4) == expected
     assert len(list(cache.glob("*.tok"))) > 0
+    tight = make_config(**{"data.cache_dir": str(tmp_path / "tight"), "data.cache_bytes": 10})
+    with pytest.raises(DataError, match="do not fit into a cache of 10"):
+        rows(tight, 1)
     train(remote, resume=False)
     assert len(losses(remote)) > 0
 
