@@ -232,6 +232,40 @@ def test_initial_weights_do_not_depend_on_the_rest_of_the_model() -> None:
     assert not torch.equal(shallow.layers[0].mixer.x_in.weight, other.layers[0].mixer.x_in.weight)
 
 
+def test_initial_values_are_of_the_stated_sizes() -> None:
+    """By hand, for three layers of two levels; eta and alpha of a memory that knows nothing yet."""
+    scan = ScanConfig(16, 16, eta_max=0.25)
+    config = HopeConfig(
+        vocab_size=400,
+        dim=64,
+        num_layers=3,
+        num_heads=2,
+        pattern=("titans", "titans", "attention"),
+        titans=TitansConfig(memory_expansion=3, initial_eta=0.05, scan=scan),
+        cms=CMSConfig(levels=LEVELS),
+    )
+    named = HopeModel(config).state_dict()
+    for name, std in {
+        "layers.0.mixer.memory_w1": 0.5 / 96**0.5,
+        "layers.0.mixer.memory_w2": 2 / 32**0.5,
+        "layers.0.mixer.x_in.weight": 1 / 8,
+        "layers.0.mixer.gate.weight": 1 / 8,
+        "layers.0.mixer.out.weight": 1 / 8 / 6**0.5,
+        "layers.0.mixer.conv_x.weight": 1 / 2 / 3**0.5,  # uniform on [-1/2, 1/2]
+        "layers.2.mixer.v.weight": 1 / 8,
+        "layers.2.mixer.out.weight": 1 / 8 / 6**0.5,
+        "layers.1.cms.levels.0.up.weight": 1 / 8,
+        "layers.1.cms.levels.0.down.weight": 1 / 24**0.5 / 12**0.5,
+        "layers.1.cms.levels.1.down.weight": 1 / 4 / 12**0.5,
+    }.items():
+        assert float(named[name].std()) == pytest.approx(std, rel=0.1), name
+        assert float(named[name].mean()) == pytest.approx(0, abs=0.15 * std), name
+    eta = 0.25 * named["layers.0.mixer.b_eta"].sigmoid()
+    alpha = named["layers.0.mixer.b_alpha"].double().sigmoid()
+    torch.testing.assert_close(eta, torch.full((2,), 0.05))
+    torch.testing.assert_close(1 - alpha, torch.full((2,), 1e-4).double(), rtol=0.01, atol=0.0)
+
+
 def test_generation_is_the_argmax_of_the_whole_pass() -> None:
     model, prompt = HopeModel(BASE), tokens_of(1, 11)[0]
     chosen = generate(model, prompt, 9, temperature=0)
@@ -252,6 +286,23 @@ def test_a_temperature_near_zero_takes_the_most_likely_token(top_k: int | None) 
     torch.nn.init.zeros_(model.embedding.weight)  # all tokens are equally likely
     alike = generate(model, prompt, 20, temperature=1.0, top_k=top_k)
     assert top_k is None or len(set(alike.tolist())) <= top_k
+
+
+def test_generation_draws_from_the_likeliest_and_ends_before_its_stop() -> None:
+    model, prompt = HopeModel(BASE), tokens_of(1, 11)[0]
+    likeliest = set(logits_of(model, prompt[None])[0, -1].topk(3).indices.tolist())
+
+    def first(seed: int, **options: Any) -> list[int]:
+        drawn = torch.Generator().manual_seed(seed)
+        return generate(model, prompt, 1, temperature=1e3, generator=drawn, **options).tolist()
+
+    assert {first(seed, top_k=3)[0] for seed in range(16)} == likeliest
+    assert first(4) == first(4)
+    assert len({first(seed)[0] for seed in range(9)}) > 3
+    text = generate(model, prompt, 9, temperature=0).tolist()
+    stop = text[4]
+    ended = generate(model, prompt, 9, temperature=0, stop_token=stop).tolist()
+    assert ended == text[: text.index(stop)]
 
 
 @pytest.mark.parametrize(

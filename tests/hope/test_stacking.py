@@ -92,6 +92,17 @@ def test_added_levels_can_learn_and_the_checkpoint_is_left_alone() -> None:
         assert layer.cms.levels[0].down.weight.grad.abs().max() > 0
 
 
+def test_an_added_level_may_have_any_size_and_is_drawn_by_the_seed() -> None:
+    narrow = replace(TARGET, cms=CMSConfig(levels=(replace(LEVELS[0], hidden_size=8), *LEVELS[1:])))
+    tokens, gate = tokens_of(2, 40), "layers.1.cms.levels.0.gate.weight"
+    drawn = [stacked(SOURCE, narrow, seed=seed) for seed in (0, 0, 1)]
+    for model in drawn:
+        assert torch.equal(logits_of(model, tokens), logits_of(pretrained(SOURCE), tokens))
+    first, again, other = (model.get_parameter(gate) for model in drawn)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_settings_that_change_no_result_may_differ() -> None:
     target = replace(TARGET, attention=AttentionConfig(backend="sdpa"))
     assert target.attention != SOURCE.attention
@@ -109,6 +120,11 @@ def test_settings_of_a_mixer_that_is_not_there_may_differ() -> None:
         (replace(TARGET, dim=64), None, "model.dim is 32 in the pretrained model but 64 here"),
         (replace(TARGET, num_layers=2), None, "mixers is ['attention', 'attention', 'attention']"),
         (replace(TARGET, mixer="titans"), None, "but ['titans', 'titans', 'titans'] here"),
+        (
+            replace(TARGET, attention=AttentionConfig(rope_theta=5e5)),
+            None,
+            "model.attention is AttentionConfig(",
+        ),
         (TARGET, ["d"], "places MLPs at ['d'], but the levels are ['a', 'b', 'c']"),
         (
             replace(TARGET, cms=CMSConfig(levels=(*LEVELS[:2], replace(LEVELS[2], hidden_size=8)))),
