@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import IGNORE, Corpus, DataError, Loader, evaluation_batches
+from data_pipeline import IGNORE, Corpus, DataError, Loader, evaluation_batches, sampling
 from data_pipeline.batch import make_batch
 from data_pipeline.tokenizing import tokenize
 
@@ -261,8 +261,15 @@ def test_a_foreign_state_is_refused_by_name(corpus, change, field):
         make(corpus, **change).load_state_dict(make(corpus).state_dict())
 
 
-@pytest.mark.parametrize(("order", "batch_size"), [("shuffle", None), ("stream", 6)])
-def test_a_state_that_an_earlier_version_left(corpus, order, batch_size):
+@pytest.mark.parametrize(
+    ("order", "batch_size", "packing", "align"),
+    [
+        ("shuffle", None, "aligned", ALIGN),
+        ("stream", 6, "aligned", ALIGN),
+        ("shuffle", None, "concat", None),
+    ],
+)
+def test_a_state_that_an_earlier_version_left(corpus, order, batch_size, packing, align):
     """Plain data of this form, to the letter, is in the checkpoints that there are."""
     state = {
         "position": 12,
@@ -271,17 +278,25 @@ def test_a_state_that_an_earlier_version_left(corpus, order, batch_size):
         "weights": [[0, [1]]],
         "seed": 3,
         "seq_len": 64,
-        "packing": "aligned",
-        "align": ALIGN,
+        "packing": packing,
+        "align": align,
         "order": order,
         "batch_size": batch_size,
     }
-    loader = make(corpus, order=order)
+    loader = make(corpus, order=order, packing=packing)
     take(loader, 2)
     assert loader.state_dict() == state
-    other = make(corpus, order=order)
+    other = make(corpus, order=order, packing=packing)
     other.load_state_dict(json.loads(json.dumps(state)))
     assert take(other, 1) == take(loader, 1)
+
+
+def test_windows_longer_than_a_chunk_are_mixed_one_by_one(corpus, monkeypatch):
+    monkeypatch.setattr(sampling, "CHUNK_TOKENS", 32)
+    loader = make(corpus, order="window", batch_size=1)
+    every = make(corpus, batch_size=1)
+    rows = [sorted(take(one, one.num_windows)) for one in (loader, every)]
+    assert rows[0] == rows[1]
 
 
 def test_a_state_of_another_corpus_or_blend_is_refused(corpus, second_folder):
@@ -296,6 +311,10 @@ def test_a_state_of_another_corpus_or_blend_is_refused(corpus, second_folder):
         make(corpus, order="stream", batch_size=5).load_state_dict(
             make(corpus, order="stream").state_dict()
         )
+    shorter = make(corpus).state_dict()
+    del shorter["seed"]
+    with pytest.raises(DataError, match="seed is None in the state and 3 here"):
+        make(corpus).load_state_dict(shorter)
     for position in (None, -1, 1.5, "7", True, 10**30):
         with pytest.raises(DataError, match="position"):
             make(corpus).load_state_dict({**make(corpus).state_dict(), "position": position})
