@@ -206,7 +206,7 @@ def test_every_number_of_the_section_reaches_its_optimizer() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["muon", "m3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sgd", "adamw"))],
+    ["m3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("muon", "sgd", "adamw"))],
 )
 def test_a_run_learns_and_resumes_to_the_bit_with_each(
     make_config, tmp_path: Any, name: Any

@@ -338,6 +338,7 @@ def test_other_refusals() -> None:
     OnlineAdapter(HopeModel(alone), alone, {"a": 8})  # has no other to set back
 
 
+@pytest.mark.slow
 def test_it_lowers_the_perplexity_of_a_long_held_out_document(
     make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

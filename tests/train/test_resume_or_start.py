@@ -79,7 +79,10 @@ def test_one_of_the_two_ways_to_resume(config_file: str) -> None:
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("count", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize(
+    "count",
+    ["TORCHELASTIC_RESTART_COUNT", pytest.param("SLURM_RESTART_COUNT", marks=pytest.mark.slow)],
+)
 def test_a_job_that_is_started_again_does_not_go_back_again(
     config_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: str
 ) -> None:

@@ -30,7 +30,8 @@ NOT_MATRICES = ("embedding.weight", "head.weight", "head_norm", "w_eta", "w_alph
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay acts on matrices; not on norms, biases, gates of one value or token vectors."""
+    """Weight decay acts on what has two or more axes, the memories' starts, the vectors behind eta
+    and alpha, and convolutions too; not on norms, biases, shares of levels or token vectors."""
     return parameter.ndim >= 2 and not name.endswith(("embedding.weight", "head_norm"))
 
 
