@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.train.tracking_server import tracking_server
 from train.__main__ import train
 from train.callbacks.mlflow import tracking_location
 from train.callbacks.mlflow_sender import Backlog, Sender
@@ -150,6 +151,20 @@ def test_what_mlflow_refuses_does_not_keep_back_what_follows(
     assert run.info.status == "FINISHED"
     refused = "metrics" if broken == "metrics" else "config.yaml"
     assert capsys.readouterr().err.count(f"MLflow refuses {refused}, left out: ") == 1
+
+
+def test_nothing_is_printed_of_a_server_that_takes_all(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow's client prints where the run is, with user and password of the URI."""
+    with tracking_server() as server:
+        backlog = Backlog(tmp_path)
+        sender = Sender(backlog, f"http://me:{SECRET}@{server.address}", None, "e", tmp_path)
+        backlog.add({"status": "FINISHED"})
+        sender.start()
+        assert sender.finish(30) == 0
+        assert [run["info"]["status"] for run in server.runs.values()] == ["FINISHED"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_server_that_never_answers_takes_no_time(tmp_path: Path) -> None:

@@ -118,6 +118,8 @@ class Sender:
         # that waits.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        # It would print the run's address, with user and password of the URI.
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
         wait = FIRST_RETRY_S
         while True:
             self.backlog.added.clear()
