@@ -153,6 +153,36 @@ def test_what_mlflow_refuses_does_not_keep_back_what_follows(
     assert capsys.readouterr().err.count(f"MLflow refuses {refused}, left out: ") == 1
 
 
+@pytest.mark.parametrize("broken", ["artifacts", "metrics, once"])
+def test_a_run_that_ends_at_once_has_every_metric_in_mlflow_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """While its server takes no files, or has a bad moment, and answers."""
+    monkeypatch.setattr("train.callbacks.mlflow_sender.FIRST_RETRY_S", 0.01)
+    calls: list[str] = []
+
+    def fault(call: str) -> int | None:
+        calls.append(call)
+        once = calls.count("runs/log-batch") == 1 and call == "runs/log-batch"
+        return 500 if ("artifacts/" in call if broken == "artifacts" else once) else None
+
+    with tracking_server() as server:
+        server.fault = fault
+        backlog = Backlog(tmp_path)
+        sender = Sender(backlog, f"http://{server.address}", None, "e", tmp_path)
+        backlog.add({"metrics": {"x": 0.0}, "step": 0, "time": 1})
+        backlog.add({"text": "words", "name": "config.yaml"})
+        for step in range(1, 1200):
+            backlog.add({"metrics": {"x": 0.5}, "step": step, "time": 1})
+        backlog.add({"status": "FINISHED"})
+        sender.start()
+        assert sender.finish(30) == 0
+        (run,) = server.runs.values()
+    assert run["info"]["status"] == "FINISHED"
+    assert [metric["step"] for metric in run["metrics"]] == list(range(1200))
+    assert calls.count("runs/log-batch") <= 5
+
+
 def test_nothing_is_printed_of_a_server_that_takes_all(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +210,7 @@ def test_a_server_that_never_answers_takes_no_time(tmp_path: Path) -> None:
             backlog.add({"metrics": {"x": 1.0}, "step": step, "time": 0})
         assert time.monotonic() - started < 5  # 5 ms each would be slow
         assert sender.finish(0.5) == 1000
+    assert sender.finish(30) == 1000  # its thread ends here, not in another test
 
 
 def test_a_run_whose_making_is_not_answered_is_found_again(
@@ -223,15 +254,17 @@ def test_a_backlog_goes_on_after_half_a_line(tmp_path: Path) -> None:
     assert backlog.is_new
     assert backlog.next() == ([], 0)
     for step in range(3):
-        backlog.add({"step": step})
+        backlog.add({"metrics": {}, "step": step})
+    backlog.add({"status": "FINISHED"})
     records, sent = backlog.next()
     assert [record["step"] for record in records] == [0, 1, 2]
     backlog.mark(sent)
-    backlog.add({"step": 3})
+    backlog.mark(backlog.next()[1])
+    backlog.add({"metrics": {}, "step": 3})
     with backlog.path.open("a") as file:
-        file.write(json.dumps({"step": 4})[:-2])
+        file.write(json.dumps({"metrics": {}, "step": 4})[:-2])
     again = Backlog(tmp_path)
     assert not again.is_new
     assert again.left() == 1
-    again.add({"step": 5})
+    again.add({"metrics": {}, "step": 5})
     assert [record["step"] for record in again.next()[0]] == [3, 5]

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,12 +18,12 @@ from data_pipeline.redaction import redact
 from train.line_file import LineFile, tell, write_whole
 from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
 
-AT_ONCE = 500  # records of one request; MLflow takes 1000 metrics
+AT_ONCE = 500  # of one request; MLflow takes 1000 metrics
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 ARTIFACT_TRIES = 3
 ATTEMPT = "hope.attempt"
 """The tag by which a run is found whose making was not answered."""
-ARTIFACTS = ("text", "file")  # kinds of records that go where MLflow stores files
+ARTIFACTS = {"text", "file"}  # kinds of records that go where MLflow stores files
 NOT_FROM_HERE = (ImportError, PermissionError, FileNotFoundError, NotADirectoryError)
 
 
@@ -52,17 +53,23 @@ class Backlog:
         self.added.set()
 
     def next(self) -> tuple[list[dict[str, Any]], int]:
-        """Some records not yet sent, oldest first, and `sent` once they are."""
+        """The oldest records not yet sent, metrics that follow one another or one of another kind,
+        and `sent` once they are."""
+        records: list[dict[str, Any]] = []
+        sent = self.sent
         if not self.path.exists():
-            return [], self.sent
+            return records, sent
         with self.path.open("rb") as file:
-            file.seek(self.sent)
-            lines: list[bytes] = []
+            file.seek(sent)
             for line in file:
-                if len(lines) == AT_ONCE or not line.endswith(b"\n"):
+                if len(records) == AT_ONCE or not line.endswith(b"\n"):
                     break
-                lines.append(line)
-        return [json.loads(line) for line in lines], self.sent + sum(map(len, lines))
+                record = json.loads(line)
+                if records and not ("metrics" in record and "metrics" in records[-1]):
+                    break
+                records.append(record)
+                sent += len(line)
+        return records, sent
 
     def mark(self, sent: int) -> None:
         """MLflow has everything before this byte."""
@@ -129,10 +136,13 @@ class Sender:
                     self.trouble, wait = "", FIRST_RETRY_S
             except Exception as error:
                 self._tell(error)
-                if ending:
+                if not ending:
+                    self._ending.wait(wait)
+                    wait = min(2 * wait, LAST_RETRY_S)
+                elif self._answers():
+                    time.sleep(FIRST_RETRY_S)
+                else:
                     break
-                self._ending.wait(wait)
-                wait = min(2 * wait, LAST_RETRY_S)
                 continue
             if ending:
                 break
@@ -152,35 +162,38 @@ class Sender:
             return False
         if not self._run_id:
             self._open()
-        try:
-            self._send(records)
-        except Exception as error:
-            if len(records) > 1 and not (_is_wrong(error) or self._answers()):
-                raise
-            for record in records:
-                self._send_or_leave_out(record)
+        self._send_or_leave_out(records)
+        self._tries = 0
         self.backlog.mark(sent)
         return True
 
-    def _send_or_leave_out(self, record: dict[str, Any]) -> None:
-        """Send one record; tell of one that will never be taken, once for each kind."""
-        kind = next(iter(record))
+    def _send_or_leave_out(self, records: list[dict[str, Any]]) -> None:
+        """Send records, one by one if need be; tell of one that will never be taken, once for each
+        kind."""
         try:
-            self._send([record])
+            self._send(records)
         except Exception as error:
-            hopeless = _is_wrong(error)
-            if kind in ARTIFACTS:
-                self._tries += 1
-                hopeless |= isinstance(error, NOT_FROM_HERE)
-                hopeless |= self._tries >= ARTIFACT_TRIES and self._answers()
-            if not hopeless:
+            if not self._is_hopeless(error, records[0]):
                 raise
+            if len(records) > 1:
+                for record in records:
+                    self._send_or_leave_out([record])
+                return
+            kind = next(iter(records[0]))
             if kind not in self._refused:
                 self._refused.add(kind)
-                what = record.get("name") or record.get("file") or kind
+                what = records[0].get("name") or records[0].get("file") or kind
                 tell(f"MLflow refuses {what}, left out: {_line(error)}")
-        if kind in ARTIFACTS:
-            self._tries = 0
+
+    def _is_hopeless(self, error: Exception, record: dict[str, Any]) -> bool:
+        """Whether MLflow will never take what it has not."""
+        if not ARTIFACTS.isdisjoint(record):
+            self._tries += 1
+            if isinstance(error, NOT_FROM_HERE):
+                return True
+            if self._tries >= ARTIFACT_TRIES and self._answers():
+                return True
+        return _is_wrong(error)
 
     def _answers(self) -> bool:
         """Whether MLflow answers a question about the run."""
@@ -191,28 +204,28 @@ class Sender:
         return True
 
     def _send(self, records: list[dict[str, Any]]) -> None:
+        """Send metrics, or one record of another kind."""
         from mlflow.entities import Metric, Param
 
-        client, run_id = self._client, self._run_id
-        metrics = [
-            Metric(name, value, record["time"], record["step"])
-            for record in records
-            if "metrics" in record
-            for name, value in record["metrics"].items()
-        ]
-        for start in range(0, len(metrics), AT_ONCE):
-            client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE])
-        for record in records:
-            if "params" in record:
-                parameters = [Param(key, value) for key, value in record["params"].items()]
-                for start in range(0, len(parameters), 100):
-                    client.log_batch(run_id, params=parameters[start : start + 100])
-            elif "text" in record:
-                client.log_text(run_id, record["text"], record["name"])
-            elif "file" in record and (self.run_dir / record["file"]).exists():
-                client.log_artifact(run_id, str(self.run_dir / record["file"]), record["folder"])
-            elif "status" in record:
-                self._set_status(record["status"])
+        client, run_id, record = self._client, self._run_id, records[0]
+        if "metrics" in record:
+            metrics = [
+                Metric(name, value, one["time"], one["step"])
+                for one in records
+                for name, value in one["metrics"].items()
+            ]
+            for start in range(0, len(metrics), AT_ONCE):
+                client.log_batch(run_id, metrics=metrics[start : start + AT_ONCE])
+        elif "params" in record:
+            parameters = [Param(key, value) for key, value in record["params"].items()]
+            for start in range(0, len(parameters), 100):
+                client.log_batch(run_id, params=parameters[start : start + 100])
+        elif "text" in record:
+            client.log_text(run_id, record["text"], record["name"])
+        elif "file" in record and (self.run_dir / record["file"]).exists():
+            client.log_artifact(run_id, str(self.run_dir / record["file"]), record["folder"])
+        elif "status" in record:
+            self._set_status(record["status"])
 
     def _set_status(self, status: str) -> None:
         if status == "RUNNING":
