@@ -183,6 +183,37 @@ def test_a_run_that_ends_at_once_has_every_metric_in_mlflow_once(
     assert calls.count("runs/log-batch") <= 5
 
 
+@pytest.mark.parametrize("gone", ["emptied", "deleted", "while it runs"])
+def test_in_place_of_a_run_that_is_gone_a_new_one_gets_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], gone: str
+) -> None:
+    backlog = Backlog(tmp_path)
+    with tracking_server() as server:
+        for start in (0, 2):
+            sender = Sender(backlog, f"http://{server.address}", None, "e", tmp_path)
+            backlog.add({"params": {"lr": "1"}} if start == 0 else {"status": "RUNNING"})
+            sender.start()
+            for step in range(start, start + 2):
+                backlog.add({"metrics": {"x": 0.5}, "step": step, "time": 1})
+                deadline = time.monotonic() + 30
+                while backlog.left() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                if gone == "while it runs" and start == 0 == step:
+                    server.runs.clear()
+            backlog.add({"status": "FINISHED"})
+            assert sender.finish(30) == 0
+            if gone == "deleted" and start == 0:
+                server.runs["run0"]["info"]["lifecycle_stage"] = "deleted"
+            elif gone == "emptied" and start == 0:
+                server.runs = {"another": server.runs["run0"]}
+        run = list(server.runs.values())[-1]
+    assert run["info"]["run_id"] == (tmp_path / "mlflow_run_id").read_text()
+    assert run["info"]["status"] == "FINISHED"
+    assert [metric["step"] for metric in run["metrics"]] == list(range(4))
+    assert run["params"] == [{"key": "lr", "value": "1"}]
+    assert capsys.readouterr().err.count("a new run gets everything") == 1
+
+
 def test_nothing_is_printed_of_a_server_that_takes_all(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

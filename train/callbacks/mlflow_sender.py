@@ -27,6 +27,10 @@ ARTIFACTS = {"text", "file"}  # kinds of records that go where MLflow stores fil
 NOT_FROM_HERE = (ImportError, PermissionError, FileNotFoundError, NotADirectoryError)
 
 
+class RunGoneError(Exception):
+    """MLflow has no such run, or has it among what was deleted."""
+
+
 class Backlog:
     """mlflow_backlog.jsonl in the run folder: one record a line; `mlflow_sent` counts its bytes
     that MLflow has. Memory holds none of it."""
@@ -89,7 +93,8 @@ class Sender:
     """A daemon thread that empties a backlog into one MLflow run, for as long as that takes.
 
     A record that MLflow will never take is left out with one line, and does not keep back what
-    follows: one that it calls wrong, and an artifact that can't be stored although it answers.
+    follows: one that it calls wrong, and an artifact that can't be stored although it answers. In
+    place of a run that it does not have (deleted, another server) a new one gets everything.
 
     trouble: the last error, without secrets; "" when the last request went well.
     """
@@ -106,6 +111,7 @@ class Sender:
         self._run_id = ""
         self._attempt = ""  # to make a run
         self._tries = 0  # of the artifact that is next
+        self._anew = False  # whether a run that is gone was made again
         self._refused: set[str] = set()
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
 
@@ -139,7 +145,7 @@ class Sender:
                 if not ending:
                     self._ending.wait(wait)
                     wait = min(2 * wait, LAST_RETRY_S)
-                elif self._answers():
+                elif self._has_the_run() is not None:
                     time.sleep(FIRST_RETRY_S)
                 else:
                     break
@@ -162,7 +168,11 @@ class Sender:
             return False
         if not self._run_id:
             self._open()
-        self._send_or_leave_out(records)
+        try:
+            self._send_or_leave_out(records)
+        except RunGoneError:
+            self._begin_anew()
+            return True
         self._tries = 0
         self.backlog.mark(sent)
         return True
@@ -173,7 +183,10 @@ class Sender:
         try:
             self._send(records)
         except Exception as error:
-            if not self._is_hopeless(error, records[0]):
+            there = self._has_the_run()
+            if there is False and not self._anew:
+                raise RunGoneError from None
+            if not there or not self._is_hopeless(error, records[0]):
                 raise
             if len(records) > 1:
                 for record in records:
@@ -186,22 +199,28 @@ class Sender:
                 tell(f"MLflow refuses {what}, left out: {_line(error)}")
 
     def _is_hopeless(self, error: Exception, record: dict[str, Any]) -> bool:
-        """Whether MLflow will never take what it has not."""
+        """Whether MLflow, which answers, will never take what it has not."""
         if not ARTIFACTS.isdisjoint(record):
             self._tries += 1
-            if isinstance(error, NOT_FROM_HERE):
-                return True
-            if self._tries >= ARTIFACT_TRIES and self._answers():
+            if self._tries >= ARTIFACT_TRIES or isinstance(error, NOT_FROM_HERE):
                 return True
         return _is_wrong(error)
 
-    def _answers(self) -> bool:
-        """Whether MLflow answers a question about the run."""
+    def _has_the_run(self) -> bool | None:
+        """What MLflow answers when it is asked for the run; None where it does not."""
         try:
-            self._client.get_run(self._run_id)
-        except Exception:
-            return False
-        return True
+            stage = self._client.get_run(self._run_id).info.lifecycle_stage
+        except Exception as error:
+            return False if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST" else None
+        return bool(stage != "deleted")
+
+    def _begin_anew(self) -> None:
+        """Send everything to a new run, in place of one that MLflow has no more. Once: behind
+        several servers that know nothing of each other runs would be made without end."""
+        tell(f"MLflow has no run {self._run_id} (any more): a new run gets everything of this one")
+        self.backlog.mark(0)
+        (self.run_dir / MLFLOW_RUN_ID).unlink()
+        self._run_id, self._attempt, self._anew = "", "", True
 
     def _send(self, records: list[dict[str, Any]]) -> None:
         """Send metrics, or one record of another kind."""
