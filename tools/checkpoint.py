@@ -117,6 +117,9 @@ def diff(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """One safetensors file of whole tensors, a tensor in memory at a time."""
+    output: Path = options.output.resolve()
+    if output.exists() and not output.is_file():  # the new file would take the place of a device
+        raise CheckpointError(f"{options.output} is there and is no file; give the name of one")
     folder = checkpoint(options.checkpoint)
     reader = TensorReader(folder)
     chosen = reader.names(options.prefix)
@@ -136,14 +139,14 @@ def export(options: argparse.Namespace) -> int:
         for name in chosen:
             yield bytes_of(reader.whole(name))
 
-    draft = options.output.with_name(f".writing-{options.output.name}")
+    draft = output.with_name(f".writing-{output.name}")
     try:
         write(draft, content())
-        rename(draft, options.output)
+        rename(draft, output)
     except BaseException:
         remove(draft)
         raise
-    print(f"{options.output}: {len(chosen)} tensors, {size(options.output):,} bytes")
+    print(f"{options.output}: {len(chosen)} tensors, {size(output):,} bytes")
     return 0
 
 

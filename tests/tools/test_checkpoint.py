@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -95,10 +96,33 @@ def test_export_is_read_by_the_library(folder: Path, tmp_path: Path) -> None:
     assert all(key.startswith("layers.0.") for key in load_file(output))
 
 
-def test_an_export_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+def test_an_export_that_fails_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(old: Path, new: Path) -> None:
+        raise OSError("no more")
+
+    monkeypatch.setattr("tools.checkpoint.rename", failing)
+    assert main(["export", str(folder), str(tmp_path / "model")]) == 2
+    assert not list(tmp_path.glob("*model*"))
+
+
+def test_an_export_takes_the_place_of_files_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the device that stands for it, /dev/null was made a file."""
     (tmp_path / "taken").mkdir()
-    assert main(["export", str(folder), str(tmp_path / "taken")]) == 2
-    assert [path.name for path in tmp_path.glob("*taken*")] == ["taken"]
+    os.mkfifo(tmp_path / "taken-too")
+    for output in (tmp_path / "taken", tmp_path / "taken-too", ""):
+        assert main(["export", str(folder), str(output)]) == 2
+        assert capsys.readouterr().err.endswith("is there and is no file; give the name of one\n")
+    assert (tmp_path / "taken-too").is_fifo()
+    assert sorted(path.name for path in tmp_path.glob("*taken*")) == ["taken", "taken-too"]
+    (tmp_path / "old").write_text("")
+    (tmp_path / "link").symlink_to("old")
+    assert main(["export", str(folder), str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "old").stat().st_size > 0
 
 
 def test_every_file_of_a_checkpoint_is_read_by_the_library(folder: Path) -> None:
