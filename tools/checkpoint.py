@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline.arguments import at_least
+from data_pipeline.arguments import at_least, utf8
 from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools import deepspeed_checkpoints
@@ -225,7 +225,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             command.add_argument("--dry-run", action="store_true", help="say what would go")
         elif name == "tag":
             command.add_argument("name", metavar="NAME", help="e.g. tokens-000000001048576")
-            command.add_argument("text", metavar="TEXT", nargs="?")
+            command.add_argument("text", metavar="TEXT", nargs="?", type=utf8)
     command = commands.add_parser("diff", help=(diff.__doc__ or "").splitlines()[0])
     command.set_defaults(action=diff)
     command.add_argument("one", metavar="CHECKPOINT")

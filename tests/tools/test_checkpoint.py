@@ -185,6 +185,7 @@ def test_bad_input_is_one_line(
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert message in error
-    with pytest.raises(SystemExit) as stopped:
-        main(["prune", str(folder), "--keep-last", "0"])
-    assert stopped.value.code == 2
+    for wrong in (["prune", output, "--keep-last", "0"], ["tag", str(folder), name(100), "\udcff"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(wrong)
+        assert stopped.value.code == 2
