@@ -20,8 +20,17 @@ if [[ $where =~ ^0+$ ]]; then # to DeepSpeed's launcher 0 means all that there a
   exit 2
 fi
 if [[ ! $where =~ ^[0-9]+$ ]]; then
-  if [ ! -r "$where" ]; then
+  if [ ! -r "$where" ] || [ -d "$where" ]; then
     echo "error: no hostfile $where; give one, or a number of ranks for this machine" >&2
+    exit 2
+  fi
+  # What DeepSpeed's launcher would end on in a traceback, or start no rank for.
+  wrong=$(awk '/^[[:space:]]*(#|$)/ {next} {hosts++}
+    !/^[[:space:]]*[^[:space:]]+[[:space:]]+slots=0*[1-9]/ {print "line " NR " is not \"host slots=N\""; exit}
+    seen[$1]++ {print "line " NR " has " $1 " again"; exit}
+    END {if (!hosts) print "there is no host in it"}' "$where")
+  if [ -n "$wrong" ]; then
+    echo "error: hostfile $where: $wrong" >&2
     exit 2
   fi
   if ! command -v pdsh >/dev/null; then

@@ -161,6 +161,7 @@ def test_torchrun_on_several_nodes(standin: Path) -> None:
         ("deepspeed.sh", ["0", "c"], {}, "error: NPROC=0 must be how many ranks"),
         ("deepspeed.sh", ["2"], {}, "usage: launch/deepspeed.sh NPROC|HOSTFILE CONFIG"),
         ("deepspeed.sh", ["hosts", "c"], {}, "error: no hostfile hosts"),
+        ("deepspeed.sh", ["/", "c"], {}, "error: no hostfile /"),
         ("slurm.sbatch", [], {}, "usage: sbatch"),
     ],
 )
@@ -191,6 +192,16 @@ def test_deepspeed_with_a_hostfile(standin: Path, tmp_path: Path) -> None:
     ]
     carried = (standin / "carried").read_text().splitlines()
     assert sorted(carried) == ["NCCL_DEBUG=INFO", "OMP_NUM_THREADS=1"]
+    for text, wrong in (
+        ("# two\n\n", "there is no host in it"),
+        ("w0 slots=4\nw1\n", 'line 2 is not "host slots=N"'),
+        ("w0 slots=0\n", 'line 1 is not "host slots=N"'),
+        ("w0 slots=4\nw0 slots=4\n", "line 2 has w0 again"),
+    ):
+        hostfile.write_text(text)
+        result = run("deepspeed.sh", *asked, standin=standin)
+        assert (result.returncode, result.stderr) == (2, f"error: hostfile {hostfile}: {wrong}\n")
+    assert len(calls(standin)) == 2
 
 
 def test_deepspeed_starts_nothing_after_a_failed_check(standin: Path) -> None:
