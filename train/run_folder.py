@@ -209,22 +209,49 @@ def _saved_url(folder: Path) -> str | None:
 
 def own_url(folder: Path, url: str) -> None:
     """Note in the folder behind `url` that the run in `folder` writes there; RunFolderError where
-    another one does, complete checkpoints or not."""
-    mine, owner = folder / OWNER, as_place(url) / OWNER
+    another one does, complete checkpoints or not, or the folder that this one is a copy of."""
+    mine = folder / OWNER
     if not mine.exists():
         write_whole(mine, uuid4().hex)
-    with _reaching(as_place(url)):
-        try:
-            there = read(owner).decode("ascii", "replace")
-        except FileNotFoundError:
-            make_folder(as_place(url))
-            write(owner, [mine.read_bytes()])
-            return
-    if there != mine.read_text():
-        raise RunFolderError(
-            f"{url} takes the checkpoints of another run; choose another checkpoint.url (or, if "
-            f"that run is gone, remove {OWNER} there)"
-        )
+    run, place = mine.read_text(), as_place(url)
+    with _reaching(place):
+        there = owner_of(place)
+        if there is None:
+            make_folder(place)
+        elif there[0] != run:
+            raise RunFolderError(
+                f"{url} takes the checkpoints of another run; choose another checkpoint.url (or, "
+                f"if that run is gone, remove {OWNER} there)"
+            )
+        elif (first := run_folder_of(place)) is not None and not first.samefile(folder):
+            raise RunFolderError(
+                f"{url} takes the checkpoints of {first}, which {folder} is a copy of; choose "
+                f"another checkpoint.url (or, if {first} is out of use, remove {OWNER} in it)"
+            )
+        if there != (run, str(folder.resolve())):
+            write(place / OWNER, [f"{run}\n{folder.resolve()}".encode()])
+
+
+def owner_of(place: Place) -> tuple[str, str] | None:
+    """The run that writes behind a URL, and its folder where that was noted ("" if not); None where
+    none does."""
+    try:
+        run, _, folder = read(place / OWNER).decode("utf-8", "replace").partition("\n")
+    except FileNotFoundError:
+        return None
+    return run, folder
+
+
+def run_folder_of(place: Place) -> Path | None:
+    """The folder of the run that writes behind a URL, where this machine has it."""
+    there = owner_of(place)
+    if there is None or not there[1]:
+        return None
+    folder = Path(there[1])
+    try:
+        return folder if (folder / OWNER).read_text() == there[0] else None
+    except (OSError, ValueError):
+        return None
 
 
 def check_same_run(config: RunConfig) -> list[str]:

@@ -18,6 +18,7 @@ from tests.conftest import tiny_config
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
+from tools.checkpoint import main as prune
 from train.__main__ import main, open_corpora, train, with_vocabulary
 from train.checkpoint import CheckpointError, CheckpointStore, open_store
 from train.checkpoint import store as store_module
@@ -26,7 +27,7 @@ from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
 from train.engines import open_engine
 from train.parallel.ranks import Ranks
-from train.run_folder import RunFolderError, claim
+from train.run_folder import RunFolderError, claim, run_lock
 from train.signals import StopSignals
 from train.trainer import Trainer
 
@@ -229,8 +230,11 @@ def test_a_url_that_can_not_be_used_is_named(make_config, tmp_path: Path) -> Non
             pass
 
 
-def test_two_runs_do_not_write_behind_one_url(make_config, tmp_path: Path) -> None:
-    """Not even while neither has a checkpoint: the one would take the other's for its own."""
+def test_two_runs_do_not_write_behind_one_url(
+    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even while neither has a checkpoint: the one would take the other's for its own. A run
+    that moved is the same, its copy is another. What is told of the URL is told to `prune`."""
     url = f"file://{tmp_path}/bucket"
     quick = {"model.mixer": "attention", "checkpoint.url": url}
     first = make_config(**quick, run_dir=str(tmp_path / "first"))
@@ -243,6 +247,17 @@ def test_two_runs_do_not_write_behind_one_url(make_config, tmp_path: Path) -> No
     moved = (tmp_path / "first").rename(tmp_path / "moved")
     again = make_config(run_dir=str(moved), **{"training.stop_at_tokens": 768})
     assert train(again, resume=True) == 0
+    shutil.copytree(moved, tmp_path / "copy")
+    with pytest.raises(RunFolderError, match=r"/moved, which .*/copy is a copy of"):
+        train(make_config(run_dir=str(tmp_path / "copy")), resume=True)
+    there = sorted((tmp_path / "bucket").iterdir())
+    with run_lock(moved):
+        for run in (url, str(moved)):
+            assert prune(["prune", run, "--keep-last", "1"]) == 2
+            assert "is in use by another training process" in capsys.readouterr().err
+    assert sorted((tmp_path / "bucket").iterdir()) == there
+    assert prune(["prune", str(moved), "--keep-last", "1"]) == 0
+    assert len(list((tmp_path / "bucket").glob("tokens-*"))) == 1
 
 
 def assert_same_run_tensors(one: RunConfig, other: RunConfig) -> None:
