@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 
 def as_command(main: Callable[[], int]) -> int:
-    """Run `main`; returns its exit status, or 141 in place of 0 when nobody reads the output.
+    """Run `main`; returns its exit status, or 141 in place of 0 when nobody reads the output, and
+    130 on a Ctrl-C that it lets through.
 
     Characters that the output's encoding lacks are shown escaped. A closed standard stream goes
     to the null device, so that no file of ours gets its number and what others write to it.
@@ -32,6 +33,9 @@ def as_command(main: Callable[[], int]) -> int:
             status = main()
         finally:
             sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # as in `inspect DIR | head`; Python flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return status or 128 + signal.SIGPIPE

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import cli
+from data_pipeline.command import as_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,6 +194,14 @@ def test_output_that_cannot_be_shown(code, returned, how, status, shown):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, shown, "")
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert as_command(interrupted) == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_second_signal_does_not_disturb_the_tidying_up(capsys, monkeypatch):
