@@ -185,25 +185,38 @@ class Tokenizer:
         return sizes
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        for line in text.split("\n"):
-            for start in range(0, len(line), _LINE_CHARS):
-                yield line[start : start + _LINE_CHARS]
+class _Lines:
+    """The lines of texts. What reading them raised is kept: SentencePiece makes text of it."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.raised: BaseException | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for text in self._texts:
+                for line in text.split("\n"):
+                    for start in range(0, len(line), _LINE_CHARS):
+                        yield line[start : start + _LINE_CHARS]
+        except GeneratorExit:  # SentencePiece read no further
+            raise
+        except BaseException as error:
+            self.raised = error
+            raise
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") -> Tokenizer:
     """Train on `texts`; lossless, with byte fallback and unk 0, bos 1, eos 2, pad 3.
 
     The same texts in the same order give the same model. DataError where the text is too small for
-    the vocabulary, or too varied.
+    the vocabulary, or too varied; what reading `texts` raises is passed on.
     """
     if kind not in TYPES:
         raise DataError(f"tokenizer type {kind!r}: choose one of {', '.join(TYPES)}")
-    model = io.BytesIO()
+    model, lines = io.BytesIO(), _Lines(texts)
     try:
         sentencepiece.SentencePieceTrainer.Train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=iter(lines),
             model_writer=model,
             model_type=kind,
             vocab_size=vocab_size,
@@ -224,6 +237,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, kind: str = "bpe") ->
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if lines.raised is not None:
+            raise lines.raised from None
         reason = str(error).strip().rsplit("] ", 1)[-1] or str(error).strip()
         raise DataError(
             f"SentencePiece cannot train {vocab_size} tokens on this text ({reason}): "

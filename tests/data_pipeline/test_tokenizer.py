@@ -103,6 +103,24 @@ def test_wrong_kind_and_no_text(texts):
         train_tokenizer([], 450)
 
 
+def test_what_reading_raises_is_not_the_vocabularys_fault(tmp_path, capsys):
+    """SentencePiece makes one RuntimeError of a bad record, a disk's error and a signal."""
+    (tmp_path / "a.jsonl").write_text('{"text": "def self"}\n{"body": ""}\n')
+    command = ["tokenizer", "train", "--input", str(tmp_path), "--vocab-size", "400"]
+    assert cli.main([*command, "--model-out", str(tmp_path / "a.model")]) == 2
+    told = f"{tmp_path}/a.jsonl: line 2: no field 'text'; correct the file or leave it out"
+    assert capsys.readouterr().err.splitlines()[-1] == f"data_pipeline: {told}"
+
+    def texts(error):
+        yield "def self"
+        raise error
+
+    for error in (KeyboardInterrupt(), OSError(5, "disk")):
+        with pytest.raises(type(error)) as raised:
+            train_tokenizer(texts(error), 400)
+        assert raised.value is error
+
+
 def test_a_model_file_is_trained_once(text_folder, tmp_path):
     path = tmp_path / "deep" / "t.model"
     first, trained = train_to_file([str(text_folder)], path, 400)
