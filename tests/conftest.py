@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import statistics
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from data_pipeline import train_tokenizer
 from data_pipeline.tokenizing import tokenize
@@ -18,6 +20,17 @@ from train.config import RunConfig, validate_config
 torch.set_num_threads(1)
 
 SOURCES = (random, statistics, textwrap)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left() -> Iterator[None]:
+    """One that stays is in the way of any that a later test makes in this process."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        pytest.fail(
+            "left a torch.distributed process group behind: run it in `tools.processes.run`"
+        )
 
 
 @pytest.fixture(scope="session")

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.train.test_trainer import store_of
+from tools.processes import run
 from train.__main__ import train
 from train.callbacks.faults import FIRED, read_fired
 from train.callbacks.metrics import read_metrics
 from train.checkpoint.manifest import damage
-from train.config import ConfigError, load_config
+from train.config import ConfigError, RunConfig, load_config
 
 QUICK = {"model.mixer": "attention", "training.total_tokens": 6 * 256}
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"engine": "deepspeed"}, {"engine": "deepspeed", "deepspeed.zero_stage": 3}],
-    ids=["native", "zero-1", "zero-3"],
-)
-@pytest.mark.parametrize("kind", ["nan_gradient", "nan_loss"])
-def test_what_is_not_a_number_is_seen_in_either_engine(
-    make_config, changes: dict[str, Any], kind: str
-) -> None:
-    config = make_config(**QUICK, **changes, faults=[{"kind": kind, "step": 3}])
-    assert train(config, resume=False) == 0
-    (skip,) = [r for r in read_metrics(config.run_dir / "metrics.jsonl") if r["kind"] == "skip"]
-    assert skip["tokens"] == 2 * 256
-    assert "not finite on rank 0" in skip["why"]
+def trained(rank: int, configs: list[RunConfig]) -> list[int]:
+    return [train(config, resume=False) for config in configs]
 
 
-def test_damage_to_a_checkpoint_waits_for_one(make_config, tmp_path: Path) -> None:
+def test_what_is_not_a_number_is_seen_in_either_engine(make_config, tmp_path: Path) -> None:
+    """In a process of its own: DeepSpeed's group and what it keeps of it last as long as that."""
+    few = {"training.total_tokens": 4 * 256, "checkpoint.asynchronous": False}
+    configs = [
+        make_config(
+            **QUICK | few,
+            **{"engine": engine, "deepspeed.zero_stage": stage},
+            run_dir=str(tmp_path / f"{kind}-{engine}-{stage}"),
+            faults=[{"kind": kind, "step": 3}],
+        )
+        for kind in ("nan_gradient", "nan_loss")
+        for engine, stage in (("native", 1), ("deepspeed", 1), ("deepspeed", 3))
+    ]
+    assert run(1, trained, configs, seconds=240) == [[0] * len(configs)]
+    for config in configs:
+        (skip,) = [r for r in read_metrics(config.run_dir / "metrics.jsonl") if r["kind"] == "skip"]
+        assert skip["tokens"] == 2 * 256, config.run_dir
+        assert "not finite on rank 0" in skip["why"], config.run_dir
+
+
+def test_damage_to_a_checkpoint_waits_for_one(make_config) -> None:
     """Nothing else of the run folder is touched."""
     fault = {"kind": "flip_checkpoint", "step": 1, "phase": "data"}
     every = {"checkpoint.every_tokens": 512, "checkpoint.asynchronous": False}
