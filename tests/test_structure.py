@@ -52,6 +52,19 @@ def test_the_model_knows_no_files_clocks_or_ranks() -> None:
         assert not bad, path
 
 
+KERNELS = [*sorted(Path("hope/scan/kernels").glob("*.py")), Path("hope/fused/kernels.py")]
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
+def test_what_a_kernel_is_given_it_reads(path: Path) -> None:
+    """Each value of a constexpr is a kernel of its own, compiled for minutes."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef):
+            read = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+            given = [argument.arg for argument in function.args.args]
+            assert [name for name in given if name not in read] == [], function.name
+
+
 @pytest.mark.parametrize(
     ("module", "absent"),
     [

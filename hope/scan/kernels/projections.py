@@ -28,7 +28,7 @@ from hope.scan.kernels.writes import read_start
 @triton.jit
 def read_scalar(
     x, w, frozen,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """<w, M(x)> of x [C, D] -> [C], as <w, x> + <W1^T w, act>."""
     logit = tl.sum(x * w[None, :], 1)
@@ -64,7 +64,7 @@ def project_forward(
     if (m == 2) | (m == 3):
         token = tl.load(x + at_x, mask=valid[:, None], other=0.0).to(eta.dtype.element_ty)
         weight = tl.load(readout + ((m - 2) * heads + n) * D + column)
-        logit = read_scalar(token, weight, frozen, C, D, H, TILE, DOT)
+        logit = read_scalar(token, weight, frozen, D, H, TILE, DOT)
         logit += tl.load(bias + (m - 2) * heads + n)
         if m == 2:
             tl.store(eta + here, tl.where(valid, eta_max / (1.0 + tl.exp(-logit)), 0.0))
@@ -77,14 +77,14 @@ def project_forward(
         if m == 4:
             given, made = source, query
         token = tl.load(given + at_x, mask=valid[:, None], other=0.0).to(k.dtype.element_ty)
-        y = read_start(token, frozen, C, D, H, TILE, DOT)
+        y = read_start(token, frozen, D, H, TILE, DOT)
         tl.store(made + at, y * inverse_length(y)[:, None])
 
 
 @triton.jit
 def read_start_backward(
     d_out, q, frozen, d_state,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Derivative of `read_start` from d_out [C, D]: dq; adds to d_state what the frozen W gets."""
     dq = d_out
@@ -102,7 +102,7 @@ def read_start_backward(
 @triton.jit
 def read_scalar_backward(
     d_logit, x, w, frozen, d_state,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Derivative of `read_scalar` from d_logit [C]: dx, dw; adds to d_state like the above."""
     dx = d_logit[:, None] * w[None, :]
@@ -162,7 +162,7 @@ def project_backward(
             at_w = ((m - 2) * count + g) * D + column
             weight = tl.load(readout + ((m - 2) * heads + n) * D + column)
             token = tl.load(x + at_x, mask=valid[:, None], other=0.0).to(weight.dtype)
-            logit = read_scalar(token, weight, frozen, C, D, H, TILE, DOT)
+            logit = read_scalar(token, weight, frozen, D, H, TILE, DOT)
             logit += tl.load(bias + (m - 2) * heads + n)
             sent = d_log_eta
             if m == 3:
@@ -170,7 +170,7 @@ def project_backward(
             d_logit = sum_over(sent, here, count * length, MEMORIES) / (1.0 + tl.exp(logit))
             d_logit = tl.where(valid, d_logit, 0.0)
             d_token, dw = read_scalar_backward(
-                d_logit, token, weight, frozen, d_state, C, D, H, TILE, DOT
+                d_logit, token, weight, frozen, d_state, D, H, TILE, DOT
             )
             add_to(d_readout + at_w, dw)
             at_b = d_bias + (m - 2) * count + g
@@ -186,9 +186,9 @@ def project_backward(
                     d_made = dv
                 grad = sum_over(d_made, at, count * length * D, MEMORIES)
             token = tl.load(given + at_x, mask=valid[:, None], other=0.0).to(grad.dtype)
-            y = read_start(token, frozen, C, D, H, TILE, DOT)
+            y = read_start(token, frozen, D, H, TILE, DOT)
             inverse = inverse_length(y)
             grad = unit_backward(grad, y * inverse[:, None], inverse)
-            d_token = read_start_backward(grad, token, frozen, d_state, C, D, H, TILE, DOT)
+            d_token = read_start_backward(grad, token, frozen, d_state, D, H, TILE, DOT)
             tl.store(dx + at, d_token)
         tl.debug_barrier()

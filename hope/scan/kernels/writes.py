@@ -147,7 +147,7 @@ def solve1(
 @triton.jit
 def read_start(
     q, frozen,
-    C: tl.constexpr, D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, TILE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The frozen memory applied to q [C, D]: M(q) [C, D]."""
     out = q
@@ -303,7 +303,7 @@ def write_forward(
             query = load_queries(q + g * q_stride + (q_first + local) * D, valid, k, C, D)
         at = out + (g * tokens + first_token + local) * D + tile_at(0, C, D, D)
         if (READ == "chunk_start") and (not SAVE):
-            answer = read_start(query, start, C, D, H, TILE, DOT)
+            answer = read_start(query, start, D, H, TILE, DOT)
             tl.store(at, answer, mask=valid[:, None])
         again = False
         if HAS_RESET:

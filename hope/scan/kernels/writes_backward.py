@@ -386,7 +386,7 @@ def write_backward(
                 at_out = (g * tokens + first_token + local) * D
                 given = load_queries(d_out + at_out, valid, k, C, D)
                 query = load_queries(q + at_q, valid, k, C, D)
-                grad = read_start_backward(given, query, start, d_state, C, D, H, TILE, DOT)
+                grad = read_start_backward(given, query, start, d_state, D, H, TILE, DOT)
                 tl.store(dq + at_q + tile_at(0, C, D, D), grad, mask=valid[:, None])
                 tl.debug_barrier()
             through_frozen(
