@@ -123,7 +123,7 @@ def test_a_copy_that_cannot_be_opened_is_fetched_again(url, corpus, tmp_path, pa
     assert everything(again) == everything(corpus)
 
 
-def test_what_killed_downloads_left_makes_room(url, corpus, tmp_path):
+def test_what_killed_downloads_left_makes_room(url, tmp_path):
     left, going_on = tmp_path / ".a.tok.tmp-1-1", tmp_path / ".b.tok.tmp-2-2"
     for path in (left, going_on):
         path.write_bytes(b"x")

@@ -89,7 +89,7 @@ def test_pieces_of_compressed_files(tmp_path_factory, seed, packing, count, part
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_piece_is_entered_at_its_frame(tmp_path, monkeypatch, told):
+def test_a_piece_is_entered_at_its_frame(tmp_path, told):
     data = b"".join(b'{"text": "%d"}\n' % (number**9) for number in range(9000))
     frame = len(data) // 20 + 1
     packed = b""
@@ -228,7 +228,7 @@ def test_a_large_file_that_changed_is_read_again(large, tokenizer, tmp_path):
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_small_files_are_not_looked_through(large, tmp_path):
+def test_small_files_are_not_looked_through(large):
     """What is not cut has the checksum that it had before any file of its type was cut."""
     source = one(large / "b.jsonl.zst")
     assert split_source(source, source.size, source.size) == [source]

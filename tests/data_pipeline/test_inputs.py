@@ -362,7 +362,7 @@ def mixed(tmp_path):
     return folder
 
 
-def test_the_list_of_rejects_is_no_input(mixed, tokenizer, tmp_path):
+def test_the_list_of_rejects_is_no_input(mixed, tokenizer):
     out = mixed / "out"
     with pytest.raises(DataError, match="bad records"):
         tokenize([str(mixed)], tokenizer, out)

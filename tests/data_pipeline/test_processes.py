@@ -123,7 +123,7 @@ def square_or_die(own: int, job: int) -> int:
     return job * job
 
 
-def test_each_job_once(tmp_path):
+def test_each_job_once():
     done = dict(each(partial(square_or_die, os.getpid()), range(6), 2, "x"))
     assert done == {n: n * n for n in range(6)}
 

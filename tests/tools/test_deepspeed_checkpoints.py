@@ -55,9 +55,7 @@ def plain_deepspeed(rank: int, folder: str, raw: dict[str, Any]) -> dict[str, An
     return found
 
 
-def test_there_and_back(
-    raw_config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_there_and_back(raw_config: dict[str, Any], tmp_path: Path) -> None:
     raw_config["training"]["stop_at_tokens"] = 7 * 256
     config = validate_config(raw_config, "test")
     assert train(config, False) in (0, None)

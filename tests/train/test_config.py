@@ -157,7 +157,7 @@ def test_overrides_are_typed_yaml(config_file: Path) -> None:
         *(("2026-13-45", "2026-13-45"), ("0b11", "0b11")),
     ],
 )
-def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float | str) -> None:
+def test_numbers_are_read_as_numbers(text: str, value: float | str) -> None:
     from train.config import _parse
 
     assert _parse(f"x: {text}", "test") == {"x": value}

@@ -68,7 +68,7 @@ def test_a_period_changed_before_its_first_gradient_is_as_if_it_had_always_been_
     assert all(torch.equal(first[name], second[name]) for name in second)
 
 
-def test_an_added_level_starts_as_zero_and_learns(make_config, tmp_path: Path) -> None:
+def test_an_added_level_starts_as_zero_and_learns(make_config) -> None:
     config = make_config(**{"training.stop_at_tokens": STOP})
     train(config, resume=False)
     _, before = load_run(config.run_dir)

@@ -116,7 +116,7 @@ def test_the_walltime_less_a_margin_is_the_deadline(monkeypatch: pytest.MonkeyPa
 
 
 def test_at_the_walltime_a_run_is_saved_and_asks_to_be_started_again(
-    make_config, raw_config, tmp_path: Path
+    make_config, tmp_path: Path
 ) -> None:
     quick = {"model.mixer": "attention"}
     straight = make_config(**quick, run_dir=str(tmp_path / "straight"))

@@ -285,7 +285,7 @@ def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_bit(
 
 
 def test_what_a_run_folder_refuses(
-    make_config, config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    make_config, config_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = make_config(**{"training.stop_at_tokens": 512})
     assert main([str(config_file), "--resume"]) == 2

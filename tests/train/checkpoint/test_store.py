@@ -377,7 +377,7 @@ def test_a_url_that_does_not_answer_loses_no_checkpoint(monkeypatch: pytest.Monk
     assert damage(store.folder / "tokens-000000000000002") is None
 
 
-def test_a_url_that_nothing_reads_is_one_line(tmp_path: Path) -> None:
+def test_a_url_that_nothing_reads_is_one_line() -> None:
     with pytest.raises(CheckpointError, match="can't use nosuch://x"):
         store_in("nosuch://x/y").newest()
 
