@@ -1,6 +1,6 @@
 """The scan's Triton kernels against the float64 token loop, and as operators.
 
-Without a GPU they run in Triton's interpreter (tests/conftest.py), also in float64, where the
+Without a GPU they run in Triton's interpreter (tests/__init__.py), also in float64, where the
 agreement is to round-off; on a GPU in float32, at the widths compiled for.
 """
 
