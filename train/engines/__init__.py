@@ -17,6 +17,7 @@ from train.config import ConfigError, RunConfig
 from train.engines.native import NativeEngine
 from train.engines.parts import Engine
 from train.optim.levels import late_levels
+from train.parallel.activations import why_not_compile
 from train.parallel.layout import Job, Layout, resolve
 from train.parallel.mesh import make_mesh
 from train.parallel.parallelize import PRECISIONS
@@ -42,7 +43,13 @@ def layout_of(config: RunConfig, world_size: int) -> Layout:
 
 
 def check_kernels(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError where the model insists on kernels that can't run on that device."""
+    """Raise ConfigError where what is insisted on, kernels or compiled layers, can't run on that
+    device."""
+    if config.parallel.compile and (reason := why_not_compile(device)):
+        raise ConfigError(
+            f"parallel.compile=true can't be used: {reason}; install one, name it in CXX, or take "
+            "compile=false"
+        )
     model, titans = config.model, config.model.titans
     dtype = PRECISIONS[config.parallel.precision] or torch.float32
     x = torch.empty(1, 1, 1, model.head_dim, dtype=dtype, device=device)

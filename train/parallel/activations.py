@@ -66,6 +66,21 @@ def _recomputed(forward: Any, contexts: Any, *arguments: Any) -> Any:
     )
 
 
+def why_not_compile(device: torch.device) -> str:
+    """Why layers can't be compiled for that device, as a clause; empty if they can."""
+    if device.type != "cpu":
+        return ""
+    from torch._inductor.config import cpp  # seconds, which a run that compiles nothing saves
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, OSError):
+        return f"torch.compile finds no C++ compiler ({', '.join(filter(None, cpp.cxx))})"
+    return ""
+
+
 def compile_layers(model: nn.Module) -> None:
     """torch.compile every layer in place; equal layers share what is compiled."""
     # All layers are one function to the compiler: kinds of layers x training or not x with or

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.native.build import why_not
 from hope.scan import ScanConfig
-from train.parallel.activations import checkpoint_activations
+from train.config import RunConfig
+from train.engines import check_kernels
+from train.parallel.activations import checkpoint_activations, why_not_compile
+from train.section import ConfigError
 
 CONFIG = HopeConfig(
     vocab_size=31,
@@ -86,3 +90,18 @@ def test_gradients_are_the_same_and_no_scan_runs_twice(how: str) -> None:
     again = calls["aten::mm"] - plain_calls["aten::mm"]
     assert again > 0 if how == "full" else again == 0
     assert calls["aten::silu"] > plain_calls["aten::silu"]
+
+
+def test_without_a_compiler_compiled_layers_are_refused_in_a_line(
+    make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at the first step, with a hundred lines of the compiler's own."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    config = make_config(**{"parallel.compile": True})
+    with pytest.raises(ConfigError) as caught:
+        check_kernels(config, torch.device("cpu"))
+    assert str(caught.value) == (
+        "parallel.compile=true can't be used: torch.compile finds no C++ compiler "
+        "(no-such-compiler); install one, name it in CXX, or take compile=false"
+    )
+    assert not why_not_compile(torch.device("cuda"))
