@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hope.config import HopeConfig
@@ -30,6 +31,8 @@ from train.config import RunConfig
 from train.engines import layout_of, open_engine
 from train.parallel.config import ParallelConfig
 from train.parallel.layout import Job, resolve
+from train.parallel.part import Part, cut_layers
+from train.parallel.pipeline import in_halves
 from train.parallel.ranks import Ranks
 from train.section import ConfigError
 
@@ -95,6 +98,39 @@ def test_no_schedule_runs_a_recurrence_twice() -> None:
     ]
     found = run(2, scans, [make_config("hope", layout) for layout in layouts], seconds=120)
     assert found == [[{"forward": 8, "backward": 8}] * len(layouts)] * 2
+
+
+def compiled_passes(rank: int, config: RunConfig) -> list[int]:
+    """How often compiled layers ran forward and backward in one step."""
+    engine = open_engine(config, Ranks())
+    engine.forward_backward(make_batch(0, 0, ROWS), None)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        engine.forward_backward(make_batch(1, 0, ROWS), None)
+    counts = {event.key: event.count for event in seen.key_averages()}
+    return [counts["CompiledFunction"], counts["CompiledFunctionBackward"]]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_no_schedule_runs_a_compiled_layer_twice() -> None:
+    """Its backward pass is one call, which gives the inputs' gradients and the parameters'."""
+    layout = {"pp": 2, "micro_batches": 2, "schedule": "zbv", "compile": True}
+    found = run(2, compiled_passes, make_config("transformer", layout), seconds=500)
+    assert found == [[4, 4]] * 2
+
+
+def test_backward_passes_go_in_halves_where_that_repeats_nothing() -> None:
+    def halves(model: str, **parallel: Any) -> bool:
+        config = make_config(model)
+        part = Part(cut_layers(config.model, range(2)), range(2))
+        return in_halves(ParallelConfig(**parallel), part)
+
+    assert halves("transformer", schedule="zbv")
+    assert halves("transformer", schedule="zero-bubble")
+    assert not halves("transformer", schedule="interleaved")
+    assert not halves("transformer", schedule="zbv", compile=True)
+    assert not halves("transformer", schedule="zbv", activation_checkpointing="selective")
+    assert not halves("hope-attention", schedule="zbv")
 
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv")

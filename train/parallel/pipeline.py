@@ -37,11 +37,12 @@ def in_halves(parallel: ParallelConfig, part: Part) -> bool:
     """Whether a part's backward passes are done in halves, by the inputs and by the parameters.
 
     The zero-bubble schedules place the halves apart. Where the second half would do work of the
-    first again, the scan's recurrence or a layer that is recomputed, the first half does it all.
+    first again, the scan's recurrence or a layer that is recomputed or compiled (its backward pass
+    is one call), the first half does it all.
     """
     writing = any(isinstance(m, SelfModifyingTitans) and m.writes for m in part.model.modules())
-    recomputed = parallel.activation_checkpointing != "none"
-    return parallel.schedule in ("zero-bubble", "zbv") and not writing and not recomputed
+    whole = writing or parallel.activation_checkpointing != "none" or parallel.compile
+    return parallel.schedule in ("zero-bubble", "zbv") and not whole
 
 
 def _nothing_left() -> None:
