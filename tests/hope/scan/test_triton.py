@@ -39,15 +39,19 @@ RESETS = ((0, 32), (1, 0))
 @pytest.fixture(scope="module", autouse=True)
 def quick_device_functions() -> Iterator[None]:
     """The interpreter patches triton.language anew in every call of a device function, which the
-    launch has done already: that is most of its time."""
+    launch has done already: that is most of its time. Triton's own functions, such as sigmoid, see
+    it as another module, which is patched here."""
     if ON_GPU:
         yield
         return
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.language import sigmoid
+    from triton.runtime.interpreter import InterpretedFunction, _patch_lang
 
+    core = _patch_lang(sigmoid.fn)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpretedFunction, "__call__", lambda f, *a, **k: f.rewrite()(*a, **k))
         yield
+    core.restore()
 
 
 def small(tokens: int = 37, width: int = WIDTH, **options: object) -> Problem:
