@@ -299,3 +299,7 @@ def test_a_backlog_goes_on_after_half_a_line(tmp_path: Path) -> None:
     assert again.left() == 1
     again.add({"metrics": {}, "step": 5})
     assert [record["step"] for record in again.next()[0]] == [3, 5]
+    again.path.unlink()  # by hand; what is written from now on is another file
+    anew = Backlog(tmp_path)
+    anew.add({"metrics": {}, "step": 6})
+    assert [record["step"] for record in anew.next()[0]] == [6]

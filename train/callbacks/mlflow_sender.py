@@ -45,11 +45,12 @@ class Backlog:
         self._cut_half_a_line()
 
     def _cut_half_a_line(self) -> None:
-        """Of a process that died while it wrote."""
+        """Of a process that died while it wrote; of a backlog that is gone MLflow has nothing."""
+        whole = 0
         if self.path.exists():
-            content = self.path.read_bytes()
-            os.truncate(self.path, content.rfind(b"\n") + 1)
-            self.sent = min(self.sent, content.rfind(b"\n") + 1)
+            whole = self.path.read_bytes().rfind(b"\n") + 1
+            os.truncate(self.path, whole)
+        self.sent = min(self.sent, whole)
 
     def add(self, record: dict[str, Any]) -> None:
         """Append; microseconds, whatever MLflow does."""
@@ -219,7 +220,7 @@ class Sender:
         several servers that know nothing of each other runs would be made without end."""
         tell(f"MLflow has no run {self._run_id} (any more): a new run gets everything of this one")
         self.backlog.mark(0)
-        (self.run_dir / MLFLOW_RUN_ID).unlink()
+        (self.run_dir / MLFLOW_RUN_ID).unlink(missing_ok=True)
         self._run_id, self._attempt, self._anew = "", "", True
 
     def _send(self, records: list[dict[str, Any]]) -> None:
