@@ -22,9 +22,10 @@ import dataclasses
 import errno
 import os
 import sys
+import time
 import traceback
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -54,6 +55,9 @@ from train.watchdog import HANG, Watchdog
 
 FAILED = 1
 USER_ERROR = 2
+USER_ERRORS = (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError)
+SAID = "another rank has said so"
+CAUSE_FIRST_S = 2.0  # for the rank to end whose error it is that others lost it
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 DISK_HINT = "what was saved before is whole, and --resume goes on from it"
 
@@ -106,7 +110,10 @@ def main(arguments: list[str] | None = None, signals: StopSignals | None = None)
     if options.dry_run and signals is not None:
         signals.let_through()
     try:
-        config = load_config(options.config, options.overrides)
+        try:
+            config = load_config(options.config, options.overrides)
+        except ConfigError as error:  # one line a machine; the ranks don't know each other yet
+            return _tell(error, USER_ERROR, int(os.environ.get("LOCAL_RANK", "0")) == 0)
         if options.dry_run:
             if config.model.vocab_size is None:
                 config = with_vocabulary(config, open_corpora(config))
@@ -117,12 +124,15 @@ def main(arguments: list[str] | None = None, signals: StopSignals | None = None)
         return train(config, resume, options.resume_or_start, named, signals)
     except SaveError as error:
         return _tell(error, FAILED)
-    except (ConfigError, RunFolderError, CheckpointError, DataError, CorruptDataError) as error:
-        return _tell(error, USER_ERROR, int(os.environ.get("RANK", "0")) == 0)
+    except USER_ERRORS as error:
+        return _tell(error, USER_ERROR, SAID not in getattr(error, "__notes__", ()))
     except NoDeviceError as error:
         return _tell(error, USER_ERROR)
     except RankLostError as error:
-        return _tell(error, HANG)
+        status = _tell(error, HANG)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # the job's status is that of the first to end
+            time.sleep(CAUSE_FIRST_S)
+        return status
     except (NonFiniteError, FloatingPointError, OutOfMemoryError) as error:
         return _tell(error, FAILED)
     except Exception as error:
@@ -152,6 +162,8 @@ def train(
     resume: continue the run in run_dir; or_start: where it has a checkpoint, else begin.
     resume_from: the name of the checkpoint to resume from; None: the newest that verifies.
     signals: those that are listened to already; None: from here to the end.
+
+    A user's error that several ranks find has the note SAID on all of them but one.
     """
     prepare_torch(config.num_threads)
     with ExitStack() as stack:
@@ -159,6 +171,7 @@ def train(
         training = config.training
         signals.deadline = walltime_deadline(training.walltime_s, training.walltime_margin_s)
         ranks = stack.enter_context(Ranks())
+        stack.enter_context(_said_once(ranks))
         watchdog = stack.enter_context(Watchdog(config.watchdog, config.run_dir, ranks))
         faults = Faults(config, ranks)
         try:
@@ -179,6 +192,18 @@ def train(
             if not is_out_of_memory(error):
                 raise
             raise OutOfMemoryError(f"{error}\n{memory_report(trainer, error)}") from None
+
+
+@contextmanager
+def _said_once(ranks: Ranks) -> Iterator[None]:
+    """Notes on a user's error that another rank has said so; what one rank alone finds, such as a
+    damaged shard, it has to say itself."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if not ranks.says_first(str(error)):
+            error.add_note(SAID)
+        raise
 
 
 def _prepare(

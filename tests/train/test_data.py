@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from data_pipeline import Corpus, CorruptDataError, DataError
 from tests.train.test_trainer import assert_same_run, losses
@@ -135,11 +139,12 @@ def test_a_corpus_of_weight_0_is_left_out_until_its_stage(make_config, corpora, 
         assert not {tuple(row) for row in joined[16:]} & {tuple(row) for row in alone}
 
 
-def damaged(corpora, tmp_path: Path) -> Path:
+def damaged(corpora, tmp_path: Path, part: float = 0.0) -> Path:
+    """part: of the shard that lies before the damage."""
     folder = Path(shutil.copytree(corpora["train"], tmp_path / "damaged"))
     for path in folder.glob("*.tok"):
         data = bytearray(path.read_bytes())
-        data[100] ^= 1
+        data[100 + int(part * len(data))] ^= 1
         path.write_bytes(data)
     return folder
 
@@ -158,3 +163,25 @@ def test_a_damaged_frame_stops_the_run_or_is_left_out(
     pad = Corpus.open(folder).pad_id
     assert (taken == pad).all(1).any()
     assert not (taken == pad).all()
+
+
+@pytest.mark.slow
+def test_the_rank_that_meets_a_damaged_frame_says_so(
+    make_config, raw_config, corpora, tmp_path
+) -> None:
+    """The second of two; the first sees only that it was lost, and ends later."""
+    folder = damaged(corpora, tmp_path, part=0.55)
+    make_config(**{"data.train": [{"path": str(folder)}], "data.order": "stream"})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    launcher = ["launch.agent", "--no-preflight", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "train", str(path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    assert f"error: {folder}" in result.stderr
+    assert "the bytes do not match their checksum" in result.stderr

@@ -9,9 +9,12 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from data_pipeline import DataError
 from launch.checks import device_of
 from tests.conftest import tiny_config
-from train.__main__ import main
+from tools.processes import run
+from train import __main__ as program
+from train.__main__ import SAID, _said_once, main
 from train.parallel.ranks import NoDeviceError, Ranks, own_device
 
 
@@ -59,3 +62,34 @@ def test_a_rank_that_failed_waits_for_no_other(monkeypatch: pytest.MonkeyPatch, 
     ranks.__exit__(None, None, None)
     ranks.__exit__(MemoryError, MemoryError(), None)
     assert done == ["destroyed", "aborted" if gpus else "destroyed"]
+
+
+def found(rank: int) -> list[bool]:
+    """Whether another rank has said so: what both find, and what each finds alone."""
+    ranks, said = Ranks(), []
+    for text in ("no such corpus", f"frame {rank} is damaged"):
+        with pytest.raises(DataError, match=text) as caught, _said_once(ranks):
+            raise DataError(text)
+        said.append(SAID in getattr(caught.value, "__notes__", ()))
+    return said
+
+
+def test_what_several_ranks_find_is_said_once_and_what_one_finds_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (both, alone), (both_too, alone_too) = run(2, found)
+    assert {both, both_too} == {True, False}
+    assert not alone
+    assert not alone_too
+    monkeypatch.setenv("RANK", "1")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        yaml.safe_dump(tiny_config(dict.fromkeys(("train", "validation"), tmp_path), tmp_path))
+    )
+    error = DataError("frame 7 is damaged")
+    monkeypatch.setattr(program, "train", lambda *_: (_ for _ in ()).throw(error))
+    assert main([str(config)]) == 2
+    assert capsys.readouterr().err == "error: frame 7 is damaged\n"
+    error.add_note(SAID)
+    assert main([str(config)]) == 2
+    assert capsys.readouterr().err == ""
