@@ -10,8 +10,6 @@ from tools.peak_memory import CASES, DEEPSPEED_CASES, prediction_errors
 
 QUICK = [0, 8, 10, 14]
 """One process, tensor, pipeline and sharded data parallel; the rest is for `make test-slow`."""
-QUICK_DEEPSPEED = 16
-"""ZeRO 3 on two processes, with more parameters than activations."""
 BFLOAT16_PRODUCTS = pytest.mark.xfail(
     reason="what bfloat16 products need on a CPU is not predicted (docs/deepspeed.md)", strict=False
 )
@@ -37,9 +35,7 @@ def test_peak_memory_is_predicted_within_a_tenth(
     [
         pytest.param(
             *case,
-            marks=[]
-            if number == QUICK_DEEPSPEED
-            else [pytest.mark.slow, *([TOO_SMALL[number]] if number in TOO_SMALL else [])],
+            marks=[pytest.mark.slow, *([TOO_SMALL[number]] if number in TOO_SMALL else [])],
         )
         for number, case in enumerate(DEEPSPEED_CASES)
     ],

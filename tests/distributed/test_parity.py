@@ -50,10 +50,10 @@ CASES = [
 ]
 
 
-def test_half_of_the_layouts_of_two_ranks_follow_one_process() -> None:
-    """Every second of those below: each axis alone, and half of its options."""
+def test_a_third_of_the_layouts_of_two_ranks_follow_one_process() -> None:
+    """Every third of those below: sharded, tensor, pipeline and context parallel."""
     layouts = table("native", "hope", 2)
-    compare("hope", 2, {name: layouts[name] for name in list(layouts)[::2]})
+    compare("hope", 2, {name: layouts[name] for name in list(layouts)[2::3]})
 
 
 @pytest.mark.slow

@@ -94,10 +94,10 @@ def same(found: Path, expected: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_chain_through_every_layout(straight: dict[str, Any], tmp_path: Path) -> None:
-    """Saved and taken up eight times on the way, also inside periods."""
+def test_a_chain_of_layouts(straight: dict[str, Any], tmp_path: Path) -> None:
+    """Saved and taken up four times on the way, also inside periods."""
     raw = {**straight, "run_dir": str(tmp_path / "chain")}
-    order = ["one", "tp2shard2", "pp2", "shard2", "cp2", "pp2tp2", "dp2", "tp2"]
+    order = ["one", "tp2shard2", "pp2", "cp2", "dp2"]
     for number, name in enumerate(order):
         stop = None if number == len(order) - 1 else (number + 1) * STEP
         call(name, raw, stop, resume=number > 0)

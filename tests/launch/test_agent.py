@@ -75,7 +75,9 @@ def test_a_rank_that_is_killed_is_started_again_and_named(tmp_path: Path) -> Non
     assert errors.count("\n") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_all_processes_at_once_leaves_ranks_time_to_save(
     tmp_path: Path, number: int
 ) -> None:
@@ -181,6 +183,7 @@ def test_what_the_checks_refuse_is_not_started(launched, tmp_path: Path) -> None
     assert not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.slow
 def test_checks_come_first_then_the_training(launched, tmp_path: Path) -> None:
     trained = launched()
     assert trained.returncode == 0, trained.stderr

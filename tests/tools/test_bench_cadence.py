@@ -12,6 +12,7 @@ from tools.bench_cadence import RANKS, count_traffic, expected_traffic, one_proc
 from tools.processes import run
 
 
+@pytest.mark.slow
 def test_counted_bytes_are_the_formulas() -> None:
     traffic = run(RANKS, count_traffic)[0]
     assert len(traffic) == 4

@@ -147,7 +147,7 @@ def test_bad_sizes_of_the_table(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        "write_forward_d128_h256_c32_bf16",
+        pytest.param("write_forward_d128_h256_c32_bf16", marks=pytest.mark.slow),
         pytest.param("write_backward_mem_d64_h64_c16_bf16", marks=pytest.mark.slow),
         pytest.param("gated_norm_backward_d64_bf16", marks=pytest.mark.slow),
         pytest.param("convolve_backward_bf16", marks=pytest.mark.slow),

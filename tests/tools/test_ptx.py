@@ -371,7 +371,9 @@ def test_the_compiled_scan_in_bfloat16_agrees_with_float64(name: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(("--cases", "d64_h64_c16", "--tokens", "40"), id="one"),
+        pytest.param(
+            ("--cases", "d64_h64_c16", "--tokens", "40"), id="one", marks=pytest.mark.slow
+        ),
         pytest.param((), id="all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )

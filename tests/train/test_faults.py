@@ -21,7 +21,14 @@ def trained(rank: int, configs: list[RunConfig]) -> list[int]:
     return [train(config, resume=False) for config in configs]
 
 
-def test_what_is_not_a_number_is_seen_in_either_engine(make_config, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engines",
+    [[("native", 1)], pytest.param([("deepspeed", 1), ("deepspeed", 3)], marks=pytest.mark.slow)],
+    ids=["native", "deepspeed"],
+)
+def test_what_is_not_a_number_is_seen_in_either_engine(
+    make_config, tmp_path: Path, engines: list[tuple[str, int]]
+) -> None:
     """In a process of its own: DeepSpeed's group and what it keeps of it last as long as that."""
     few = {"training.total_tokens": 4 * 256, "checkpoint.asynchronous": False}
     configs = [
@@ -32,7 +39,7 @@ def test_what_is_not_a_number_is_seen_in_either_engine(make_config, tmp_path: Pa
             faults=[{"kind": kind, "step": 3}],
         )
         for kind in ("nan_gradient", "nan_loss")
-        for engine, stage in (("native", 1), ("deepspeed", 1), ("deepspeed", 3))
+        for engine, stage in engines
     ]
     assert run(1, trained, configs, seconds=240) == [[0] * len(configs)]
     for config in configs:

@@ -58,7 +58,10 @@ def signalled_early(number: int, *arguments: str) -> int:
     return process.returncode
 
 
-@pytest.mark.parametrize(("number", "status"), STATUSES)
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [*(pytest.param(*one, marks=pytest.mark.slow) for one in STATUSES[:2]), STATUSES[2]],
+)
 def test_a_signal_that_comes_before_torch_is_a_request_too(
     raw_config, tmp_path: Path, number: int, status: int
 ) -> None:

@@ -255,10 +255,8 @@ def test_a_run_is_taken_up_by_other_ranks(
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # in any phase, on two ranks: tests/distributed/test_failures.py
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_leaves_a_checkpoint_that_resumes_to_the_bit(
     config_file: Path, make_config, tmp_path: Path, number: int, code: int
 ) -> None:

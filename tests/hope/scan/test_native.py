@@ -240,6 +240,7 @@ def test_compiled_once_and_again_when_damaged(tmp_path: Path) -> None:
     assert compiled().stat().st_size == at_first.st_size
 
 
+@pytest.mark.slow
 def test_without_a_place_to_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "file"
     file.touch()
