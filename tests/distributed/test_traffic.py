@@ -111,7 +111,7 @@ def test_formula_of_axes_together_on_eight_ranks(model: str, layout: dict[str, A
     compare(8, model, [layout])
 
 
-@pytest.mark.parametrize("mode", ["independent", "nested"])
+@pytest.mark.parametrize("mode", ["nested", pytest.param("independent", marks=pytest.mark.slow)])
 def test_formula_of_other_modes(mode: str) -> None:
     compare(2, "hope", [{}, {"tp": 2, **SP, **FULL}], **SMALL, **{"model.cms.mode": mode})
 

@@ -167,7 +167,7 @@ def test_memory_that_nothing_has_written_is_not_used() -> None:
     ("rule", "expansion"),
     [
         *(pytest.param(z, 1, marks=() if z == "normalised" else pytest.mark.slow) for z in RULES),
-        ("normalised", 2),
+        pytest.param("normalised", 2, marks=pytest.mark.slow),
     ],
 )
 def test_in_bfloat16(rule: str, expansion: int) -> None:

@@ -159,7 +159,7 @@ def test_operators_are_what_torch_expects() -> None:
     assert [z.shape for z in found] == [z.shape for z in problem.leaves().values()]
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", pytest.param("avx2", marks=pytest.mark.slow)])
 def test_other_processors(capability: str) -> None:
     """What older processors have: other registers, the same numbers."""
     if capability == "avx2" and "AVX" not in torch.backends.cpu.get_cpu_capability():

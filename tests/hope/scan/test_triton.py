@@ -411,7 +411,7 @@ except ValueError as error:
             "__import__('triton')",
             "x is on the CPU, where kernels run under TRITON_INTERPRET=1 only",
         ),
-        ("None", "triton is not installed"),
+        pytest.param("None", "triton is not installed", marks=pytest.mark.slow),
     ],
 )
 def test_where_there_is_nothing_to_run_kernels_on(triton: str, words: str) -> None:

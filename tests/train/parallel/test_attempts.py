@@ -70,7 +70,7 @@ def test_what_an_attempt_left_that_died_on_the_way_misleads_nobody(server: TCPSt
     assert len({*read, *two}) == 2
 
 
-@pytest.mark.parametrize("hosted", [True, False])
+@pytest.mark.parametrize("hosted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_agents_need_not_agree_how_often_they_started_ranks(hosted: bool, server: TCPStore) -> None:
     """One restarted ranks that failed, the other came back: torchrun tells 1 and 0."""
     code = "from train.parallel.ranks import Ranks\nwith Ranks() as ranks: print(ranks.sum([2.0]))"
