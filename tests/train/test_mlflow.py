@@ -67,8 +67,12 @@ QUICK = {"model.mixer": "attention", "training.total_tokens": 4 * 256}
 
 
 def test_a_server_that_is_down_stops_nothing_and_gets_everything_later(
-    make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where MLflow keeps files with a store of one's own
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and never listens
         uri = f"http://me:{SECRET}@127.0.0.1:{nobody.getsockname()[1]}"
@@ -101,8 +105,9 @@ def test_a_server_that_is_down_stops_nothing_and_gets_everything_later(
 
 
 def test_a_domain_of_any_name_reaches_mlflow_and_so_does_what_follows(
-    make_config, corpora: dict[str, Path], tmp_path: Path
+    make_config, corpora: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     held_out, store = str(corpora["validation"]), f"sqlite:///{tmp_path / 'mlflow.db'}"
     source = {"path": held_out, "validation": held_out, "name": "c++ (new)", "tokens": 512}
     stream = {"mode": "continual", "data.order": "stream", "training.state_carry": "stream"}
