@@ -35,7 +35,14 @@ from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointStore
 from train.config import ConfigError, flatten, load_config
 from train.parallel.ranks import Ranks
-from train.run_folder import CHECKPOINTS, CONFIG, RunFolderError, run_folder_of, run_lock
+from train.run_folder import (
+    CHECKPOINTS,
+    CONFIG,
+    RunFolderError,
+    owner_of,
+    run_folder_of,
+    run_lock,
+)
 
 
 class DamagedError(CheckpointError):
@@ -252,7 +259,8 @@ def main(arguments: list[str] | None = None) -> int:
             with ExitStack() as stack:
                 folder = store_folder(run)
                 if options.command == "prune":
-                    around = (Path(run), Path(run).resolve().parent, run_folder_of(folder))
+                    writes = run_folder_of(owner_of(folder))
+                    around = (Path(run), Path(run).resolve().parent, writes)
                     for owner in {path.resolve() for path in around if path is not None}:
                         if (owner / CONFIG).exists():
                             stack.enter_context(run_lock(owner))

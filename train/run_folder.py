@@ -223,7 +223,7 @@ def own_url(folder: Path, url: str) -> None:
                 f"{url} takes the checkpoints of another run; choose another checkpoint.url (or, "
                 f"if that run is gone, remove {OWNER} there)"
             )
-        elif (first := run_folder_of(place)) is not None and not first.samefile(folder):
+        elif (first := run_folder_of(there)) is not None and not first.samefile(folder):
             raise RunFolderError(
                 f"{url} takes the checkpoints of {first}, which {folder} is a copy of; choose "
                 f"another checkpoint.url (or, if {first} is out of use, remove {OWNER} in it)"
@@ -242,14 +242,13 @@ def owner_of(place: Place) -> tuple[str, str] | None:
     return run, folder
 
 
-def run_folder_of(place: Place) -> Path | None:
-    """The folder of the run that writes behind a URL, where this machine has it."""
-    there = owner_of(place)
-    if there is None or not there[1]:
+def run_folder_of(owner: tuple[str, str] | None) -> Path | None:
+    """The folder of a run that writes behind a URL (`owner_of`), where this machine has it."""
+    if owner is None or not owner[1]:
         return None
-    folder = Path(there[1])
+    folder = Path(owner[1])
     try:
-        return folder if (folder / OWNER).read_text() == there[0] else None
+        return folder if (folder / OWNER).read_text() == owner[0] else None
     except (OSError, ValueError):
         return None
 

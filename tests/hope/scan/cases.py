@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,19 @@ IMPLEMENTATIONS = [
     ),
 ]
 """Those for a CPU that have a backward of their own."""
+RULES = ("normalised", "target", "input", "off")
+DECAYS = ("initial", "zero")
+READS = ("causal", "chunk_start")
+
+
+def every_option(*quick: tuple[str, str]) -> list[Any]:
+    """Every rule, decay and read as parameters of a test; of each rule all but one decay and read,
+    in the order of `RULES`, are slow."""
+    return [
+        pytest.param(rule, *one, marks=() if one == own else pytest.mark.slow)
+        for rule, own in zip(RULES, quick, strict=True)
+        for one in itertools.product(DECAYS, READS)
+    ]
 
 
 class Problem(NamedTuple):

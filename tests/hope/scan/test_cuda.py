@@ -22,21 +22,20 @@ from hope.scan.cuda.call import (
 from hope.scan.cuda.device import why_not
 from hope.scan.cuda.nvrtc import NAMES, candidates, compiled, library
 from tests.hope.scan import on_host as host
-from tests.hope.scan.cases import OnGpu, Problem, everything, make_problem, worst_error
+from tests.hope.scan.cases import (
+    RULES,
+    OnGpu,
+    Problem,
+    every_option,
+    everything,
+    make_problem,
+    worst_error,
+)
 from tests.hope.scan.on_host import on_host
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not host.COMPILER, reason="there is no C++ compiler")
 
-SLOW = pytest.mark.slow
-QUICK = {
-    "normalised": ("zero", "chunk_start"),
-    "target": ("initial", "causal"),
-    "input": ("zero", "causal"),
-    "off": ("initial", "chunk_start"),
-}
-"""Each rule with another decay and read in those that are not slow."""
-RULES = tuple(QUICK)
 RESETS = ((0, 32), (1, 0))
 
 
@@ -52,15 +51,15 @@ def problem(tokens: int = 37, **options: object) -> Problem:
     return make_problem(**{"rows": 2, "heads": 1, "tokens": tokens, "width": 64, **options})  # type: ignore
 
 
-OPTIONS = [
-    pytest.param(rule, decay_to, read, marks=() if QUICK[rule] == (decay_to, read) else SLOW)
-    for rule in RULES
-    for decay_to in ("initial", "zero")
-    for read in ("causal", "chunk_start")
-]
-
-
-@pytest.mark.parametrize(("rule", "decay_to", "read"), OPTIONS)
+@pytest.mark.parametrize(
+    ("rule", "decay_to", "read"),
+    every_option(
+        ("zero", "chunk_start"),
+        ("initial", "causal"),
+        ("zero", "causal"),
+        ("initial", "chunk_start"),
+    ),
+)
 def test_every_option(rule: str, decay_to: str, read: str) -> None:
     """With resets and a partial last chunk, in three segments; blocks of 32 in the memories that
     project, of 16 in M_mem; six memories and a carried state half the time."""
@@ -137,7 +136,7 @@ def test_shapes_and_chunks(
     check_parity(problem(**shape), ScanConfig(*chunks, checkpoint_chunks=checkpoint_chunks))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(z, marks=SLOW) for z in (1, 2))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(z, marks=pytest.mark.slow) for z in (1, 2))])
 def test_random_shapes(seed: int) -> None:
     draw = random.Random(seed)
     memory = draw.choice((16, 32))

@@ -24,7 +24,16 @@ from hope.init import initialise
 from hope.layer import HopeLayer
 from hope.scan import ScanConfig, scan
 from hope.scan.triton import _scan_triton, shared_memory, warn_once, why_not
-from tests.hope.scan.cases import OnGpu, Problem, everything, make_problem, worst_error
+from tests.hope.scan.cases import (
+    READS,
+    RULES,
+    OnGpu,
+    Problem,
+    every_option,
+    everything,
+    make_problem,
+    worst_error,
+)
 
 pytest.importorskip("triton")
 
@@ -81,26 +90,18 @@ def to_device(part: object, dtype: torch.dtype) -> object:
     return None if part is None else type(part)(*(to_device(z, dtype) for z in part))  # type: ignore
 
 
-SLOW = pytest.mark.slow
-DECAYS = ("initial", "zero")
-READS = ("causal", "chunk_start")
-QUICK = {
-    "normalised": ("initial", "causal"),
-    "target": ("zero", "chunk_start"),
-    "input": ("initial", "chunk_start"),
-    "off": ("zero", "causal"),
-}
-"""Each rule with another decay and read in those that are not slow."""
-OPTIONS = [
-    pytest.param(rule, decay_to, read, marks=() if QUICK[rule] == (decay_to, read) else SLOW)
-    for rule, decay_to, read in itertools.product(QUICK, DECAYS, READS)
-]
-
-
-@pytest.mark.parametrize(("rule", "decay_to", "read"), OPTIONS)
+@pytest.mark.parametrize(
+    ("rule", "decay_to", "read"),
+    every_option(
+        ("initial", "causal"),
+        ("zero", "chunk_start"),
+        ("initial", "chunk_start"),
+        ("zero", "causal"),
+    ),
+)
 def test_every_option(rule: str, decay_to: str, read: str) -> None:
     """With resets and a partial last chunk; six memories and a carried state half the time."""
-    number = list(QUICK).index(rule)
+    number = RULES.index(rule)
     eta_max = 0.5 if rule in ("normalised", "target") else 0.1
     config = ScanConfig(16, 32, eta_max, rule, decay_to, read, checkpoint_chunks=1)
     memories = 5 + (number + (decay_to == "zero")) % 2
@@ -151,7 +152,7 @@ def test_states_that_begin_as_the_weights_leave_them_alone(rows: int) -> None:
         ("normalised", "causal", 1),
         *(
             pytest.param(rule, read, 2, marks=pytest.mark.slow)
-            for rule, read in itertools.product(QUICK, READS)
+            for rule, read in itertools.product(RULES, READS)
         ),
     ],
 )
