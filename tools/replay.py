@@ -115,7 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             trainer.loader.close()
             trainer.store.close()
-    except (CheckpointError, ConfigError, DataError, CorruptDataError, ValueError) as error:
+    except (
+        *(CheckpointError, ConfigError, DataError, CorruptDataError),
+        *(OSError, ValueError),
+    ) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return 2
     return 0

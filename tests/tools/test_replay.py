@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from train.continual import open_loader
 from train.engines.native import NativeEngine
 from train.parallel.part import Part
 from train.parallel.ranks import Ranks
+from train.run_folder import CONFIG, METRICS
 
 ROW, TOKEN = 2, 10
 
@@ -57,6 +59,8 @@ def test_what_is_not_finite_is_told_with_its_text(
     config = make_config(**{"checkpoint.keep_last": 9})
     spoil(monkeypatch, {4, 6})
     assert train(config, resume=False) == 0
+    metrics = config.run_dir / METRICS
+    metrics.write_text('5\n["kind"]\n{"kind": "skip"}\n' + metrics.read_text())  # not ours
     before = contents(config.run_dir)
     capsys.readouterr()
     assert main([str(config.run_dir), "--rows", "2"]) == 0
@@ -125,9 +129,12 @@ def test_what_it_can_not_do_is_one_line(
         assert train(config, resume=False) == 0
     capsys.readouterr()
     rows = config.batch_rows
+    (tmp_path / "odd" / METRICS).mkdir(parents=True)
+    copy(calm.run_dir / CONFIG, tmp_path / "odd")
     for arguments, message in (
         ([str(tmp_path)], "holds no run"),
         ([str(calm.run_dir)], "skipped no step"),
+        ([str(tmp_path / "odd")], "Is a directory"),
         ([str(config.run_dir), "--position", "1"], f"those skipped are at 0, {7 * rows}"),
         ([str(config.run_dir), "--position", "0"], "nothing to replay the step with: no usable"),
     ):

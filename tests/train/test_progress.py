@@ -62,4 +62,25 @@ def test_loss_speed_eta_and_every_slow_level_in_80_columns(
     assert not terminal or max(map(len, parts)) <= 80
     for wanted in (r"loss 10\.125", "tok/s", "mid in 524.3K slow in 3.7M slowest in 16.3M"):
         assert re.search(wanted, shown)
-    assert re.search(r"<.*[0-9:]+," if terminal else r"ETA \d+ s", shown)
+    assert re.search(r"<.*[0-9:]+," if terminal else r"ETA 2:46:39 ", shown)
+
+
+def test_eta_counts_what_lies_between_steps(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clock = TokenClock(PERIODS)
+    trainer: Any = SimpleNamespace(
+        clock=clock, target_tokens=1_000_000, domains=None, level_changes=[], finished=False
+    )
+    progress = Progress()
+    progress.on_start(trainer)
+    told = []
+    # Steps say 1,000 tokens a second; with an evaluation after each it is 100. Then back to 500.
+    for tokens, passed in ((1000, 0), (4000, 30), (500, 15), (2500, 20)):
+        now += passed
+        record = SimpleNamespace(loss=1.0, tokens=tokens, tokens_per_second=1e3)
+        progress.on_step(trainer, cast(Any, record))
+        told.append(re.findall(r"ETA (\S+) ", capsys.readouterr().err))
+    assert told == [["16:39"], ["2:46:00"], ["16:39"], ["2:46:15"]]

@@ -157,7 +157,8 @@ def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a metrics.jsonl; a line cut short by a crash is left out."""
+    """Every whole line of a metrics.jsonl. One that a crash cut short is left out, and so is what
+    something else wrote there. Raises OSError where the file can't be read."""
     return _rows(path.read_text()) if path.exists() else []
 
 
@@ -165,9 +166,11 @@ def _rows(text: str) -> list[dict[str, Any]]:
     rows = []
     for line in text.splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and {"kind", "tokens"} <= row.keys():
+            rows.append(row)
     return rows
 
 

@@ -35,6 +35,7 @@ class Progress(Callback):
         self._below: Any = None
         self._smooth: float | None = None
         self._last_line = 0.0
+        self._began: tuple[float, int] | None = None  # when the first step ended, tokens at it
 
     def on_start(self, trainer: Trainer) -> None:
         for change in trainer.level_changes:
@@ -69,13 +70,22 @@ class Progress(Callback):
                 self._below.refresh()
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            left = (trainer.target_tokens - record.tokens) / record.tokens_per_second
+            left = (trainer.target_tokens - record.tokens) / self._rate(record)
             self._write(
                 f"{record.tokens:,}/{trainer.target_tokens:,} tokens | "
-                f"{record.tokens_per_second:,.0f} tok/s | ETA {left:.0f} s | "
+                f"{record.tokens_per_second:,.0f} tok/s | ETA {tqdm.format_interval(left)} | "
                 + domain
                 + " | ".join(filter(None, (loss, levels)))
             )
+
+    def _rate(self, record: StepRecord) -> float:
+        """Tokens a second since the first step, with all that lies between steps (evaluations,
+        checkpoints); that of the step where none has gone by, as after a return to a checkpoint."""
+        now = time.monotonic()
+        if self._began is None or record.tokens <= self._began[1]:
+            self._began = now, record.tokens
+            return record.tokens_per_second
+        return (record.tokens - self._began[1]) / (now - self._began[0])
 
     def on_skip(self, trainer: Trainer, record: SkippedStep) -> None:
         self._write(
