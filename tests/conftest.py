@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import statistics
 import textwrap
@@ -15,11 +16,31 @@ import torch.distributed as dist
 
 from data_pipeline import train_tokenizer
 from data_pipeline.tokenizing import tokenize
+from train.callbacks import metrics
 from train.config import RunConfig, validate_config
 
 torch.set_num_threads(1)
 
 SOURCES = (random, statistics, textwrap)
+IMPORTED = ["train.__main__", "torch._dynamo", "torch.distributed.tensor", "deepspeed"]
+"""What the processes that tests fork have from the start; deepspeed takes seconds."""
+
+draw, metrics.plot_loss = metrics.plot_loss, lambda *_: None
+"""The picture takes longer than the steps: tests of it ask for `pictures`. In forked processes
+too, which begin with this module."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def forked_processes_begin_with_imports() -> None:
+    """Whatever the modules that are tested have asked for when they were collected."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([*IMPORTED, __name__])
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss curves are drawn."""
+    monkeypatch.setattr(metrics, "plot_loss", draw)
 
 
 @pytest.fixture(autouse=True)

@@ -209,7 +209,6 @@ def check_fsdp(rank: int, size: int, rendezvous: str, results: Any) -> None:
 def test_fsdp_gives_the_losses_and_gradients_of_one_process(tmp_path: Path) -> None:
     size = 2
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["torch"])
     results = processes.Queue()
     arguments = (size, f"file://{tmp_path}/rendezvous", results)
     ranks = [processes.Process(target=check_fsdp, args=(rank, *arguments)) for rank in range(size)]
