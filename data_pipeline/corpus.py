@@ -6,6 +6,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,8 +25,12 @@ from data_pipeline.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 
-_SHARDS_OPEN = 256
+_SHARDS_OPEN = 256  # of all corpora: a process may hold 1,024 files by default
 _FRAMES_KEPT = 32
+
+_numbers = count()
+_readers: Recent[tuple[int, int], ShardReader] = Recent(_SHARDS_OPEN)
+"""By (number of the corpus, shard). What nobody reads any more goes when others come."""
 
 
 class _Scratch(threading.local):
@@ -61,7 +66,7 @@ class Corpus:
         tokens = [shard["tokens"] for shard in self._shards]
         self._starts = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
         self._bounds: list[int] = self._starts.tolist()
-        self._open: Recent[int, ShardReader] = Recent(_SHARDS_OPEN)
+        self._number = next(_numbers)
         self._frames: Recent[tuple[int, int], np.ndarray] = Recent(_FRAMES_KEPT)
         self._opening = threading.Lock()
         self._scratch = _Scratch()
@@ -111,15 +116,16 @@ class Corpus:
         return int(self._starts[shard])
 
     def shard(self, number: int) -> ShardReader:
-        """The reader of one shard; at most a fixed number of files is held open."""
-        reader = self._open.get(number)
+        """The reader of one shard; at most a fixed number of files is held open, of all corpora
+        together."""
+        reader = _readers.get((self._number, number))
         if reader is not None:
             return reader
         with self._opening:
-            reader = self._open.get(number)
+            reader = _readers.get((self._number, number))
             if reader is None:
                 reader = self._good(number, lambda: self._open_shard(number))
-                self._open.put(number, reader)
+                _readers.put((self._number, number), reader)
         return reader
 
     def _open_shard(self, number: int) -> ShardReader:
@@ -141,7 +147,7 @@ class Corpus:
             if self._cache is None:
                 raise
             self._cache.path(self._shards[number]).unlink(missing_ok=True)
-            self._open.drop(number)
+            _readers.drop((self._number, number))
             return read()
 
     def names(self, shard: int) -> list[str]:
@@ -174,7 +180,7 @@ class Corpus:
         number = bisect_right(self._bounds, start) - 1
         done, frames, scratch = 0, self._frames, self._scratch.decompressor
         while start + done < stop:
-            reader = self._open.get(number) or self.shard(number)
+            reader = _readers.get((self._number, number)) or self.shard(number)
             base, size = self._bounds[number], reader.frame_tokens
             end = min(stop, self._bounds[number + 1]) - base
             at = start + done - base

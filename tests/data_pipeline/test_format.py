@@ -64,6 +64,15 @@ def test_a_corpus_can_be_moved(copied, corpus_folder):
     assert Corpus.open(copied).fingerprint == Corpus.open(corpus_folder).fingerprint
 
 
+def test_however_many_corpora_few_files_are_open(corpus_folder):
+    corpora = [Corpus.open(corpus_folder) for _ in range(300)]
+    for corpus in corpora:
+        assert corpus.shard(0).num_tokens + corpus.shard(1).num_tokens > 0
+    opened = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert sum(name.endswith(".tok") for name in opened) <= 256
+    assert corpora[0].read(0, 100).tolist() == corpora[-1].read(0, 100).tolist()
+
+
 def test_the_manifest_holds_no_paths_or_times(corpus_folder):
     text = (corpus_folder / "manifest.json").read_text()
     assert str(corpus_folder.parent) not in text
