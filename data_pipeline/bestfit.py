@@ -25,7 +25,7 @@ from data_pipeline.processes import each
 from data_pipeline.recent import Recent
 from data_pipeline.streams import is_url
 
-_PLANS_KEPT = 16
+_PLANS_KEPT = 64  # as many shards as `tokenize` makes of up to 16 GiB
 
 
 def pack_shard(lengths: np.ndarray, seq_len: int, align: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,38 +37,58 @@ def pack_shard(lengths: np.ndarray, seq_len: int, align: int) -> tuple[np.ndarra
     ends = np.cumsum(lengths)
     starts = ends - lengths
     whole, rest = np.divmod(lengths, seq_len)
-    rows: list[list[tuple[int, int, int]]] = []
-    for document in np.flatnonzero(whole):
-        for part in range(int(whole[document])):
-            at = int(starts[document]) + part * seq_len
-            rows.append([(0, at, min(at + seq_len + 1, int(ends[document])))])
+    cut = np.repeat(np.arange(len(lengths)), whole)
+    part = np.arange(len(cut)) - np.repeat(np.cumsum(whole) - whole, whole)
+    at = starts[cut] + part * seq_len
     units = -(-rest // align)
-    longest_first = np.argsort(-units, kind="stable")
+    longest_first = np.argsort(-units, kind="stable")[: np.count_nonzero(units)]
     full = min(seq_len // align, int(units.sum()))  # room beyond all rests is never used
+    rows, columns = _place(units[longest_first], full)
+    rests = np.array([align * columns, (ends - rest)[longest_first], ends[longest_first]])
+    pieces = np.concatenate([[0 * at, at, np.minimum(at + seq_len + 1, ends[cut])], rests], axis=1)
+    row = np.concatenate([np.arange(len(cut)), len(cut) + rows])
+    first = np.concatenate([[0], np.cumsum(np.bincount(row))]).astype(np.int64)
+    return first, np.ascontiguousarray(pieces[:, np.argsort(row, kind="stable")].T)
+
+
+def _place(units: np.ndarray, full: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where pieces of so many units, int64 [n] and falling, come one after the other, in rows of
+    `full`: (row, units before it), int64 [n] each.
+
+    Each goes into the row with least room that still fits, of several the one touched last. A row
+    that takes one takes as many of that size as it has room for before another is looked at, so
+    that what is done a step here is all rows of one room.
+    """
+    rows: list[int] = []
+    columns: list[int] = []
     room: list[list[int]] = [[] for _ in range(full + 1)]
-    with_room = 0
-    for document in longest_first.tolist():
-        need = int(units[document])
-        if need == 0:
-            break
-        fitting = with_room >> need
-        if fitting:
-            left = need + (fitting & -fitting).bit_length() - 1
-            row = room[left].pop()
-            if not room[left]:
-                with_room &= ~(1 << left)
-        else:
-            left, row = full, len(rows)
-            rows.append([])
-        end = int(ends[document])
-        rows[row].append(((full - left) * align, end - int(rest[document]), end))
-        left -= need
-        if left:
-            room[left].append(row)
-            with_room |= 1 << left
-    first = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
-    pieces = np.array([piece for row in rows for piece in row], np.int64).reshape(-1, 3)
-    return first, pieces
+    with_room = made = 0
+    sizes, times = np.unique(-units, return_counts=True)
+    for need, count in zip((-sizes).tolist(), times.tolist(), strict=True):
+        while count:
+            fitting = with_room >> need
+            left = need + (fitting & -fitting).bit_length() - 1 if fitting else full
+            each = min(left // need, count)
+            wanted = -(-count // each)
+            if fitting:
+                taken = room[left][: -wanted - 1 : -1]
+                del room[left][-wanted:]
+                if not room[left]:
+                    with_room &= ~(1 << left)
+            else:
+                taken = list(range(made, made + wanted))
+                made += wanted
+            placed = min(count, each * len(taken))
+            rows += [row for row in taken for _ in range(each)][:placed]
+            inside = [full - left + need * number for number in range(each)]
+            columns += (inside * len(taken))[:placed]
+            count -= placed
+            last = left - need * (placed - each * (len(taken) - 1))
+            for over, some in ((left - need * each, taken[:-1]), (last, taken[-1:])):
+                if over and some:
+                    room[over] += some
+                    with_room |= 1 << over
+    return np.array(rows, np.int64), np.array(columns, np.int64)
 
 
 def plan_path(corpus: Corpus, seq_len: int, align: int) -> Path:

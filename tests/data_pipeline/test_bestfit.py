@@ -2,11 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import IGNORE, Corpus, Loader, cli, evaluation_batches
+from data_pipeline import IGNORE, Corpus, Loader, bestfit, cli, evaluation_batches
 from data_pipeline.bestfit import BestFit, pack_shard, plan_path, plan_windows
+from data_pipeline.tokenizing import tokenize
 
 LENGTHS = st.lists(st.integers(2, 400), min_size=1, max_size=60)
 
@@ -52,6 +54,29 @@ def test_each_rest_goes_to_the_fullest_row_with_room(lengths):
         column, start, stop = pieces[first[row + 1] - 1].tolist()
         left.append((seq_len - column) // align - -(-(stop - start) // align))
     assert sorted(left) == sorted(free)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "align", "digest"),
+    [(512, 16, "06167e78f5032d8b"), (2048, 64, "f0a7044a146cf581"), (300, 1, "0d5a98d3333de216")],
+)
+def test_rows_are_what_they_were(seq_len, align, digest):
+    """A run that is resumed with a later version goes on in the same rows."""
+    lengths = np.exp(np.random.RandomState(0).uniform(1, 8, 5000)).astype(np.int64)
+    first, pieces = pack_shard(lengths, seq_len, align)
+    assert xxhash.xxh3_64_hexdigest(first.tobytes() + pieces.tobytes()) == digest
+
+
+def test_shards_in_turn_are_planned_once(text_folder, tokenizer, tmp_path, monkeypatch):
+    tokenize([str(text_folder)], tokenizer, tmp_path / "corpus", shard_bytes=500)
+    corpus = Corpus.open(tmp_path / "corpus")
+    assert 20 < corpus.num_shards <= 64
+    packing, planned = BestFit(corpus, 256, 16), []
+    real = bestfit.pack_shard
+    monkeypatch.setattr(bestfit, "pack_shard", lambda *z: planned.append(z) or real(*z))
+    for window in np.random.RandomState(0).permutation(packing.num_windows):
+        packing.pieces(int(window))
+    assert len(planned) <= corpus.num_shards
 
 
 def test_a_row_longer_than_all_text_takes_no_more_than_the_text():
