@@ -18,7 +18,7 @@ from train.checkpoint.manifest import (
     PLAIN,
     ManifestError,
     position,
-    read_manifest,
+    read_files,
 )
 from train.checkpoint.places import Place, URLPath, names, read, remove
 
@@ -120,7 +120,7 @@ def sweep(folder: Place, drafts: bool = False) -> None:
     if isinstance(folder, URLPath):
         for name in whole:
             try:
-                files = read_manifest(folder / name).files
+                files = read_files(folder / name)
             except (ManifestError, OSError):
                 return  # what it refers to is not known: nothing may go
             referenced |= {(e.folder, file) for file, e in files.items() if e.folder is not None}

@@ -30,7 +30,7 @@ from train.checkpoint.manifest import (
     MARKER,
     PLAIN,
     ManifestError,
-    read_manifest,
+    read_files,
     seal,
     write_marker,
 )
@@ -85,8 +85,8 @@ def write_part(target: Target, files: Sequence[NewFile]) -> dict[str, int]:
     """Write this rank's files, and say so in the draft folder. Where that fails they are removed:
     others may need the place on the disk.
 
-    A file that a complete checkpoint has, by its checksum, is not written again: it is read back
-    to see that it is good, and linked (behind a URL: referred to).
+    A file that the checkpoint before the last has, by its checksum, is not written again: it is
+    read back to see that it is good, and linked (behind a URL: referred to).
     """
     try:
         return _write_part(target, files)
@@ -98,7 +98,7 @@ def write_part(target: Target, files: Sequence[NewFile]) -> dict[str, int]:
 
 def _write_part(target: Target, files: Sequence[NewFile]) -> dict[str, int]:
     make_folder(target.draft)
-    known = _known_files(target.final.parent) if files else {}
+    known = _known_files(target.final.parent, {file.name for file in files}) if files else {}
     entries: dict[str, Any] = {}
     tensors: dict[str, Any] = {}
     written = reused = 0
@@ -168,28 +168,29 @@ def discard(target: Target) -> None:
         remove(target.final)
 
 
-def _known_files(folder: Place) -> dict[tuple[str, int], Place]:
-    """Files of complete checkpoints by checksum and bytes; the newest of equal ones.
+def _known_files(folder: Place, own: set[str]) -> dict[tuple[str, int], Place]:
+    """Files called as one of this rank's `own`, of the checkpoint before the last, by checksum and
+    bytes: what has not moved since then has its content.
 
-    Without those of the last checkpoint: it and the next one share no file, so that damage to one
-    leaves the other.
+    None that the last one has too: it and the next one share no file, so that damage to one leaves
+    the other. Nothing of other ranks or of older checkpoints is looked at: there may be thousands.
     """
-    known: dict[tuple[str, int], Place] = {}
-    last: set[tuple[int, int] | str] = set()
+    last: set[tuple[int, int] | str] | None = None
     for checkpoint in reversed(retention.complete(folder)):
         try:
-            manifest = read_manifest(checkpoint)
-            found = [(e, e.place(checkpoint, name)) for name, e in manifest.files.items()]
+            files = {name: e for name, e in read_files(checkpoint).items() if name in own}
+            found = [(e, e.place(checkpoint, name)) for name, e in files.items()]
             identities = [identity(place) for _, place in found]
         except (ManifestError, OSError):
             continue
-        if not last:
-            last = set(identities)
-            continue
-        for (entry, place), own in zip(found, identities, strict=True):
-            if own not in last:
-                known.setdefault((entry.xxh3_128, entry.bytes), place)
-    return known
+        if last is not None:
+            return {
+                (entry.xxh3_128, entry.bytes): place
+                for (entry, place), one in zip(found, identities, strict=True)
+                if one not in last
+            }
+        last = set(identities)
+    return {}
 
 
 def _reuse(old: Place, new: Place, entry: dict[str, Any]) -> bool:

@@ -103,6 +103,26 @@ def test_what_has_not_moved_is_not_written_again(tmp_path: Path, asynchronous: b
         assert_equal(store.tensors(folder), kept[tokens])
 
 
+def test_a_save_looks_at_few_files_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks times checkpoints times the files of all ranks would be millions."""
+    looked: list[object] = []
+    real = writer.read_files, writer.identity
+    monkeypatch.setattr(writer, "read_files", lambda one: looked.append(one) or real[0](one))
+    monkeypatch.setattr(writer, "identity", lambda one: looked.append(one) or real[1](one))
+    for tokens in range(1, 9):
+        final = tmp_path / f"tokens-{tokens:015d}"
+        for rank in range(4):
+            looked.clear()
+            target = writer.Target(tmp_path / ".saving", final, rank, 4)
+            file = writer.NewFile(f"model-fast-{rank:05d}.safetensors", [b"not moved"], {})
+            assert writer.write_part(target, [file])["reused"] == (9 if tokens > 2 else 0)
+            assert len(looked) <= 4  # two manifests, and what they have of its own
+        target = writer.Target(tmp_path / ".saving", final, 0, 4)
+        writer.finish(target, {}, writer.retention.Retention(last=99))
+
+
 @pytest.mark.parametrize("where", ["local", "url"])
 def test_deleting_in_any_order_harms_no_other(tmp_path: Path, where: str) -> None:
     """One level moves at every save, one at every other, one never."""
