@@ -1,7 +1,11 @@
+from data_pipeline.command import as_command, until_it_runs
+
+if __name__ == "__main__":
+    until_it_runs()
+
 import sys
 
 from data_pipeline.cli import main
-from data_pipeline.command import as_command
 
 if __name__ == "__main__":
     sys.exit(as_command(main))

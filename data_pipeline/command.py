@@ -1,4 +1,4 @@
-"""What a terminal may do to a command's output, for all command lines."""
+"""What a terminal may do to a command and its output, for all command lines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+
+
+def end_at_once(number: int, _: FrameType | None) -> None:
+    """A handler of Ctrl-C while a command still imports its libraries, which takes seconds: as an
+    exception it would be a traceback, an abort of a library in C++, or swallowed by one."""
+    with suppress(OSError):
+        os.write(2, b"interrupted\n")
+    os._exit(128 + number)
+
+
+def until_it_runs() -> None:
+    """Let Ctrl-C end this process in one line, status 130, from here until `as_command`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
+        signal.signal(signal.SIGINT, end_at_once)
 
 
 def as_command(main: Callable[[], int]) -> int:
@@ -30,6 +46,8 @@ def as_command(main: Callable[[], int]) -> int:
     status = 0
     try:
         try:
+            if signal.getsignal(signal.SIGINT) is end_at_once:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
             status = main()
         finally:
             sys.stdout.flush()

@@ -15,6 +15,8 @@ from train.signals import REQUEUE
 
 if __name__ == "__main__":  # until ranks are started nothing can be lost: torchrun listens then
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(REQUEUE))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
 
 import argparse
 import copy

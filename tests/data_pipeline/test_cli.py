@@ -204,6 +204,18 @@ def test_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("module", ["tools.generate", "tools.quickstart"])
+def test_ctrl_c_before_torch_is_there_is_one_line(module):
+    command = [sys.executable, "-X", "importtime", "-m", module, "x"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert any(line.split()[-1] == "argparse" for line in process.stderr)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    told = [line for line in errors.splitlines() if not line.startswith("import time:")]
+    assert told == ["interrupted"]
+
+
 def test_a_second_signal_does_not_disturb_the_tidying_up(capsys, monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     tidied = []

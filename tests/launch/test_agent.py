@@ -123,16 +123,19 @@ def test_sigusr1_to_an_agent_is_the_ranks_own_and_its_status(tmp_path: Path) -> 
     assert (status, lines) == (75, ["0 0", f"0 got {told}", "1 0", f"1 got {told}"])
 
 
-def test_sigusr1_before_there_are_ranks_starts_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_before_there_are_ranks_starts_none(
+    tmp_path: Path, number: int, status: int
+) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "launch.agent", "--standalone"]
     command += ["-m", "train", str(tmp_path / "config.yaml")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert any(line.split()[-1] == "argparse" for line in process.stderr)
-        process.send_signal(signal.SIGUSR1)
+        process.send_signal(number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "error" not in errors.lower()
+    assert process.returncode == status
+    assert not {"error", "traceback"} & set(errors.lower().split())
 
 
 def test_a_torch_that_takes_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
