@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -79,6 +80,16 @@ def test_shards_in_turn_are_planned_once(text_folder, tokenizer, tmp_path, monke
     assert len(planned) <= corpus.num_shards
 
 
+def test_of_equal_rests_the_first_comes_first():
+    """On every machine: sorting that may exchange them does so by its instructions."""
+    _, pieces = pack_shard(np.tile([5, 7], 500), 64, 1)
+    starts = pieces[:, 1]
+    for length in (5, 7):
+        own = starts[pieces[:, 2] - starts == length]
+        assert len(own) == 500
+        assert (np.diff(own) > 0).all()
+
+
 def test_a_row_longer_than_all_text_takes_no_more_than_the_text():
     for lengths in ([100, 7, 30], []):
         wide, wider = (pack_shard(np.array(lengths, int), n, 16) for n in (256, 1 << 40))
@@ -139,7 +150,7 @@ def test_a_rest_after_another_row_of_the_stream_is_a_start(corpus):
     assert rests > 3
 
 
-def test_counted_ahead_or_when_needed_is_the_same(copied, capsys):
+def test_counted_ahead_or_when_needed_is_the_same(copied, second_folder, tmp_path, capsys):
     corpus = Corpus.open(copied)
     before = BestFit(corpus, 256, 16)
     assert cli.main(["pack", str(copied), "--seq-len", "256", "--align", "16"]) == 0
@@ -148,7 +159,9 @@ def test_counted_ahead_or_when_needed_is_the_same(copied, capsys):
     after = BestFit(corpus, 256, 16)
     assert after.num_windows == before.num_windows == sum(plan_windows(corpus, 256, 16))
     assert [after.pieces(n) for n in range(9)] == [before.pieces(n) for n in range(9)]
-    plan_path(corpus, 256, 16).write_text('{"fingerprint": "other", "windows": [1]}')
+    other = Corpus.open(shutil.copytree(second_folder, tmp_path / "second"))
+    assert sum(plan_windows(other, 256, 16)) != before.num_windows
+    shutil.copy(plan_path(other, 256, 16), plan_path(corpus, 256, 16))
     assert BestFit(corpus, 256, 16).num_windows == before.num_windows
     assert cli.main(["pack", str(copied), "--seq-len", "250"]) == 2
 

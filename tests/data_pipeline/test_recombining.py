@@ -1,6 +1,7 @@
 import io
 import shutil
 
+import numpy as np
 import pytest
 import sentencepiece
 
@@ -60,12 +61,21 @@ def test_a_split_holds_out_by_content(corpus_folder, second_folder, tmp_path):
     assert [r[1] for r in split(corpus_folder, tmp_path / "s", 3).values()] == [0, 0]
     for part in ("train", "validation"):
         assert verify(tmp_path / "s" / part)[1] == []
+    with pytest.raises(DataError, match="holds another corpus"):
+        split(corpus_folder, tmp_path / "s", 4)
     merge([second_folder, corpus_folder], tmp_path / "m")
     split(tmp_path / "m", tmp_path / "t", 3)
     again = {tuple(d) for d in read_corpus(tmp_path / "t" / "validation")[0]}
     assert set(map(tuple, validation[0])) <= again
     corpus = Corpus.open(tmp_path / "s" / "validation")
     assert held_out(corpus.read(0, int(corpus.document_lengths(0)[0])), 3)
+
+
+def test_what_is_held_out_is_so_in_every_version():
+    """What one was validated on is not trained on after the next one's split."""
+    assert [n for n in range(40) if held_out(np.arange(n), 3)] == [
+        *(1, 4, 5, 6, 12, 13, 16, 24, 25, 29, 31, 35, 36, 39)
+    ]
 
 
 def test_stopped_in_the_middle_it_goes_on(corpus_folder, second_folder, tmp_path, monkeypatch):
