@@ -214,6 +214,33 @@ def test_clipping_is_one_norm_over_what_fires() -> None:
     assert together == pytest.approx(report.grad_norm, rel=1e-5)
 
 
+def test_a_level_is_clipped_to_its_own_norm_and_then_all_to_one() -> None:
+    config = config_with("step")
+    model = HopeModel(config)
+    backward(model, 0)
+    means = {name: p.grad / TOKENS for name, p in model.named_parameters()}  # type: ignore[operator]
+    own = {name for name in means if ".cms.levels.0." in name}
+    level, rest = (
+        float(torch.stack([g.norm() for n, g in means.items() if (n in own) == inside]).norm())
+        for inside in (True, False)
+    )
+    left = math.hypot(level / 4, rest)
+    settings = OptimizerConfig(
+        name="sgd",
+        lr=1.0,
+        weight_decay=0.0,
+        clip_norm=left / 2,
+        levels={"l0": LevelOptimizerConfig(clip_norm=level / 4)},
+    )
+    before = weights(model)
+    report = build_cadence(model, config, settings).step({"fast", "l0"}, TOKENS, lambda name: 1.0)
+    assert report.grad_norm == pytest.approx(left, rel=1e-5)
+    assert report.level_norms == pytest.approx({"fast": rest, "l0": level}, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        moved = means[name] / (8 if name in own else 2)
+        torch.testing.assert_close(before[name] - parameter, moved, rtol=1e-3, atol=1e-6)
+
+
 def test_lr_scale_is_the_levels_own() -> None:
     config = config_with("step", 64)
     settings = OPTIMIZER.model_copy(update={"levels": {"l1": LevelOptimizerConfig(lr_scale=0.0)}})
