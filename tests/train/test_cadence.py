@@ -272,6 +272,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(where: str) -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(torch.equal(cadence.state[p]["accumulated_grad"], h) for p, h in held.items())
     assert next(level for level in cadence.levels if level.name == "l1").tokens == TOKENS
+    cadence.drop()
+    backward(model, 2)
+    assert cadence.agree()[1] is None
+    cadence.drop()  # and with it what was agreed on
+    backward(model, 3)
+    broken.grad.view(-1)[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        cadence.step({"fast", "l0"}, TOKENS, constant)
 
 
 @pytest.mark.parametrize("size", [1e20, 1e30, 1e37])
@@ -343,6 +351,37 @@ def test_a_norm_that_float32_does_not_hold_moves_nothing(clip_norm: float | None
         cadence.step({"fast", "l0"}, 1, constant)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_waits_is_there_still_after_a_step_whose_norm_overflows(resumed: bool) -> None:
+    """However small the numbers of the last steps were."""
+    config = config_with("step", 1000)
+    model = HopeModel(config)
+    cadence = build_cadence(model, config, OPTIMIZER)
+    for seed, size in enumerate((3e38, 1e-3)):
+        backward(model, seed)
+        enlarge(model, ".cms.levels.1.", size)
+        cadence.step({"fast", "l0"}, 1, constant)
+    if resumed:
+        tensors, plain = copy.deepcopy(cadence.state_dict())
+        cadence = build_cadence(model, config, OPTIMIZER)
+        cadence.load_state_dict(tensors, plain)
+    held = {p: s["accumulated_grad"].clone() for p, s in cadence.state.items()}
+    backward(model, 2)
+    with pytest.raises(OverflowedError, match="of level l1:"):
+        cadence.step({"fast", "l0", "l1"}, 1, constant)
+    assert cadence.pending_tokens == {"fast": 0, "l0": 0, "l1": 2}
+    assert all(torch.equal(cadence.state[p]["accumulated_grad"], h) for p, h in held.items())
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf, 4e38])
+def test_a_norm_that_is_no_number_of_float32_is_refused(norm: float) -> None:
+    """NaN: what two ranks have of a sum may overflow to either side."""
+    levels = [Level("slow", {}, [])]
+    for of_all, of_levels in ((norm, {"slow": 1.0}), (1.0, {"slow": norm})):
+        with pytest.raises(OverflowedError, match="of level slow"):
+            check_sums(levels, of_all, of_levels, None, Ranks.alone())
 
 
 class TwoAlike(Ranks):
