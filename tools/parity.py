@@ -235,8 +235,9 @@ def take_up(
     engine: Engine, cadence: Cadence, store: CheckpointStore, folder: Any, elsewhere: set[str]
 ) -> None:
     """Parameters and optimizer state of a checkpoint, as the trainer takes them."""
-    engine.load_parameters(store.stored(folder, "model/"), elsewhere)
-    state = store.stored(folder, "optimizer/")
+    reader = store.reader(folder)
+    engine.load_parameters(reader.all_stored("model/"), elsewhere)
+    state = reader.all_stored("optimizer/")
     cadence.load_state_dict(
         {name.removeprefix("optimizer/"): tensor for name, tensor in state.items()},
         store.plain(folder),

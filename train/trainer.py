@@ -363,12 +363,11 @@ class Trainer:
     def _take_up(self, folder: Any, plain: dict[str, Any]) -> None:
         """Become what a checkpoint says."""
         mapping = map_levels(plain["cms"], self.config.model.cms)
-        parameters: dict[str, Tensor | Stored] = {
-            **mapping.rename(self.store.stored(folder, "model/"))
-        }
+        reader = self.store.reader(folder)
+        parameters: dict[str, Tensor | Stored] = {**mapping.rename(reader.all_stored("model/"))}
         parameters |= mapping.start_added(self.config.model, self.config.seed)
         self.engine.load_parameters(parameters, self._elsewhere)
-        optimizer = mapping.rename(self.store.stored(folder, "optimizer/"))
+        optimizer = mapping.rename(reader.all_stored("optimizer/"))
         self.cadence.load_state_dict(
             {name.removeprefix("optimizer/"): tensor for name, tensor in optimizer.items()},
             plain["cadence"],
@@ -384,7 +383,7 @@ class Trainer:
             self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:
             rows = self._own_rows()
-            saved = [self.store.tensors(folder, f"stream/{row}/") for row in rows]
+            saved = [reader.all_whole(f"stream/{row}/") for row in rows]
             self.carried = self.engine.take_up_rows(saved, rows)
         self.level_changes = mapping.changes
 

@@ -88,7 +88,7 @@ def load(rank: int, folder: str, layout: Layout, rows: int) -> None:
     expected = content()
     targets = {n: placed(torch.zeros_like(tensor), mesh, where) for n, tensor in expected.items()}
     targets["model/plain"] = torch.zeros(9)
-    stored = store.stored(newest)
+    stored = store.reader(newest).all_stored()
     for name, target in targets.items():
         fill(target, stored[name])
     assert torch.equal(targets.pop("model/plain"), torch.arange(9.0))
@@ -161,7 +161,7 @@ def fsdp(rank: int, folder: str) -> None:
     store.save(1, {"model/weight": layer.weight.detach()}, {})
     with torch.no_grad():
         layer.weight.zero_()
-    fill(layer.weight.detach(), store.stored(store.newest())["model/weight"])
+    fill(layer.weight.detach(), store.reader(store.newest()).all_stored()["model/weight"])
     assert torch.equal(layer.weight.full_tensor(), torch.arange(35.0).reshape(7, 5))
     assert torch.equal(
         store.tensors(store.newest())["model/weight"], torch.arange(35.0).reshape(7, 5)

@@ -88,6 +88,15 @@ class TensorReader:
         """A tensor that is read, whole or by blocks, when it is asked for."""
         return StoredTensor(self, name, torch.Size(self._entry(name).shape))
 
+    def all_whole(self, prefix: str = "") -> dict[str, Tensor]:
+        """All tensors whose names start with `prefix`, whole, on the CPU, whatever saved them."""
+        return {name: self.whole(name) for name in self.names(prefix)}
+
+    def all_stored(self, prefix: str = "") -> dict[str, StoredTensor]:
+        """The same, read when they are asked for: of a tensor that is divided over ranks, each
+        reads its block."""
+        return {name: self.stored(name) for name in self.names(prefix)}
+
     def _entry(self, name: str) -> TensorEntry:
         try:
             return self.manifest.tensors[name]

@@ -24,7 +24,7 @@ from train.checkpoint.errors import CheckpointError, SaveError
 from train.checkpoint.manifest import damage, position
 from train.checkpoint.pieces import Described, Owners, assign, local_pieces, plan_files
 from train.checkpoint.places import Place, as_place, make_folder, names, remove, rename
-from train.checkpoint.reading import StoredTensor, TensorReader, read_plain
+from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.retention import DRAFT, Retention
 from train.checkpoint.writer import Target, attempt, discard
 from train.parallel.placement import Stored, fill
@@ -227,16 +227,13 @@ class CheckpointStore:
         """Everything of a checkpoint that is not a tensor."""
         return read_plain(folder)
 
+    def reader(self, folder: Any) -> TensorReader:
+        """The tensors of a checkpoint; of a thousand ranks it takes long to make."""
+        return TensorReader(folder)
+
     def tensors(self, folder: Any, prefix: str = "") -> dict[str, Tensor]:
         """All tensors whose names start with `prefix`, whole, on the CPU, whatever saved them."""
-        reader = TensorReader(folder)
-        return {name: reader.whole(name) for name in reader.names(prefix)}
-
-    def stored(self, folder: Any, prefix: str = "") -> dict[str, StoredTensor]:
-        """The same, read when they are asked for: of a tensor that is divided over ranks, each
-        reads its block."""
-        reader = TensorReader(folder)
-        return {name: reader.stored(name) for name in reader.names(prefix)}
+        return self.reader(folder).all_whole(prefix)
 
     def _begin(self, tokens: int, replace: bool) -> tuple[str, str, bool]:
         """(final folder, draft folder, whether there is nothing to do), on the first rank."""

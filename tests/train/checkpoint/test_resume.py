@@ -20,7 +20,7 @@ from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
 from tools.checkpoint import main as prune
 from train.__main__ import main, open_corpora, train, with_vocabulary
-from train.checkpoint import CheckpointError, CheckpointStore, open_store
+from train.checkpoint import CheckpointError, CheckpointStore, open_store, reading
 from train.checkpoint import store as store_module
 from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
@@ -301,6 +301,22 @@ def test_everything_that_a_run_depends_on_is_there(straight: RunConfig) -> None:
     assert kinds == {"model", "optimizer"}
     trainer.resume()
     assert trainer.cadence.pending_tokens == plain["cadence"]["tokens"]
+    trainer.store.close()
+    trainer.loader.close()
+
+
+def test_the_manifest_is_read_once_whatever_the_rows(make_config, monkeypatch) -> None:
+    config = make_config(**{"training.state_carry": "stream", "data.order": "stream"})
+    train(config, resume=False)
+    trainer, read = trainer_of(config), []
+    real = reading.read_manifest
+    monkeypatch.setattr(
+        reading, "read_manifest", lambda folder: read.append(folder) or real(folder)
+    )
+    trainer.resume()
+    assert trainer.carried is not None
+    assert config.batch_rows > 1
+    assert len(read) == 1
     trainer.store.close()
     trainer.loader.close()
 
