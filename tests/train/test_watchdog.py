@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -53,3 +56,61 @@ def test_both_of_torchs_recorders_are_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(entries) == found["nccl"]
     recorded = found
     assert [json.loads(line) for line in watchdog._flight_recorder()[1::2]] == [*found.values()]
+
+
+class Ticks:
+    """In place of the event that ends a watchdog: a clock that goes on by these seconds."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.now, self._seconds = 1000.0, iter(seconds)
+
+    def wait(self, interval: float) -> bool:
+        step = next(self._seconds, None)
+        self.now += step or 0.0
+        return step is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "moves", "looks"),
+    [
+        ([1.0] * 20, False, 0),
+        ([1.0] * 22, False, 2),
+        ([1.0] * 12 + [3600.0] + [1.0] * 6, False, 0),  # suspended: counts as two ticks at most
+        ([1.0] * 12 + [3600.0] + [1.0] * 7, False, 1),
+        ([1.0] * 40, True, 0),
+    ],
+)
+def test_what_counts_as_standing_still(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: list[float],
+    moves: bool,
+    looks: int,
+) -> None:
+    dog, ticks = Watchdog(WatchdogConfig(timeout_s=20), tmp_path, Ranks.alone()), Ticks(seconds)
+    looked: list[float] = []
+    beats = itertools.count() if moves else itertools.repeat(7)
+    pulse = type("Still", (), {"idle_seconds": 1e9, "beats": property(lambda self: next(beats))})
+    dog._ended, dog.pulse = ticks, pulse()  # type: ignore[assignment]
+    monkeypatch.setattr(dog, "_suspect", lambda: looked.append(ticks.now))
+    monkeypatch.setattr(watchdog, "faulthandler", MagicMock())
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: ticks.now)
+    dog._watch()
+    assert len(looked) == looks
+
+
+def test_what_it_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No dump of stacks that would end the process later, and no heartbeat for the next run."""
+    handler = MagicMock()
+    monkeypatch.setattr(watchdog, "faulthandler", handler)
+    ranks = Ranks.alone()
+    ranks.size = 2
+    with Watchdog(WatchdogConfig(timeout_s=0.2), tmp_path, ranks) as dog:
+        dog.share()
+        while not dog._file(0).exists():
+            ranks.pulse.enter("forward", 1)
+            time.sleep(0.01)
+    (later,), said = handler.dump_traceback_later.call_args
+    assert (later, said) == (2 * 0.2 + 10, {"exit": True, "file": sys.__stderr__})
+    assert handler.method_calls[-1] == call.cancel_dump_traceback_later()
+    assert not list((tmp_path / watchdog.HEARTBEATS).iterdir())
