@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from train.checkpoint import CheckpointError, SaveError, places, writer
-from train.checkpoint.manifest import MARKER, damage, read_manifest
+from train.checkpoint.manifest import ITEM_BYTES, MARKER, damage, read_manifest
 from train.checkpoint.pieces import DTYPES
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -48,6 +48,8 @@ def test_every_dtype_and_shape_comes_back(tmp_path: Path, asynchronous: bool) ->
     assert_equal(found, tensors)
     assert store.plain(folder) == {"a": [1, None, "x"]}
     assert store.tensors(folder, "model/str").keys() == {"model/strided"}
+    for entry in read_manifest(folder).tensors.values():  # whoever maps a file finds them aligned
+        assert all(piece.start % ITEM_BYTES[entry.dtype] == 0 for piece in entry.pieces)
 
 
 def test_an_asynchronous_save_is_of_the_moment_it_was_asked_for(tmp_path: Path) -> None:
@@ -263,6 +265,13 @@ def test_the_writer_killed_is_a_save_that_failed(tmp_path: Path) -> None:
     store.save(3, state(), PLAIN)
     store.finish()
     assert len(store.complete()) == 2
+    process = store._writer._process  # type: ignore[attr-defined]
+    assert os.getsid(process.pid) != os.getsid(0)  # Ctrl-C is for the trainer
+    process.kill()
+    process.wait()  # between two saves: the next one has a process of its own
+    store.save(4, state({"fast": 1}), PLAIN)
+    store.finish()
+    assert store.newest().name == "tokens-000000000000004"
 
 
 TRAINER = """
