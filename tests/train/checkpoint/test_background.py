@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from train.checkpoint.background import SharedMemory
+from train.checkpoint.background import BackgroundWriter, Save, SharedMemory
+from train.checkpoint.pieces import FilePlan
+from train.checkpoint.retention import Retention
+from train.checkpoint.writer import Target
 
 
 def test_what_is_unmapped_is_pinned_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +41,25 @@ def test_what_is_unmapped_is_pinned_no_longer(monkeypatch: pytest.MonkeyPatch) -
     del memory
     shared.close()
     assert pinned == {}
+
+
+def test_copies_from_a_gpu_are_done_before_anybody_writes_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    happened: list[str] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *region: 0, cudaHostUnregister=lambda address: 0
+    )
+    stream = SimpleNamespace(synchronize=lambda: happened.append("done"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    writer = BackgroundWriter()
+    copy = writer._copy
+    monkeypatch.setattr(writer, "_copy", lambda *a: (happened.append("copied"), copy(*a))[1])
+    monkeypatch.setattr(writer, "_send", lambda job, descriptor: happened.append("sent"))
+    plans = [FilePlan(name, b"", {}, [torch.ones(3)]) for name in ("one", "two")]
+    target = Target(tmp_path / "draft", tmp_path / "final", 0, 1)
+    writer.start(Save(target, plans, {}, Retention()))
+    writer.close()
+    assert happened == ["copied", "copied", "done", "sent"]

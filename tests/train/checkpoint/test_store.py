@@ -165,11 +165,15 @@ def test_a_damaged_file_is_not_reused(tmp_path: Path) -> None:
     assert_equal(store.tensors(store.newest()), state({"fast": 3}))
 
 
-def test_a_damaged_file_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    """Whichever it is, of checkpoints that share what has not moved."""
-    store = store_in(tmp_path, keep_last=2)
+@pytest.mark.parametrize("gone", [0, 3])
+def test_a_damaged_file_leaves_the_checkpoint_before(tmp_path: Path, gone: int) -> None:
+    """Whichever it is, of checkpoints that share what has not moved, and of which one may be
+    missing."""
+    store = store_in(tmp_path, keep_last=9)
     for tokens in range(1, 6):
         store.save(tokens, state({"fast": tokens}), PLAIN)
+        if gone == tokens - 1 > 0:
+            shutil.rmtree(store.complete()[-2])
     assert store.report["reused"] > 0
     for victim in sorted(store.newest().glob("*.safetensors")):
         whole = victim.read_bytes()
@@ -272,6 +276,30 @@ def test_the_writer_killed_is_a_save_that_failed(tmp_path: Path) -> None:
     store.save(4, state({"fast": 1}), PLAIN)
     store.finish()
     assert store.newest().name == "tokens-000000000000004"
+
+
+def test_what_is_being_written_when_the_store_closes_counts(tmp_path: Path) -> None:
+    store = store_in(tmp_path, asynchronous=True)
+    folder = store.save(1, {"model/w": torch.zeros(5_000_000)}, PLAIN)
+    store.close()
+    assert store.complete() == [folder]
+    assert damage(folder) is None
+
+
+def test_a_copy_that_can_not_be_made_is_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(descriptor: int, size: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    store = store_in(tmp_path, asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", no_memory)
+        store.save(1, state(), PLAIN)
+    with pytest.warns(UserWarning, match="Cannot allocate memory; training goes on"):
+        store.save(2, state(), PLAIN)
+    store.finish()
+    assert [folder.name[-1] for folder in store.complete()] == ["2"]
 
 
 TRAINER = """
