@@ -1,14 +1,18 @@
-"""The memory that is shared with the process that writes, as a GPU's runtime is told of it."""
+"""The process that writes beside training, and the memory shared with it, as a GPU is told of it."""
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.train.checkpoint.states import PLAIN, state, store_in
 from train.checkpoint.background import BackgroundWriter, Save, SharedMemory
+from train.checkpoint.manifest import damage
 from train.checkpoint.pieces import FilePlan
 from train.checkpoint.retention import Retention
 from train.checkpoint.writer import Target
@@ -63,3 +67,48 @@ def test_copies_from_a_gpu_are_done_before_anybody_writes_them(
     writer.start(Save(target, plans, {}, Retention()))
     writer.close()
     assert happened == ["copied", "copied", "done", "sent"]
+
+
+def test_the_writer_killed_is_a_save_that_failed(tmp_path: Path) -> None:
+    store = store_in(tmp_path, asynchronous=True)
+    store.save(1, state(), PLAIN)
+    store.finish()
+    store.save(2, {"model/w": torch.zeros(20_000_000)}, PLAIN)
+    store._writer._process.kill()  # type: ignore[attr-defined]
+    with pytest.warns(UserWarning, match="the process that writes checkpoints ended"):
+        assert store.wait() is None
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens-000000000000001"]
+    store.save(3, state(), PLAIN)
+    store.finish()
+    assert len(store.complete()) == 2
+    process = store._writer._process  # type: ignore[attr-defined]
+    assert os.getsid(process.pid) != os.getsid(0)  # Ctrl-C is for the trainer
+    process.kill()
+    process.wait()  # between two saves: the next one has a process of its own
+    store.save(4, state({"fast": 1}), PLAIN)
+    store.finish()
+    assert store.newest().name == "tokens-000000000000004"
+
+
+def test_what_is_being_written_when_the_store_closes_counts(tmp_path: Path) -> None:
+    store = store_in(tmp_path, asynchronous=True)
+    folder = store.save(1, {"model/w": torch.zeros(5_000_000)}, PLAIN)
+    store.close()
+    assert store.complete() == [folder]
+    assert damage(folder) is None
+
+
+def test_a_copy_that_can_not_be_made_is_a_save_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(descriptor: int, size: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    store = store_in(tmp_path, asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", no_memory)
+        store.save(1, state(), PLAIN)
+    with pytest.warns(UserWarning, match="Cannot allocate memory; training goes on"):
+        store.save(2, state(), PLAIN)
+    store.finish()
+    assert [folder.name[-1] for folder in store.complete()] == ["2"]

@@ -257,49 +257,23 @@ def test_a_last_save_that_fails_is_an_error(tmp_path: Path) -> None:
         store.finish()
 
 
-def test_the_writer_killed_is_a_save_that_failed(tmp_path: Path) -> None:
-    store = store_in(tmp_path, asynchronous=True)
-    store.save(1, state(), PLAIN)
-    store.finish()
-    store.save(2, {"model/w": torch.zeros(20_000_000)}, PLAIN)
-    store._writer._process.kill()  # type: ignore[attr-defined]
-    with pytest.warns(UserWarning, match="the process that writes checkpoints ended"):
-        assert store.wait() is None
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens-000000000000001"]
-    store.save(3, state(), PLAIN)
-    store.finish()
-    assert len(store.complete()) == 2
-    process = store._writer._process  # type: ignore[attr-defined]
-    assert os.getsid(process.pid) != os.getsid(0)  # Ctrl-C is for the trainer
-    process.kill()
-    process.wait()  # between two saves: the next one has a process of its own
-    store.save(4, state({"fast": 1}), PLAIN)
-    store.finish()
-    assert store.newest().name == "tokens-000000000000004"
-
-
-def test_what_is_being_written_when_the_store_closes_counts(tmp_path: Path) -> None:
-    store = store_in(tmp_path, asynchronous=True)
-    folder = store.save(1, {"model/w": torch.zeros(5_000_000)}, PLAIN)
-    store.close()
-    assert store.complete() == [folder]
-    assert damage(folder) is None
-
-
-def test_a_copy_that_can_not_be_made_is_a_save_that_failed(
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="files have no names here")
+def test_what_a_marker_stands_for_is_on_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(descriptor: int, size: int) -> None:
-        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    """Files, then their names, the folder's own, and the marker: in this order at a power cut."""
+    flushed: list[str] = []
+    flush = os.fsync
 
-    store = store_in(tmp_path, asynchronous=True)
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "ftruncate", no_memory)
-        store.save(1, state(), PLAIN)
-    with pytest.warns(UserWarning, match="Cannot allocate memory; training goes on"):
-        store.save(2, state(), PLAIN)
-    store.finish()
-    assert [folder.name[-1] for folder in store.complete()] == ["2"]
+    def noted(descriptor: int) -> None:
+        flushed.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    folder = store_in(tmp_path / "run").save(1, state(), PLAIN)
+    names = flushed.index(f".saving-{folder.name}")
+    assert {path.name for path in folder.iterdir()} - {MARKER} <= set(flushed[:names])
+    assert flushed[names + 1 :] == ["run", f"writing-{MARKER}", folder.name]
 
 
 TRAINER = """
