@@ -76,3 +76,13 @@ def test_bytes_of_a_row() -> None:
     assert HopeModel(BASE).layers[0].cms.state_spec(7) == {}
     half = HopeModel(BASE).layers[0].mixer.state_spec(7, dtype=torch.bfloat16)
     assert bytes_per_row(half) == 5 * 4 * (2 * 6 * 6) * 4 + 2 * 3 * 24 * 2
+
+
+def test_one_number_that_is_not_finite_is_found_wherever_it_is() -> None:
+    _, state = HopeModel(BASE)(torch.randint(0, 19, (2, 13)))
+    state = state.detach()
+    assert state.is_finite()
+    for broken, tensor in state.named_tensors().items():
+        spoiled = tensor.clone(memory_format=torch.contiguous_format)
+        spoiled.view(-1)[-1] = float("inf")
+        assert not state.map(lambda name, z: spoiled if name == broken else z).is_finite()  # noqa: B023

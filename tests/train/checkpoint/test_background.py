@@ -1,4 +1,4 @@
-"""The process that writes beside training, and the memory shared with it, as a GPU is told of it."""
+"""The process that writes beside training, and the memory it shares, as a GPU is told of it."""
 
 from __future__ import annotations
 
