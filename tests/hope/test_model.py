@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
+from hope.init import initial_value, seed_from
 from hope.sampling import generate
 from hope.scan import ScanConfig
 from hope.state import ModelState
@@ -230,6 +231,12 @@ def test_initial_weights_do_not_depend_on_the_rest_of_the_model() -> None:
     for name, parameter in shallow.named_parameters():
         assert torch.equal(parameter, named[name])
     assert not torch.equal(shallow.layers[0].mixer.x_in.weight, other.layers[0].mixer.x_in.weight)
+    assert seed_from(3, "init", "a") == 4398669661097472859  # on every machine, in every version
+    assert seed_from(1, 12) != seed_from(11, 2)
+    name, parameter = next(iter(named.items()))
+    with torch.device("meta"):
+        value = initial_value(deep, name, parameter.shape, seed=3)
+    assert torch.equal(value, parameter)
 
 
 def test_initial_values_are_of_the_stated_sizes() -> None:
