@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from importlib.util import find_spec
 
 from train.signals import REQUEUE
 
@@ -17,6 +18,12 @@ if __name__ == "__main__":  # until ranks are started nothing can be lost: torch
     signal.signal(signal.SIGUSR1, lambda *_: os._exit(REQUEUE))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
+    if find_spec("torch") is None:
+        print(
+            f"error: {sys.executable} has no torch; activate its environment, or set PYTHON",
+            file=sys.stderr,
+        )
+        sys.exit(2)
 
 import argparse
 import copy

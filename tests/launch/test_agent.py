@@ -138,6 +138,15 @@ def test_a_signal_before_there_are_ranks_starts_none(
     assert not {"error", "traceback"} & set(errors.lower().split())
 
 
+def test_a_python_without_torch_is_one_line() -> None:
+    """What the scripts take where the environment is not active."""
+    command = [sys.executable, "-S", "-m", "launch.agent", "--standalone", "-m", "train", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {sys.executable} has no torch; ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_torch_that_takes_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     """2.11's agent ends its ranks without saying how long they have."""
     sent: list[signal.Signals] = []
