@@ -32,7 +32,7 @@ from hope.model import num_parameters
 from tools.figures import table, write_figures
 from tools.prepare import prepare_sotu
 from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
-from train.callbacks.metrics import plot_loss, read_metrics
+from train.callbacks.metrics import Curve, plot_loss, read_metrics
 from train.config import ConfigError, RunConfig, load_config
 from train.run_folder import CONFIG, METRICS
 
@@ -166,7 +166,7 @@ def report(base: RunConfig, variants: list[Variant], seeds: int) -> str:
         figures[f"{variant.key}_parameters"] = num_parameters(resolved.model)
         figures[f"{variant.key}_seconds"] = seconds
         figures[f"{variant.key}_time_over_hope"] = seconds / figures["hope_seconds"]
-        curves[variant.title] = metrics[0]
+        curves[variant.title] = Curve(metrics[0])
         rows.append(
             [
                 variant.title,

@@ -6,13 +6,11 @@ import io
 import os
 import re
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from train.callbacks import metrics
 from train.callbacks.progress import Progress
 from train.clock import TokenClock
 
@@ -86,15 +84,3 @@ def test_eta_counts_what_lies_between_steps(
         progress.on_step(trainer, cast(Any, record))
         told.append(re.findall(r"ETA (\S+) ", capsys.readouterr().err))
     assert told == [["16:39"], ["2:46:00"], ["16:39"], ["2:46:15"]]
-
-
-def test_the_loss_curve_is_drawn_over_tokens_and_seconds(pictures: None, tmp_path: Path) -> None:
-    where = tmp_path / "plots" / "loss.png"
-    steps = [{"kind": "step", "tokens": n, "trained_seconds": n, "loss": 9 - n} for n in range(5)]
-    held_out = [{**row, "kind": "evaluation"} for row in steps]
-    sizes = []
-    for rows in ([], steps, steps + held_out):
-        metrics.plot_loss({"run": rows}, where)
-        assert where.read_bytes().startswith(b"\x89PNG")
-        sizes.append(where.stat().st_size)
-    assert sizes == sorted(set(sizes))

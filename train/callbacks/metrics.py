@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 LOSS_CURVE = "loss.png"
 DRAWN_EVERY_S = 300.0
+KEEP = 0.9  # of a smoothed loss, step by step
+MOST_POINTS = 8192  # of a curve; its picture is some 500 pixels wide
 
 
 class Metrics(Callback):
@@ -28,18 +31,24 @@ class Metrics(Callback):
 
     On resume and on a return to a checkpoint, lines past it are dropped: those steps are about to
     happen again. "position": the row of the stream with which a skipped batch begins. The curve is
-    drawn with a checkpoint, every five minutes at most, and at the end.
+    drawn with a checkpoint, every five minutes at most, and at the end, from points in memory: the
+    file grows for as long as the run lasts.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / METRICS
         self.plot_path = run_dir / PLOTS / LOSS_CURVE
         self._lines = LineFile(self.path)
+        self._curve = Curve()
         self._drawn = time.monotonic()
 
     def on_start(self, trainer: Trainer) -> None:
-        rows = [row for row in _rows(self._lines.text()) if _stays(row, trainer)]
-        self._lines.replace("".join(json.dumps(row) + "\n" for row in rows))
+        self._curve, lines = Curve(), []
+        for row in _rows(self._lines.text()):
+            if _stays(row, trainer):
+                self._curve.add(row)
+                lines.append(json.dumps(row) + "\n")
+        self._lines.replace("".join(lines))
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         self._append(
@@ -135,12 +144,13 @@ class Metrics(Callback):
     def _draw(self) -> None:
         self._drawn = time.monotonic()
         try:
-            plot_loss({self.path.parent.name: _rows(self._lines.text())}, self.plot_path)
+            plot_loss({self.path.parent.name: self._curve}, self.plot_path)
         except OSError as error:
             tell(f"{self.plot_path} can't be written ({error.strerror})")
 
     def _append(self, row: dict[str, Any]) -> None:
         self._lines.add(json.dumps(row))
+        self._curve.add(row)
 
 
 def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
@@ -159,22 +169,46 @@ def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a metrics.jsonl. One that a crash cut short is left out, and so is what
     something else wrote there. Raises OSError where the file can't be read."""
-    return _rows(path.read_text()) if path.exists() else []
+    return list(_rows(path.read_text())) if path.exists() else []
 
 
-def _rows(text: str) -> list[dict[str, Any]]:
-    rows = []
+def _rows(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict) and {"kind", "tokens"} <= row.keys():
-            rows.append(row)
-    return rows
+            yield row
 
 
-def plot_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+class Curve:
+    """The losses of a run as points to draw, (tokens, seconds, loss): of each evaluation, and of
+    steps, smoothed; where they are many, of every second, fourth, eighth, ... step."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
+        self.steps: list[tuple[int, float, float]] = []
+        self.held_out: list[tuple[int, float, float]] = []
+        self._smooth: float | None = None
+        self._count, self._every = 0, 1
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take in a line of metrics.jsonl."""
+        if row["kind"] == "evaluation":
+            self.held_out.append((row["tokens"], row["trained_seconds"], row["loss"]))
+        elif row["kind"] == "step":
+            smooth, loss = self._smooth, row["loss"]
+            self._smooth = loss if smooth is None else KEEP * smooth + (1 - KEEP) * loss
+            if self._count % self._every == 0:
+                self.steps.append((row["tokens"], row["trained_seconds"], self._smooth))
+            self._count += 1
+            if len(self.steps) == MOST_POINTS:
+                self.steps, self._every = self.steps[::2], 2 * self._every
+
+
+def plot_loss(runs: dict[str, Curve], path: Path) -> None:
     """Draw training (thin) and held-out (dots) loss of each run, over tokens and over seconds."""
     from matplotlib.figure import Figure
 
@@ -182,20 +216,18 @@ def plot_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes = figure.subplots(1, 2, sharey=True)
     # matplotlib's own layouts draw everything twice, which takes as long as the picture.
     figure.subplots_adjust(left=0.07, right=0.985, bottom=0.14, top=0.97, wspace=0.04)
-    for color, (name, rows) in enumerate(runs.items()):
-        for axis, key in zip(axes, ("tokens", "trained_seconds"), strict=True):
-            steps = [row for row in rows if row["kind"] == "step"]
-            held_out = [row for row in rows if row["kind"] == "evaluation"]
+    for color, (name, curve) in enumerate(runs.items()):
+        for number, axis in enumerate(axes):
             axis.plot(
-                [row[key] for row in steps],
-                _smooth([row["loss"] for row in steps]),
+                [point[number] for point in curve.steps],
+                [point[2] for point in curve.steps],
                 color=f"C{color}",
                 linewidth=0.8,
                 alpha=0.6,
             )
             axis.plot(
-                [row[key] for row in held_out],
-                [row["loss"] for row in held_out],
+                [point[number] for point in curve.held_out],
+                [point[2] for point in curve.held_out],
                 "o-",
                 color=f"C{color}",
                 markersize=3,
@@ -209,10 +241,3 @@ def plot_loss(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-
-
-def _smooth(values: list[float], keep: float = 0.9) -> list[float]:
-    smooth: list[float] = []
-    for value in values:
-        smooth.append(value if not smooth else keep * smooth[-1] + (1 - keep) * value)
-    return smooth
