@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from train.checkpoint import CheckpointError, SaveError, places, writer
-from train.checkpoint.manifest import ITEM_BYTES, MARKER, damage, read_manifest
+from train.checkpoint.manifest import ITEM_BYTES, MANIFEST, MARKER, damage, read_manifest
 from train.checkpoint.pieces import DTYPES
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
@@ -386,6 +386,28 @@ def test_urls(tmp_path: Path, asynchronous: bool) -> None:
     places.remove(store.newest() / "trainer.json")
     with pytest.warns(UserWarning, match="trainer.json is missing"):
         assert store.newest().name == "tokens-000000000000003"
+
+
+def test_behind_a_url_nothing_that_may_be_referred_to_is_lost() -> None:
+    store = store_in(f"memory://referred{os.getpid()}", keep_last=9)
+    for tokens in (1, 2, 3):
+        store.save(tokens, state({"fast": tokens}), PLAIN)
+    first, second, third = store.complete()
+    assert store.report["reused"] > 0
+    whole = places.read(third / MANIFEST)
+    places.remove(first / MARKER)
+    there = places.names(first)
+    places.write(third / MANIFEST, [b"damaged"])
+    writer.retention.sweep(store.folder)
+    assert places.names(first) == there
+    places.write(third / MANIFEST, [whole])
+    writer.retention.sweep(store.folder)
+    assert damage(third) is None
+    for file in places.names(second):  # cut short: nothing refers to it from now on
+        if "-level" in file:
+            places.write(second / file, [places.read(second / file)[:-1]])
+    store.save(4, state({"fast": 4}), PLAIN)
+    assert damage(store.complete()[-1]) is None
 
 
 def test_a_url_that_does_not_answer_loses_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
