@@ -6,7 +6,7 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from data_pipeline import DataError, blend
-from data_pipeline.blend import Blend, quotas
+from data_pipeline.blend import Blend, Curriculum, quotas
 
 WEIGHTS = st.lists(st.integers(0, 300), min_size=1, max_size=7).filter(any)
 
@@ -123,3 +123,16 @@ def test_a_weight_of_a_thousand_millionth(weights):
 def test_impossible_weights_are_refused(weights):
     with pytest.raises(DataError, match="weight"):
         quotas(weights)
+
+
+def test_a_curriculum_goes_on_where_the_stage_before_left_each_corpus():
+    stages = [(0, (3, 1)), (40, (0, 1)), (57, (1, 1)), (90, (5, 2))]
+    curriculum = Curriculum(stages)
+    which, nth = curriculum.slots(np.arange(200))
+    for corpus in (0, 1):
+        drawn = nth[which == corpus]
+        assert drawn.tolist() == list(range(len(drawn)))
+    for (start, weights), end in zip(stages, [40, 57, 90, 200], strict=True):
+        assert which[start:end].tolist() == Blend(weights).slots(np.arange(end - start))[0].tolist()
+    places = (0, 39, 40, 56, 57, 89, 90, 199)
+    assert [curriculum.stage(place) for place in places] == [0, 0, 1, 1, 2, 2, 3, 3]
