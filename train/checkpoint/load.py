@@ -20,6 +20,9 @@ from train.parallel.ranks import Ranks
 from train.redaction import revealed
 from train.run_folder import CHECKPOINTS, CONFIG
 
+TRIES = 8
+"""To read the newest checkpoint of a run that is writing, and deletes it meanwhile."""
+
 
 def load_run(path: Path) -> tuple[RunConfig, HopeModel]:
     """The resolved configuration of a run and its model.
@@ -80,24 +83,32 @@ def _open_run(path: Path) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]
     The configuration is the one that the checkpoint holds: its model has these tensors. It has no
     secrets; those are taken from the run folder's own, where it is there.
     """
-    run_dir = path
     if (path / MARKER).exists():
-        run_dir = path.parent.parent
         if reason := damage(path):
             raise CheckpointError(f"{path}: {reason}")
-        checkpoint: Any = path
-    elif (path / CONFIG).exists():
-        config = load_config(path / CONFIG)
-        folder = config.checkpoint.url or path / CHECKPOINTS
-        checkpoint = CheckpointStore(folder, Ranks.alone()).newest()
-    else:
+        return _open_checkpoint(path, path.parent.parent)
+    if not (path / CONFIG).exists():
         raise CheckpointError(f"{path} holds no run ({CONFIG} is missing)")
+    config = load_config(path / CONFIG)
+    store = CheckpointStore(config.checkpoint.url or path / CHECKPOINTS, Ranks.alone())
+    for _ in range(TRIES - 1):
+        there = store.complete()
+        try:
+            return _open_checkpoint(store.newest(), path)
+        except CheckpointError:
+            if store.complete() == there:
+                raise
+    return _open_checkpoint(store.newest(), path)
+
+
+def _open_checkpoint(
+    checkpoint: Any, run_dir: Path
+) -> tuple[RunConfig, dict[str, Tensor], dict[str, Any]]:
     plain = read_plain(checkpoint)
     if not isinstance(plain.get("config"), dict):
         raise CheckpointError(f"{checkpoint} holds no configuration")
     if HIDDEN in json.dumps(plain["config"]) and (run_dir / CONFIG).exists():
         known = load_config(run_dir / CONFIG).model_dump(mode="json")
         plain["config"] = revealed(plain["config"], known)
-    reader = TensorReader(checkpoint)
-    tensors = {name: reader.whole(name) for name in reader.names("model/")}
+    tensors = TensorReader(checkpoint).all_whole("model/")
     return validate_config(plain["config"], str(checkpoint)), tensors, plain

@@ -182,7 +182,7 @@ class CheckpointStore:
             if reason is None:
                 return self.folder / name
             reasons.append(f"{name}: {reason}")
-            if self.ranks.is_first:
+            if self.ranks.is_first and name in (one.name for one in self.complete()):
                 warnings.warn(f"skipping damaged checkpoint {reasons[-1]}", stacklevel=2)
         why = "; ".join(reasons) if reasons else "there is none"
         raise CheckpointError(f"no usable checkpoint under {self.folder}: {why}")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
 from tools.checkpoint import main as prune
 from train.__main__ import main, open_corpora, train, with_vocabulary
-from train.checkpoint import CheckpointError, CheckpointStore, open_store, reading
+from train.checkpoint import CheckpointError, CheckpointStore, load, open_store, reading
 from train.checkpoint import store as store_module
 from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
@@ -319,6 +320,39 @@ def test_the_manifest_is_read_once_whatever_the_rows(make_config, monkeypatch) -
     assert len(read) == 1
     trainer.store.close()
     trainer.loader.close()
+
+
+@pytest.mark.parametrize("gone_at", ["verified", "read_plain", "read_manifest"])
+def test_a_run_may_be_opened_while_it_deletes_what_it_has_saved(
+    straight: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone_at: str
+) -> None:
+    folder = copy_of(straight, tmp_path).run_dir / "checkpoints"
+    newest = store_of(straight).newest().name
+    (folder / newest).rename(folder / "later")
+    module, name = {
+        "verified": (store_module, "damage"),
+        "read_plain": (load, "read_plain"),
+        "read_manifest": (reading, "read_manifest"),
+    }[gone_at]
+    real = getattr(module, name)
+
+    def saved_and_deleted(one: Path, *others: int) -> Any:
+        if (folder / "later").exists():
+            (folder / "later").rename(folder / newest)
+            for other in folder.glob("tokens-*"):
+                if other.name != newest:
+                    shutil.rmtree(other)
+        return real(one, *others)
+
+    monkeypatch.setattr(module, name, saved_and_deleted)
+    with warnings.catch_warnings(action="error"):
+        found = load_run(folder.parent)[1].state_dict()
+    expected = load_run(straight.run_dir)[1].state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for file in (folder / newest).glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="no usable checkpoint"):
+        load_run(folder.parent)
 
 
 NEEDED = (
