@@ -27,7 +27,7 @@ from train.engines.deepspeed import DeepSpeedEngine
 from train.engines.native import NativeEngine
 from train.parallel.ranks import Ranks
 from train.signals import StopSignals
-from train.spikes import SpikesConfig, SpikeWatch
+from train.spikes import LeftOut, SpikesConfig, SpikeWatch
 from train.trainer import Trainer
 
 SPIKES = {"window": 8, "threshold": 8.0, "skip_batches": 2}
@@ -68,6 +68,8 @@ def test_what_is_a_spike() -> None:
     assert [flat.check(2.0) for _ in range(8)] == [None] * 8
     assert flat.check(2.05) is None  # losses that agree by chance make no spikes
     assert flat.check(2.2) is not None
+    nothing = SpikeWatch(SpikesConfig(action="skip", window=8))
+    assert [nothing.check(0.0) for _ in range(9)] == [None] * 9
     off = SpikeWatch(SpikesConfig(window=8))
     assert [off.check(x) for x in [1.0] * 9 + [1e6]] == [None] * 10
 
@@ -86,6 +88,17 @@ def test_rows_stay_left_out_in_batches_of_another_size() -> None:
     assert left_out(2) == [44, 46, 48, 50, 80]
     assert left_out(8) == [40, 48, 80]
     assert left_out(12) == [36, 48, 72]
+
+
+def test_a_rollback_is_counted_whatever_checkpoint_it_goes_back_to() -> None:
+    watch = SpikeWatch(SpikesConfig(action="rollback"))
+    before = watch.state_dict()
+    for positions in ((40, 44), (44, 48)):
+        watch.leave_out(positions, 4)
+        watch.load_state_dict(before)
+    assert watch.rollbacks == 2
+    assert [watch.leaves_out(row, 4) for row in (40, 44, 52)] == [LeftOut(1), LeftOut(2), None]
+    assert watch.leaves_out(40, 8) == LeftOut(2)
 
 
 def same(one: Any, other: Any) -> None:

@@ -362,6 +362,9 @@ def test_a_run_that_goes_back_does_not_find_its_other_future(tmp_path: Path) -> 
     other = state({"fast": 9})
     store.save(2, other, PLAIN)
     assert_equal(store.tensors(store.newest()), other)
+    assert store.rewind_to(store.complete()[0]) == ["tokens-000000000000002"]  # once more
+    assert store.still_there is None
+    assert_equal(store.tensors(tmp_path / "aside-tokens-000000000000002"), other)
 
 
 @BOTH
