@@ -307,6 +307,19 @@ def test_memory_that_nothing_has_written_is_not_used(memories: int, read: str) -
         torch.use_deterministic_algorithms(False)
 
 
+def test_tensors_may_lie_in_any_order() -> None:
+    p = problem_on_device(tokens=5)
+    weight = torch.randn(*p.x.mT.shape, device=DEVICE)
+    results = []
+    for apart in (False, True):
+        x, q = (z.mT.contiguous().mT if apart else z for z in (p.x, p.q))
+        out, final = scan(x, q, p.weights, CONFIG, p.state)
+        loss = (out.mT * weight).sum() if apart else (out * weight.mT.contiguous()).sum()
+        gradients = torch.autograd.grad(loss, [p.x, p.q, p.weights.w1])
+        results.append([out, final.w1, *gradients])
+    assert all(map(torch.equal, *results))
+
+
 def test_double_backward_is_refused() -> None:
     p = problem_on_device(tokens=8)
     out, _ = scan(p.x, p.q, p.weights, CONFIG, p.state)
