@@ -7,7 +7,7 @@ over all ranks, so all of them find the same spikes; window and findings are in 
 
 from __future__ import annotations
 
-import math
+import sys
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
@@ -108,7 +108,7 @@ class SpikeWatch:
         if len(self.losses) == self.config.window:
             middle = median(self.losses)
             spread = 1.4826 * median(abs(value - middle) for value in self.losses)
-            spread = max(spread, SMALLEST_DEVIATION * abs(middle), math.ulp(middle))
+            spread = max(spread, SMALLEST_DEVIATION * abs(middle), sys.float_info.min)
             deviations = (loss - middle) / spread
             if deviations > self.config.threshold:
                 return Spike(loss, middle, deviations, self.config.action == "rollback")

