@@ -49,8 +49,17 @@ def handles_sigterm(pid):
     return int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("workers", "number"),
+    [
+        (1, signal.SIGTERM),
+        (2, signal.SIGKILL),
+        (2, signal.SIGINT),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_run_again(text_folder, corpus_folder, model, tmp_path, workers, number):
     out = tmp_path / "c"
     expected = contents(corpus_folder)

@@ -189,7 +189,13 @@ def test_in_bfloat16(rule: str, expansion: int) -> None:
 
 @pytest.mark.parametrize("kernel", ["write_forward", "write_backward"])
 @pytest.mark.parametrize(
-    ("block", "read", "initial"), [(16, 1, True), (32, 0, True), (32, 1, False), (16, 2, False)]
+    ("block", "read", "initial"),
+    [
+        (32, 0, True),
+        (32, 1, False),
+        pytest.param(16, 1, True, marks=pytest.mark.slow),
+        pytest.param(16, 2, False, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("width", "hidden"),
