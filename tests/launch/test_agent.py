@@ -53,7 +53,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("final", [2, 75])
+@pytest.mark.parametrize("final", [75, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bad_input_and_a_walltime_that_is_over_are_not_tried_again(
     tmp_path: Path, final: int
 ) -> None:

@@ -108,7 +108,9 @@ def test_torchrun_on_one_node(standin: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+@pytest.mark.parametrize(
+    "script", ["torchrun.sh", pytest.param("deepspeed.sh", marks=pytest.mark.slow)]
+)
 def test_paths_are_of_the_folder_in_which_the_command_is_given(
     standin: Path, tmp_path: Path, script: str
 ) -> None:

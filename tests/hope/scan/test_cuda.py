@@ -114,13 +114,13 @@ def test_heads_of_128(chunks: tuple[int, int], width: int) -> None:
 @pytest.mark.parametrize(
     ("chunks", "checkpoint_chunks", "shape"),
     [
-        ((16, 16), 2, {"tokens": 5}),
-        ((16, 64), 2, {"tokens": 200, "rows": 1, "with_state": False}),
         ((32, 64), None, {"tokens": 70, "resets": ((0, 64),)}),
         ((48, 48), 1, {"tokens": 65, "rows": 1}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ((16, 16), 2, {"tokens": 5}),
+                ((16, 64), 2, {"tokens": 200, "rows": 1, "with_state": False}),
                 ((16, 16), 1, {"tokens": 40, "heads": 3}),
                 ((16, 48), 1, {"tokens": 60, "rows": 1}),
                 ((64, 64), 1, {"tokens": 130, "rows": 1}),
