@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from data_pipeline import IGNORE, Batch, CorruptDataError, DataError, Tokenizer
+from data_pipeline import IGNORE, Batch, Tokenizer
 from data_pipeline.arguments import at_least
 from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
@@ -27,7 +27,7 @@ from tools.figures import table
 from train.__main__ import open_corpora, prepare_torch
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointError
-from train.config import ConfigError, RunConfig, load_config
+from train.config import RunConfig, load_config
 from train.engines import open_engine
 from train.optim.levels import group_by_level
 from train.parallel.carried import state_of
@@ -115,10 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             trainer.loader.close()
             trainer.store.close()
-    except (
-        *(CheckpointError, ConfigError, DataError, CorruptDataError),
-        *(OSError, ValueError),
-    ) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(redact(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
