@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -37,7 +38,7 @@ def attempt(
             store = of_this_attempt(client(server, seconds), number, size)
             if number == 0:
                 assert not store.check(["address"])
-                store.set("address", f"of attempt {id(store)}")
+                store.set("address", uuid.uuid4().hex)
             return store.get("address")
         except Exception as error:
             return error
