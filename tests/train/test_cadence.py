@@ -199,6 +199,25 @@ def test_state_in_the_middle_of_a_period_resumes_to_the_bit(cut: int) -> None:
         assert all(torch.equal(p, expected[name]) for name, p in straight.named_parameters())
 
 
+def test_the_sum_is_kept_in_float32_whatever_the_weights_are() -> None:
+    """In bfloat16 256 + 1 is 256, so a long period would see its first gradients only."""
+    config = config_with("step", 1000)
+    model = HopeModel(config).bfloat16()
+    cadence = build_cadence(model, config, OPTIMIZER)
+    slow = next(level for level in cadence.levels if level.name == "l1")
+    seen: list[Tensor] = []
+    slow.optimizers[0].step = lambda: seen.extend(  # type: ignore[method-assign, assignment]
+        p.grad for p in slow.parameters.values()
+    )
+    cadence.clip_norm = float("inf")
+    for step, gradient in enumerate([256.0, 1.0, 1.0, 1.0, 1.0]):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        cadence.step({"l1"} if step == 4 else set(), 1, constant)
+    assert len(seen) == len(slow.parameters)
+    assert all((mean == 52).all() for mean in seen)
+
+
 def test_clipping_is_one_norm_over_what_fires() -> None:
     config = config_with("step", 1000)
     model = HopeModel(config)
