@@ -73,10 +73,12 @@ class Watchdog:
             self._file(self.rank).unlink(missing_ok=True)
 
     def share(self) -> None:
-        """The run folder is ours from here on: write heartbeats into it."""
+        """The run folder is ours from here on: write heartbeats into it, the first one now. A rank
+        that stops before its thread's first would be one that never came."""
         if self.config.enabled and self.size > 1:
             (self.run_dir / HEARTBEATS).mkdir(parents=True, exist_ok=True)
-            self._shares = True
+            self._tell()
+            self._shares = True  # the thread goes on from here
 
     def _watch(self) -> None:
         beats, idle, last = 0, 0.0, time.monotonic()
@@ -91,7 +93,8 @@ class Watchdog:
             if stderr is not None:
                 later = 2 * self.config.timeout_s + 10
                 faulthandler.dump_traceback_later(later, exit=True, file=stderr)
-            self._tell()
+            if self._shares:
+                self._tell()
             if idle > self.config.timeout_s:
                 self._suspect()
 
@@ -100,7 +103,8 @@ class Watchdog:
         beats, before = self.pulse.beats, self._read()
         if self._ended.wait(2 * self.interval):
             return
-        self._tell()
+        if self._shares:
+            self._tell()
         after = self._read()
         if self.pulse.beats != beats:
             return
@@ -165,8 +169,6 @@ class Watchdog:
 
     def _tell(self) -> None:
         """Write this rank's heartbeat."""
-        if not self._shares:
-            return
         self._ticks += 1
         # Not while it moves: reading a frame's variables keeps them alive until the frame ends.
         wait = wait_of_training() if self.pulse.idle_seconds > self.interval else None

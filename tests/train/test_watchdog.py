@@ -99,6 +99,16 @@ def test_what_counts_as_standing_still(
     assert len(looked) == looks
 
 
+def test_a_rank_is_heard_of_from_the_start(tmp_path: Path) -> None:
+    """One that stops before its thread's first heartbeat is not one that never came."""
+    ranks = Ranks.alone()
+    ranks.size = 2
+    with Watchdog(WatchdogConfig(timeout_s=1000), tmp_path, ranks) as dog:
+        ranks.pulse.enter("forward", 1)
+        dog.share()
+        assert dog._read()[0]["phase"] == "forward"
+
+
 def test_what_it_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No dump of stacks that would end the process later, and no heartbeat for the next run."""
     handler = MagicMock()
@@ -107,7 +117,7 @@ def test_what_it_leaves_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ranks.size = 2
     with Watchdog(WatchdogConfig(timeout_s=0.2), tmp_path, ranks) as dog:
         dog.share()
-        while not dog._file(0).exists():
+        while not (handler.dump_traceback_later.called and dog._read()[0]["ticks"] > 1):
             ranks.pulse.enter("forward", 1)
             time.sleep(0.01)
     (later,), said = handler.dump_traceback_later.call_args
