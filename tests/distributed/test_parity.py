@@ -12,7 +12,7 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hope.config import HopeConfig
+from hope.config import AttentionConfig, HopeConfig
 from tools.parity import (
     LENGTH,
     MODELS,
@@ -263,6 +263,16 @@ def test_a_rank_has_a_head_for_every_piece_of_a_sequence() -> None:
     assert resolve(ParallelConfig(cp=2, tp=2), 4, attention).world == 4
     with pytest.raises(ConfigError, match="cp=4 must divide the 2 heads of a rank"):
         resolve(ParallelConfig(cp=4, tp=2), 8, attention)
+
+
+def test_convolutions_of_softmax_layers_reach_no_further_than_the_piece_before() -> None:
+    def job(width: int) -> Job:
+        model = replace(JOB.model, mixer="attention", attention=AttentionConfig(conv_width=width))
+        return Job(model, ROWS, LENGTH)
+
+    assert resolve(ParallelConfig(cp=4), 4, job(9)).cp == 4
+    with pytest.raises(ConfigError, match="pieces of 8 tokens, and attention"):
+        resolve(ParallelConfig(cp=4), 4, job(10))
 
 
 def test_every_reason_is_told_where_the_axes_do_not_come_out_even_too() -> None:

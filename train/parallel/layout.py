@@ -231,6 +231,12 @@ def _problems_of_pieces(parallel: ParallelConfig, layout: Layout, job: Job) -> l
         found.append(
             f"cp={layout.cp} must divide the {model.num_heads // layout.tp} heads of a rank"
         )
+    width = model.attention.conv_width
+    if "attention" in model.mixers and width - 1 > piece:
+        found.append(
+            f"cp={layout.cp} cuts sequences into pieces of {piece} tokens, and "
+            f"attention.conv_width={width} needs more than the piece before has"
+        )
     if parallel.activation_checkpointing != "none":
         found.append("with cp above 1 activation_checkpointing would send everything twice: none")
     if parallel.compile:
