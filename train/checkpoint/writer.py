@@ -51,6 +51,7 @@ from train.checkpoint.places import (
     write,
     write_at_once,
 )
+from train.signals import HANDLED
 
 POLL_SECONDS = 0.02
 
@@ -243,7 +244,7 @@ def perform(job: dict[str, Any], memory: memoryview) -> None:
 
 def main() -> None:
     """Serve jobs until told to stop; the signals that stop a run are the trainer's business."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (*HANDLED, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(10)  # training comes first where cores are few
     descriptor = int(sys.argv[1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from train.checkpoint.manifest import damage
 from train.checkpoint.pieces import FilePlan
 from train.checkpoint.retention import Retention
 from train.checkpoint.writer import Target
+from train.signals import HANDLED
 
 
 def test_what_is_unmapped_is_pinned_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,6 +90,18 @@ def test_the_writer_killed_is_a_save_that_failed(tmp_path: Path) -> None:
     store.save(4, state({"fast": 1}), PLAIN)
     store.finish()
     assert store.newest().name == "tokens-000000000000004"
+
+
+def test_signals_that_stop_a_run_do_not_stop_the_writer(tmp_path: Path) -> None:
+    """Slurm sends them to every process of a job, this one too."""
+    store = store_in(tmp_path, asynchronous=True)
+    store.save(1, state(), PLAIN)
+    store.finish()
+    for tokens, number in enumerate((*HANDLED, signal.SIGHUP), start=2):
+        store.save(tokens, {"model/w": torch.zeros(2_000_000)}, PLAIN)
+        os.kill(store._writer._process.pid, number)  # type: ignore[attr-defined]
+        store.finish()
+        assert store.newest().name == f"tokens-{tokens:015d}"
 
 
 def test_what_is_being_written_when_the_store_closes_counts(tmp_path: Path) -> None:
