@@ -116,6 +116,12 @@ def test_formula_of_other_modes(mode: str) -> None:
     compare(2, "hope", [{}, {"tp": 2, **SP, **FULL}], **SMALL, **{"model.cms.mode": mode})
 
 
+def test_formula_of_memories_that_are_not_written() -> None:
+    """Some of their parameters get no gradient, and none is added up."""
+    layouts = [{}, {"dp_replicate": 1, "dp_shard": 2}]
+    compare(2, "hope", layouts, **SMALL, **{"model.titans.writes": False})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zero-bubble", "zbv"])
 def test_formula_of_schedules(schedule: str) -> None:

@@ -28,6 +28,7 @@ from hope.attention import Attention
 from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
+from train.engines.deepspeed import unused_parameters
 from train.optim.levels import FAST, group_by_level, late_levels, level_of, periods
 from train.parallel.counting import (
     ALL_GATHER,
@@ -71,6 +72,13 @@ class Sizes:
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """The shapes of all parts' parameters."""
         return {name: shape for shapes in self.shapes for name, shape in shapes.items()}
+
+    @property
+    def trained(self) -> list[dict[str, tuple[int, ...]]]:
+        """`shapes` of those that get a gradient."""
+        pairs = zip(self.parts, self.shapes, strict=True)
+        unused = [(unused_parameters(part), shapes) for part, shapes in pairs]
+        return [{n: s for n, s in shapes.items() if n not in no} for no, shapes in unused]
 
 
 def sizes_of(config: RunConfig, mesh: Mesh) -> Sizes:
@@ -229,12 +237,14 @@ def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     shards = layout.dp_shard * layout.cp
     times = 1 if piped else config.parallel.micro_batches
     every, late = steps_of_periods(config), late_levels(config.model, config.optimizer)
-    for name, shape in [pair for shapes in sizes.shapes for pair in shapes.items()]:
-        count = _padded(shape, shards)
-        passes = 2 if name.startswith("layers.") and not piped else 1
-        if shards > 1:
-            gathered = count * sizes.itemsize
+    if shards > 1:
+        for name, shape in [pair for shapes in sizes.shapes for pair in shapes.items()]:
+            passes = 2 if name.startswith("layers.") and not piped else 1
+            gathered = _padded(shape, shards) * sizes.itemsize
             found["dp", ALL_GATHER] += passes * times * sent(ALL_GATHER, shards, gathered)
+    for name, shape in [pair for shapes in sizes.trained for pair in shapes.items()]:
+        count = _padded(shape, shards)
+        if shards > 1:
             found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)
         if layout.dp_replicate > 1:
             share = count // shards * GRADIENT
@@ -253,7 +263,7 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     """
     found = Traffic(float)
     ranks, every = mesh.reduce.size, steps_of_periods(config)
-    shapes = sizes.parameters
+    shapes = {name: shape for shapes in sizes.trained for name, shape in shapes.items()}
     nested = config.model.cms.mode == "nested"
     slowest = list(every)[-1]
     for level, names in group_by_level(shapes, config.model).items():
