@@ -122,6 +122,11 @@ def test_formula_of_memories_that_are_not_written() -> None:
     compare(2, "hope", layouts, **SMALL, **{"model.titans.writes": False})
 
 
+def test_formula_of_megatrons_layers() -> None:
+    layout = {"tp": 2, "tensor_backend": "megatron"}
+    compare(2, "hope-attention", [layout, {**layout, **FULL}], **SMALL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["gpipe", "interleaved", "zero-bubble", "zbv"])
 def test_formula_of_schedules(schedule: str) -> None:

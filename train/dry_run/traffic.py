@@ -6,7 +6,8 @@ its piece of the sequences, s bytes an activation, and a whole activation A = T'
 tp    A layer with K levels: forward an all-reduce of A after the mixer's output and after each
       level's; backward one before each: 2 + 2K, for one level the 4 of a Megatron Transformer
       layer (arXiv 1909.08053). Sequence parallelism makes each an all-gather and a reduce-scatter
-      of the same bytes (arXiv 2205.05198). Token vectors and the final norm add one each, and the
+      of the same bytes (arXiv 2205.05198). megatron-core's layers: backward one before each
+      column-parallel product. Token vectors and the final norm add one each, and the
       loss three numbers a token. Fast weights: nothing.
 pp    A (its part, with sequence parallelism) forward and backward at each border of two ranks.
 cp    A Titans layer: its state, forward, and the gradient of it, backward, from rank to neighbour,
@@ -25,6 +26,7 @@ from math import prod
 
 from hope import HopeModel
 from hope.attention import Attention
+from hope.init import Linear
 from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
@@ -150,11 +152,12 @@ def tensor_traffic(config: RunConfig, mesh: Mesh, sizes: Sizes, partial: int) ->
     whole = sizes.tokens * config.model.dim * sizes.itemsize
     levels = len(config.model.cms.levels)
     recomputed = config.parallel.activation_checkpointing == "full"
+    megatron = config.parallel.tensor_backend == "megatron"
 
     def add(collective: str, times: float, size: float = whole) -> None:
         found["tp", collective] += times * sent(collective, tp, size)
 
-    for own in sizes.layers:
+    for part, own in zip(sizes.parts, sizes.layers, strict=True):
         layers, first, last = len(own), own.start == 0, own.stop == config.model.num_layers
         # Of what is computed again, the layer's last sum is in no derivative.
         again = layers * (levels + (config.model.cms.mode == "independent")) if recomputed else 0
@@ -164,12 +167,22 @@ def tensor_traffic(config: RunConfig, mesh: Mesh, sizes: Sizes, partial: int) ->
             add(REDUCE_SCATTER, 2 * inside + ends + again)
             add(ALL_GATHER, 2 * inside + ends + (inside if recomputed else 0))
         else:
-            add(ALL_REDUCE, 2 * inside + int(first) + int(last) + again)
+            backward = _columns(part) if megatron else inside
+            add(ALL_REDUCE, inside + backward + int(first) + int(last) + again)
         if last:
             add(ALL_REDUCE, 3, sizes.tokens * GRADIENT)
     if sequence:
         add(ALL_REDUCE, 1, partial * GRADIENT)
     return found
+
+
+def _columns(part: HopeModel) -> int:
+    """Column-parallel products of the layers that have a gradient: megatron-core's each add up
+    that of their input, ours the sum of those that have the same."""
+    plan, unused = part.shard_plan(), unused_parameters(part)
+    linears = [f"{name}.weight" for name, m in part.layers.named_modules() if isinstance(m, Linear)]
+    names = [f"layers.{name}" for name in linears]
+    return sum(plan[name] == Shard(0) and name not in unused for name in names)
 
 
 def _pipeline(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
