@@ -222,6 +222,12 @@ def test_replicas_add_up_a_level_when_it_fires(levels: dict[str, Any]) -> None:
     compare(4, "hope", LATE, **SMALL, **{"optimizer.levels": levels})
 
 
+def test_replicas_add_up_no_more_than_they_have_of_what_does_not_come_out_even() -> None:
+    """Five memories on two ranks: three and two."""
+    late = {"fast": {"reduce": "at_update"}}
+    compare(4, "hope", [{"dp_replicate": 2, "dp_shard": 2}], **SMALL, **{"optimizer.levels": late})
+
+
 def test_tensor_parallel_bytes_are_megatrons() -> None:
     """With one level four all-reduces of [B, T, dim] a layer; fast weights of any size add none."""
     answers = run(2, megatron, seconds=120)

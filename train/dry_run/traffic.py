@@ -260,10 +260,12 @@ def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
         if shards > 1:
             found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)
         if layout.dp_replicate > 1:
-            share = count // shards * GRADIENT
-            level = level_of(name, config.model)
-            often = 1 / every[level] if level in late else times
-            found["dp", ALL_REDUCE] += often * sent(ALL_REDUCE, layout.dp_replicate, share)
+            level, most, often = level_of(name, config.model), count // shards, float(times)
+            if level in late:  # the cadence's: nothing is filled up
+                first = mesh.reduce.rank % shards * most
+                most, often = min(most, max(0, prod(shape) - first)), 1 / every[level]
+            sums = sent(ALL_REDUCE, layout.dp_replicate, most * GRADIENT)
+            found["dp", ALL_REDUCE] += often * sums
     return found
 
 
