@@ -86,13 +86,15 @@ def test_deleting_in_any_order_harms_no_other(tmp_path: Path, where: str) -> Non
         assert places.names(store.folder) == []
 
 
-def test_a_damaged_file_is_not_reused(tmp_path: Path) -> None:
-    store = store_in(tmp_path, keep_last=3)
+@pytest.mark.parametrize("where", ["disk", "url"])
+def test_a_damaged_file_is_not_reused(tmp_path: Path, where: str) -> None:
+    folder = f"memory://damaged{os.getpid()}" if where == "url" else tmp_path
+    store = store_in(folder, keep_last=3)
     store.save(1, state({"fast": 1}), PLAIN)
     victim = store.newest() / "model-level1-00000.safetensors"
-    content = bytearray(victim.read_bytes())
+    content = bytearray(places.read(victim))
     content[-1] ^= 1
-    victim.write_bytes(content)
+    places.write(victim, [content])
     for tokens in (2, 3):
         store.save(tokens, state({"fast": tokens}), PLAIN)
     assert store.report["reused"] > 0
