@@ -55,5 +55,5 @@ class CausalConvolution(nn.Module):
             return last.clone()
         document = torch.cumsum(document_starts, dim=1)
         document = torch.cat([document.new_zeros(x.shape[0], reach), document], dim=1)
-        same = document[:, document.shape[1] - reach :] == document[:, -1:]
-        return last * same.unsqueeze(-1).to(x.dtype)
+        earlier = document[:, document.shape[1] - reach :] != document[:, -1:]
+        return last.masked_fill(earlier.unsqueeze(-1), 0)

@@ -158,6 +158,22 @@ def test_nothing_of_another_document_is_seen(how: str) -> None:
     assert (gradient[0, :10] == 0).all()
 
 
+@pytest.mark.parametrize("tokens", [10, 2])
+def test_the_tail_has_nothing_of_an_earlier_document(tokens: int) -> None:
+    """Not a NaN in it either: it would come through the next call, and into its gradients."""
+    convolution = CausalConvolution(3, 4)
+    initialise(convolution, 0)
+    before = torch.full((1, 3, 3), float("nan"))
+    x = torch.full((1, tokens, 3), float("nan"), requires_grad=True)
+    starts = torch.zeros(1, tokens, dtype=torch.bool)
+    starts[0, -1] = True
+    _, tail = convolution(torch.where(starts.unsqueeze(-1), 1.0, x), before, starts)
+    assert tail[0].tolist() == [[0.0] * 3, [0.0] * 3, [1.0] * 3]
+    y, _ = convolution(torch.ones(1, 4, 3), tail, None)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize("how", KERNELS)
 def test_mixed_dtypes_and_strides(how: str) -> None:
     """Taps kept in float32 beside activations in float64, which are a slice."""
