@@ -223,9 +223,16 @@ def test_replicas_add_up_a_level_when_it_fires(levels: dict[str, Any]) -> None:
 
 
 def test_replicas_add_up_no_more_than_they_have_of_what_does_not_come_out_even() -> None:
-    """Five memories on two ranks: three and two."""
-    late = {"fast": {"reduce": "at_update"}}
-    compare(4, "hope", [{"dp_replicate": 2, "dp_shard": 2}], **SMALL, **{"optimizer.levels": late})
+    """The parameters once: five memories on two ranks are three and two."""
+    config = make_config(
+        "hope",
+        {"dp_replicate": 2, "dp_shard": 2},
+        **{"model.cms.levels": LEVELS[:1], "optimizer.reduce": "at_update"},
+    )
+    runs = [dry_run(config, 4, rank) for rank in (0, 1)]
+    sent = [run.traffic["dp", "all-reduce"] for run in runs]
+    assert sent[0] > sent[1]
+    assert sum(sent) == 4 * runs[0].parameters
 
 
 def test_tensor_parallel_bytes_are_megatrons() -> None:
