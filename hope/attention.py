@@ -14,7 +14,7 @@ from hope.flash import load_flash
 from hope.flops import Flops, linear_flops, softmax_flops, sum_flops
 from hope.init import Linear
 from hope.sharding import Shard, ShardPlan, within
-from hope.state import AttentionState, StateSpec, TensorSpec
+from hope.state import AttentionState, StateSpec, TensorSpec, check_held, check_kind
 
 
 def rotary_angles(
@@ -121,12 +121,15 @@ class Attention(nn.Module):
         state: AttentionState | None = None,
         document_starts: Tensor | None = None,
     ) -> tuple[Tensor, AttentionState | None]:
+        check_kind(state, AttentionState)
         projected = [self.q(x), self.k(x), self.v(x)]
         tails = state.conv.unbind(2) if state is not None else (None,) * 3
         seen = state.k.shape[2] if state is not None else 0
         q, k, v, conv_tail = self.prepare(projected, tails, document_starts, seen)
         if state is None:
             return self.finish(self.attend(q, k, v, document_starts)), None
+        check_held("k", state.k, k)
+        check_held("v", state.v, v)
         documents = self._document_ids(q, state, document_starts)
         k = torch.cat([state.k.to(k.dtype), k], dim=2)
         v = torch.cat([state.v.to(v.dtype), v], dim=2)

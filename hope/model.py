@@ -116,6 +116,8 @@ class HopeModel(nn.Module):
         calls that pass the state on gives the logits of one call. Raises ValueError, in one line,
         for tokens, starts or a state that do not fit together.
         """
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"tokens must be int32 or int64, got {tokens.dtype}")
         if tokens.dim() != 2 or min(tokens.shape) < 1:
             raise ValueError(f"tokens must be [B, T], none of them 0, got {list(tokens.shape)}")
         if document_starts is not None:

@@ -75,6 +75,22 @@ class AttentionState(NamedTuple):
 LayerState = TitansState | AttentionState | None
 
 
+def check_kind(state: Any, kind: type) -> None:
+    """Raise ValueError where a layer that carries a `kind` is given anything else."""
+    if not isinstance(state, kind | None):
+        raise ValueError(f"state: this layer carries {kind.__name__}, got {type(state).__name__}")
+
+
+def check_held(name: str, held: Tensor, given: Tensor) -> None:
+    """Raise ValueError where `held`, of a state, can't go before `given`: [B, N, any, d] each."""
+    rows, heads, _, width = given.shape
+    if held.shape != (rows, heads, held.shape[2], width):
+        raise ValueError(
+            f"state.{name} must be [B, N, any, d] = [{rows}, {heads}, any, {width}], "
+            f"got {list(held.shape)}"
+        )
+
+
 class ModelState(NamedTuple):
     """One entry a layer; None for a layer that carries nothing."""
 

@@ -15,7 +15,7 @@ from hope.fused import Implementation, gated_rms_norm
 from hope.init import Constant, Initialiser, Linear, Normal
 from hope.scan import MemoryState, ScanWeights, initial_state, scan
 from hope.sharding import Shard, ShardPlan, within
-from hope.state import StateSpec, TensorSpec, TitansState
+from hope.state import StateSpec, TensorSpec, TitansState, check_held, check_kind
 
 FUSED: dict[str, Implementation] = {
     "auto": "auto",
@@ -169,6 +169,7 @@ class SelfModifyingTitans(nn.Module):
         document_starts: Tensor | None = None,
     ) -> tuple[Tensor, TitansState]:
         batch, length, _ = x.shape
+        check_kind(state, TitansState)
         heads = (batch, length, self.num_heads, self.head_dim)
         query, conv_q = self.conv_q(self.q_in(x), state.conv_q if state else None, document_starts)
         query = query.view(heads).transpose(1, 2)
@@ -202,6 +203,8 @@ class SelfModifyingTitans(nn.Module):
         memory = state.memory if state is not None else None
         pending = state.pending_x.shape[2] if state is not None else 0
         if state is not None and pending > 0:
+            check_held("pending_x", state.pending_x, inputs)
+            check_held("pending_q", state.pending_q, query)
             inputs = torch.cat([state.pending_x.to(inputs.dtype), inputs], dim=2)
             query = torch.cat([state.pending_q.to(query.dtype), query], dim=2)
             if document_starts is not None:

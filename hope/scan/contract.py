@@ -166,6 +166,8 @@ def check_inputs(
             f"(q last), got {list(weights.w1.shape)}"
         )
     memories, hidden = weights.w1.shape[0], weights.w1.shape[3]
+    if hidden < 1:
+        raise ValueError(f"scan: the memories have no hidden width: {list(weights.w1.shape)}")
     _check_shape("weights.w1", weights.w1, (memories, heads, width, hidden), "[M, N, d, h]")
     _check_shape("weights.w2", weights.w2, (memories, heads, hidden, width), "[M, N, h, d]")
     for name in ("w_eta", "w_alpha"):

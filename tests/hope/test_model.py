@@ -363,20 +363,22 @@ def test_vocabulary_must_be_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "starts", "words"),
+    ("tokens", "starts", "words"),
     [
-        ((8,), None, "tokens must be"),
-        ((2, 0), None, "tokens must be"),
-        ((2, 8), torch.zeros(1, 8, dtype=torch.bool), "document_starts must be bool"),
-        ((2, 8), torch.zeros(2, 9, dtype=torch.bool), "document_starts must be bool"),
-        ((2, 8), torch.zeros(2, 8), "document_starts must be bool"),
+        (torch.zeros(8, dtype=torch.int64), None, "tokens must be"),
+        (torch.zeros(2, 0, dtype=torch.int64), None, "tokens must be"),
+        (torch.zeros(2, 8), None, "tokens must be int32 or int64, got torch.float32"),
+        (torch.zeros(2, 8, dtype=torch.uint16), None, "tokens must be int32 or int64"),
+        (tokens_of(2, 8), torch.zeros(1, 8, dtype=torch.bool), "document_starts must be bool"),
+        (tokens_of(2, 8), torch.zeros(2, 9, dtype=torch.bool), "document_starts must be bool"),
+        (tokens_of(2, 8), torch.zeros(2, 8), "document_starts must be bool"),
     ],
 )
 def test_inputs_that_do_not_fit_are_one_line(
-    shape: tuple[int, ...], starts: Tensor | None, words: str
+    tokens: Tensor, starts: Tensor | None, words: str
 ) -> None:
     with pytest.raises(ValueError, match=words):
-        HopeModel(BASE)(torch.zeros(shape, dtype=torch.int64), document_starts=starts)
+        HopeModel(BASE)(tokens, document_starts=starts)
 
 
 def test_a_state_of_another_model_or_batch_is_one_line() -> None:

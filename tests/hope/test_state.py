@@ -69,6 +69,34 @@ def test_a_carried_state_keeps_nothing_else_alive(name: str, tokens: int) -> Non
         assert storage.data_ptr() not in parameters or storage.nbytes() == 0, key
 
 
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize(
+    ("name", "change", "rows", "words"),
+    [
+        ("titans", {"mixer": "attention"}, 2, "carries TitansState, got AttentionState"),
+        ("attention", {"mixer": "titans"}, 2, "carries AttentionState, got TitansState"),
+        ("hybrid", {"pattern": ("attention", "titans")}, 2, "got AttentionState"),
+        ("attention", {}, 1, r"k must be \[B, N, any, d\] = \[2, 4, any, 6\], got \[1, 4, "),
+        ("attention", {}, 3, r"state\.k must be"),
+        ("attention", {"dim": 32}, 2, r"state\.k must be"),
+        ("attention_conv", {"num_heads": 2}, 2, r"state\.k must be"),
+        ("titans", {"num_heads": 2}, 2, r"state\.(pending_x|w1) must be"),
+        ("one_tap", {}, 3, "tail must be"),
+    ],
+)
+def test_a_state_of_another_model_is_one_line(
+    name: str, change: dict, rows: int, words: str, tokens: int
+) -> None:
+    """Before the first token, and with tokens that wait in it."""
+    other = HopeModel(replace(MODELS[name], **change))
+    state = other.initial_state(rows, decoding=True)
+    if tokens > 0:
+        _, state = other(torch.zeros(rows, tokens, dtype=torch.int64), state)
+    with pytest.raises(ValueError, match=words) as error:
+        HopeModel(MODELS[name])(torch.zeros(2, 3, dtype=torch.int64), state)
+    assert "\n" not in str(error.value)
+
+
 def test_bytes_of_a_row() -> None:
     """Five memories of two matrices in float32, and two tails of three inputs."""
     spec = HopeModel(BASE).layers[0].mixer.state_spec(7)

@@ -76,6 +76,11 @@ def wrong_inputs() -> list[tuple[str, dict, str]]:
         ("q", {"q": p.q[:, :, :5]}, r"q must be .* = \[2, 2, 9, 5\], got \[2, 2, 5, 5\]"),
         ("q dtype", {"q": p.q.float()}, "q must have x's dtype"),
         ("memories", {"weights": w._replace(w1=w.w1[:4])}, "M = 5 .* or 6"),
+        (
+            "no hidden width",
+            {"weights": w._replace(w1=w.w1[..., :0], w2=w.w2[:, :, :0])},
+            r"no hidden width: \[5, 2, 5, 0\]",
+        ),
         ("w2", {"weights": w._replace(w2=w.w2[:, :, :3])}, r"weights.w2 must be \[M, N, h, d\]"),
         ("w_eta", {"weights": w._replace(w_eta=w.w_eta[0])}, r"weights.w_eta must be \[N, d\]"),
         ("b", {"weights": w._replace(b_alpha=w.b_alpha[:1])}, r"weights.b_alpha must be \[N\]"),
