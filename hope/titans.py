@@ -96,9 +96,14 @@ class SelfModifyingTitans(nn.Module):
         return ("x_in.weight", "conv_x.weight", "w_eta", "b_eta", "w_alpha", "b_alpha")
 
     def initial_state(self, batch: int, decoding: bool) -> TitansState:
-        """The state before the first token: M_0, empty convolution tails, nothing pending."""
+        """The state before the first token: M_0, empty convolution tails, nothing pending.
+
+        M_0 as it is now: the memory is not the parameters'.
+        """
         weight, channels = self.gate.weight, self.num_heads * self.head_dim
-        memory = self._start(batch, weight.dtype) if self.writes else None
+        memory = None
+        if self.writes:
+            memory = MemoryState(*(z.clone() for z in self._start(batch, weight.dtype)))
         tail_x = weight.new_zeros(batch, self.conv_x.width - 1 if self.writes else 0, channels)
         tail_q = weight.new_zeros(batch, self.conv_q.width - 1, channels)
         pending = weight.new_zeros(batch, self.num_heads, 0, self.head_dim)

@@ -57,12 +57,14 @@ def test_the_specification_is_what_is_carried(name: str, dtype: torch.dtype) -> 
 
 
 @pytest.mark.parametrize("tokens", [5, 16, 19])
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("name", ["titans", "writes_off"])
-def test_a_carried_state_keeps_nothing_else_alive(name: str, tokens: int) -> None:
+def test_a_carried_state_keeps_nothing_else_alive(name: str, given: bool, tokens: int) -> None:
     """Its storage is its own: neither a whole batch of activations nor the parameters."""
     model = HopeModel(MODELS[name])
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    _, state = model(torch.randint(0, 19, (1, tokens)))
+    first = model.initial_state(1) if given else None
+    _, state = model(torch.randint(0, 19, (1, tokens)), first)
     for key, tensor in state.detach().named_tensors().items():
         storage = tensor.untyped_storage()
         assert storage.nbytes() == tensor.numel() * tensor.element_size(), key
