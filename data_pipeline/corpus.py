@@ -27,6 +27,7 @@ _T = TypeVar("_T")
 
 _SHARDS_OPEN = 256  # of all corpora: a process may hold 1,024 files by default
 _FRAMES_KEPT = 32
+_FETCHES = 16
 
 _numbers = count()
 _readers: Recent[tuple[int, int], ShardReader] = Recent(_SHARDS_OPEN)
@@ -131,12 +132,29 @@ class Corpus:
     def _open_shard(self, number: int) -> ShardReader:
         entry = self._shards[number]
         where = f"{self.path}/{entry['file']}"
-        path = self._cache.fetch(where, entry) if self._cache else Path(where)
-        reader = ShardReader(path, entry["footer_xxh3_64"])
+        if self._cache is None:
+            reader = ShardReader(Path(where), entry["footer_xxh3_64"])
+        else:
+            reader = self._open_copy(self._cache, where, entry)
         found = (reader.num_tokens, reader.vocab_size, reader.tokenizer.hex())
         if found != (entry["tokens"], self.vocab_size, self.tokenizer_sha256[:32]):
-            raise CorruptDataError(str(path), "the manifest describes another file")
+            raise CorruptDataError(str(reader.path), "the manifest describes another file")
         return reader
+
+    def _open_copy(self, cache: ShardCache, where: str, entry: dict[str, Any]) -> ShardReader:
+        """The reader of the local copy of a remote shard. Another process may make room by removing
+        it before it is open; that is no damage, and it is fetched again."""
+        for _ in range(_FETCHES):
+            path = cache.fetch(where, entry)
+            try:
+                return ShardReader(path, entry["footer_xxh3_64"])
+            except CorruptDataError as error:
+                if not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+        raise DataError(
+            f"{where}: its copy in {cache.folder} was removed {_FETCHES} times before it could be "
+            f"opened: the processes that share the cache need more than its {cache.limit} bytes"
+        )
 
     def _good(self, number: int, read: Callable[[], _T]) -> _T:
         """What `read` finds in a shard; where the local copy of a remote one has rotted, that goes,

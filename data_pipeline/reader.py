@@ -35,7 +35,7 @@ class ShardReader:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             self._descriptor = -1
-            raise CorruptDataError(str(path), f"cannot be read ({error.strerror})") from None
+            raise CorruptDataError(str(path), f"cannot be read ({error.strerror})") from error
         file_bytes = os.fstat(self._descriptor).st_size
         head = os.pread(self._descriptor, HEADER_BYTES, 0)
         header = unpack_header(head, str(path))

@@ -128,6 +128,45 @@ def test_a_copy_that_cannot_be_opened_is_fetched_again(url, corpus, tmp_path, pa
     assert everything(again) == everything(corpus)
 
 
+@pytest.fixture
+def other_processes(monkeypatch):
+    """Those that share the cache: they remove the copies fetched next, before they are open."""
+    to_remove = []
+    fetch = ShardCache.fetch
+
+    def fetch_and_lose(self, url, entry):
+        path = fetch(self, url, entry)
+        if to_remove:
+            to_remove.pop()
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(ShardCache, "fetch", fetch_and_lose)
+    return to_remove
+
+
+@pytest.mark.parametrize("on_corrupt", ["raise", "skip"])
+def test_a_copy_that_made_room_before_it_was_open_is_no_damage(
+    url, corpus, tmp_path, other_processes, on_corrupt
+):
+    wanted = Loader([corpus], seq_len=64, batch_size=2, seed=0, prefetch=0)
+    remote = Corpus.open(url, cache_dir=tmp_path)
+    loader = Loader([remote], seq_len=64, batch_size=2, seed=0, prefetch=0, on_corrupt=on_corrupt)
+    for _ in range(3):
+        other_processes += ["removed"] * 3
+        assert next(loader).tokens.tolist() == next(wanted).tokens.tolist()
+
+
+def test_a_cache_too_small_for_those_that_share_it_is_an_error_that_says_so(
+    url, tmp_path, other_processes
+):
+    other_processes += ["removed"] * 1000
+    remote = Corpus.open(url, cache_dir=tmp_path, cache_bytes=1 << 20)
+    with pytest.raises(DataError, match="need more than its 1048576 bytes") as caught:
+        remote.read(0, 1)
+    assert not isinstance(caught.value, CorruptDataError)
+
+
 def test_what_killed_downloads_left_makes_room(url, tmp_path):
     left, going_on = tmp_path / ".a.tok.tmp-1-1", tmp_path / ".b.tok.tmp-2-2"
     for path in (left, going_on):
