@@ -24,9 +24,11 @@ from tools.processes import run
 from train.clock import TokenClock
 from train.config import RunConfig
 from train.dry_run.build import dry_run
+from train.dry_run.traffic import column_products
 from train.engines import open_engine
 from train.optim.levels import periods
 from train.parallel.counting import CollectiveBytes
+from train.parallel.part import cut_layers
 from train.parallel.ranks import Ranks
 
 PERIOD = 2
@@ -122,6 +124,14 @@ def test_formula_of_memories_that_are_not_written() -> None:
     compare(2, "hope", layouts, **SMALL, **{"model.titans.writes": False})
 
 
+def test_megatrons_layers_add_up_before_each_column_parallel_product() -> None:
+    """Three a mixer (frozen memories: two) and two a level, in one layer with three levels."""
+    frozen = make_config("hope", **{"model.titans.writes": False})
+    for config, mixer in ((make_config("hope"), 3), (make_config("transformer"), 3), (frozen, 2)):
+        assert column_products(cut_layers(config.model, range(1, 2))) == mixer + 2 * 3
+
+
+@pytest.mark.slow
 def test_formula_of_megatrons_layers() -> None:
     layout = {"tp": 2, "tensor_backend": "megatron"}
     compare(2, "hope-attention", [layout, {**layout, **FULL}], **SMALL)

@@ -167,7 +167,7 @@ def tensor_traffic(config: RunConfig, mesh: Mesh, sizes: Sizes, partial: int) ->
             add(REDUCE_SCATTER, 2 * inside + ends + again)
             add(ALL_GATHER, 2 * inside + ends + (inside if recomputed else 0))
         else:
-            backward = _columns(part) if megatron else inside
+            backward = column_products(part) if megatron else inside
             add(ALL_REDUCE, inside + backward + int(first) + int(last) + again)
         if last:
             add(ALL_REDUCE, 3, sizes.tokens * GRADIENT)
@@ -176,7 +176,7 @@ def tensor_traffic(config: RunConfig, mesh: Mesh, sizes: Sizes, partial: int) ->
     return found
 
 
-def _columns(part: HopeModel) -> int:
+def column_products(part: HopeModel) -> int:
     """Column-parallel products of the layers that have a gradient: megatron-core's each add up
     that of their input, ours the sum of those that have the same."""
     plan, unused = part.shard_plan(), unused_parameters(part)
