@@ -259,8 +259,12 @@ def _frozen_backward(
         d_step = torch.mul(dg1, written.r, out=scratch("dr r", *dg1.shape)).sum(-1, keepdim=True)
         rows += (d_step * step).sum((0, 3))
         dr = dg1.mul_(step)
-        da = unit_backward(de, e, length.clamp_min(NORM_EPS).reciprocal_())
-        da.addcmul_(e, d_step * (2 * STEP_FLOOR - floor) / (floor * floor))
+        held = length.clamp_min(NORM_EPS)
+        da = unit_backward(de, e, held.reciprocal())
+        d_length = d_step * (2 * STEP_FLOOR - floor) / (floor * floor)
+        # e is act / max(|act|, NORM_EPS), and |act| has the gradient act / |act|.
+        d_length *= held.div_(length).masked_fill_(length == 0, 1)
+        da.addcmul_(e, d_length)
     else:
         rows += torch.mul(dg1, written.r).sum((0, 3))
         dr, da = dg1, de

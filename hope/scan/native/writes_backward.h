@@ -69,6 +69,8 @@ void frozen_backward(const Call<T>& call, const Sizes& s, const Frame<T>& f,
       step[t] = h.length[t] / floor;
       rows[t] += d_step[t] * step[t];
       along[t] = d_step[t] * (T(2 * STEP_FLOOR) - floor) / (floor * floor);
+      // e is act / max(|act|, NORM_EPS), and |act| has the gradient act / |act|.
+      if (h.length[t] < T(NORM_EPS) && h.length[t] > 0) along[t] *= T(NORM_EPS) / h.length[t];
     }
     scale_tokens(s.D, dr1, TOKENS, step, dr1, TOKENS);
     unit_backward(s.H, de, TOKENS, h.e, TOKENS, h.inverse, de, TOKENS);

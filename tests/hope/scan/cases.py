@@ -114,6 +114,13 @@ def make_problem(
     return Problem(x, q, weights, state, reset).to(torch.float64)
 
 
+def forgotten(problem: Problem, b_alpha: float) -> Problem:
+    """The same with decays of about that gate's in every token: with `decay_to: zero` little is
+    left of the memories at the end of a chunk."""
+    gate = torch.full_like(problem.weights.b_alpha, b_alpha).requires_grad_()
+    return problem._replace(weights=problem.weights._replace(b_alpha=gate))
+
+
 def run(problem: Problem, config: ScanConfig) -> tuple[Tensor, MemoryState]:
     return scan(problem.x, problem.q, problem.weights, config, problem.state, problem.reset)
 

@@ -20,6 +20,7 @@ from tests.hope.scan.cases import (
     IMPLEMENTATIONS,
     Problem,
     everything,
+    forgotten,
     make_problem,
     worst_error,
 )
@@ -187,6 +188,17 @@ def test_slow_decay_keeps_its_precision(
     )
     problem = problem._replace(weights=weights)
     check_parity(problem, ScanConfig(8, 16), implementation, dtypes=dtypes)
+
+
+@pytest.mark.parametrize(("seed", "b_alpha"), [(0, -2.0), (1, -2.0), (2, -1.0)])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_memories_that_are_forgotten(
+    implementation: Implementation, seed: int, b_alpha: float
+) -> None:
+    """|act(W2 k)| is below the floor of its norm, but the length in W1's step has no floor."""
+    problem = make_problem(rows=1, tokens=16, width=6, with_state=False, seed=seed)
+    config = ScanConfig(4, 8, decay_to="zero")
+    check_parity(forgotten(problem, b_alpha), config, implementation, dtypes=[torch.float64])
 
 
 def test_head_slices_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
