@@ -204,6 +204,11 @@ class RunConfig(Section):
                 f"faults: {', '.join(sorted(beside))} happen in another process while checkpoints "
                 "are written beside training: set checkpoint.asynchronous=false"
             )
+        if self.checkpoint.asynchronous and (self.checkpoint.url or "").startswith("memory:"):
+            raise ValueError(
+                "checkpoint.url: memory:// is of one process, and checkpoints are written by "
+                "another: set checkpoint.asynchronous=false"
+            )
         kinds = {fault.kind.rpartition("_")[2]: fault.kind for fault in self.faults}
         for what, key, url in (
             ("shard", "data.train.0.path", self.data.train[0].path),

@@ -41,6 +41,7 @@ MISTAKES = [
     (["init_from={path: x, levels: []}"], "init_from.levels: "),
     (["model.titans.initial_eta=0.6"], "must lie between 0 and titans.scan.eta_max"),
     (["optimizer.lr"], "not of the form key.subkey=value"),
+    (["checkpoint.url=memory://box"], "memory:// is of one process"),
     (["seed=3", "seed.x=1"], "lies below a plain value"),
     (["data.train=[]"], "data.train"),
     (["data.validation=''"], "data.validation: string should have at least 1 character, got ''"),

@@ -68,7 +68,7 @@ def test_faults_that_can_not_happen(
     told = capsys.readouterr().err
     assert "faults.0 is of rank 3, and there are 1 ranks" in told
     assert "faults.1 is of step 99, and the last one is 6" in told
-    url = {"checkpoint.url": "memory://bucket"}
+    url = {"checkpoint.url": "s3://bucket"}
     with pytest.raises(ConfigError, match=r"damages local files, and checkpoint.url is a URL"):
         make_config(**url, faults=[{"kind": "truncate_checkpoint"}])
     away = {"checkpoint.url": None, "data.train": [{"path": f"file://{corpora['train']}"}]}
