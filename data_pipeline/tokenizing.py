@@ -243,6 +243,18 @@ def _write_rejects(folder: Path, done: dict[str, list[Reject]], max_bad: int) ->
         )
 
 
+def _nothing(folder: Path, rejects: dict[str, list[Reject]]) -> str:
+    """Why there is no document to write, and what to do."""
+    bad = [reject for shard in sorted(rejects) for reject in rejects[shard]]
+    if not bad:
+        return "every document is empty; give some text"
+    first = bad[0]
+    return (
+        f"no documents beside {len(bad)} bad records; the first is {first.file} line {first.line}: "
+        f"{first.reason}; see {folder / REJECTS}, correct the input or the fields asked for"
+    )
+
+
 def tokenize(
     inputs: Sequence[str],
     tokenizer: Tokenizer,
@@ -302,7 +314,7 @@ def tokenize(
         shards = [done[job.file].entry for job in jobs]
         made = manifests.build(tokenizer.describe(), shards)
         if made["tokens"] == 0:
-            raise DataError(f"{', '.join(inputs)}: every document is empty; give some text")
+            raise DataError(f"{', '.join(inputs)}: {_nothing(folder, rejects)}")
         if made != manifest:
             manifests.save(folder, made)
         shutil.rmtree(folder / PROGRESS)

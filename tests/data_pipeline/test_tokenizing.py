@@ -202,6 +202,16 @@ def test_empty_input_is_refused(tokenizer, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+def test_input_of_bad_records_alone_is_refused_for_what_is_wrong_with_them(tokenizer, tmp_path):
+    texts = write_texts(tmp_path / "texts", {"a.jsonl": '{"text": "one"}\n' * 3})
+    with pytest.raises(
+        DataError, match=r"3 bad records; .*a.jsonl line 1: no field 'id'"
+    ) as caught:
+        tokenize([str(texts)], tokenizer, tmp_path / "c", id_field="id", max_bad=3)
+    assert str(tmp_path / "c" / "rejects.jsonl") in str(caught.value)
+    assert "empty" not in str(caught.value)
+
+
 def test_shards_follow_the_size_of_the_input():
     sources = [Source(f"{n}", f"{n}", 10) for n in range(10)]
     assert [len(job.sources) for job in plan(sources, 25)] == [3, 3, 3, 1]
