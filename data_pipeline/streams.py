@@ -130,6 +130,8 @@ class Unpacked(io.RawIOBase):
         if not packed:
             if self._object is not None:
                 raise EOFError("the last frame is incomplete")
+            if self._marks:
+                raise EOFError("shorter than when the run began")
             return False
         if self._object is None and self._gzipped and self._begun:
             packed = packed.lstrip(b"\0")  # zeros may follow a member

@@ -110,6 +110,11 @@ def _input_checksum(job: Job, recipe: Recipe) -> str:
             while left > 0 and (block := file.read(min(left, _READ_BYTES))):
                 digest.update(block)
                 left -= len(block)
+            if left > 0:
+                raise DataError(
+                    f"{source.path}: shorter than when the run began; run the same command again "
+                    "when nobody changes the file any more"
+                )
             if source.stop is not None and not block.endswith(b"\n"):
                 _add_rest_of_line(digest, file)
     return digest.hexdigest()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from data_pipeline import DataError
+from data_pipeline import DataError, tokenizing
 from data_pipeline.cutting import split_source
 from data_pipeline.inputs import Source, read_source
 from data_pipeline.tokenizing import plan, tokenize
@@ -226,6 +226,29 @@ def test_a_large_file_that_changed_is_read_again(large, tokenizer, tmp_path):
     assert written == len(manifest["shards"])
     tokenize([str(source)], tokenizer, tmp_path / "fresh", 1, SHARD)
     assert contents(out) == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_file_that_gets_shorter_under_way_is_an_error(tokenizer, tmp_path, monkeypatch, suffix):
+    lines = json.dumps({"text": "a text of some words"}).encode() + b"\n"
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    half = b"".join(pack(20 * lines) for _ in range(20))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(half + half)
+
+    def plan_and_cut(sources, shard_bytes):
+        jobs = plan(sources, shard_bytes)
+        assert len(jobs) > 4
+        path.write_bytes(half)
+        return jobs
+
+    monkeypatch.setattr(tokenizing, "plan", plan_and_cut)
+    with pytest.raises(DataError, match=rf"a.jsonl{suffix}: .*shorter than when the run began"):
+        tokenize([str(path)], tokenizer, tmp_path / "c", shard_bytes=len(half) // 10)
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    monkeypatch.undo()
+    made, _ = tokenize([str(path)], tokenizer, tmp_path / "c", shard_bytes=len(half) // 10)
+    assert made["documents"] == 400
 
 
 def test_small_files_are_not_looked_through(large):
