@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 
 class ConfigError(ValueError):
@@ -18,7 +19,13 @@ def expand_home(path: Any) -> Any:
     return os.path.expanduser(path) if isinstance(path, str) else path
 
 
-LocalPath = Annotated[Path, BeforeValidator(expand_home)]
+def _local(path: Any) -> Any:
+    if isinstance(path, str) and "://" in path:
+        raise PydanticCustomError("local_path", "input should be on this machine, not a URL")
+    return expand_home(path)
+
+
+LocalPath = Annotated[Path, BeforeValidator(_local)]
 """A local file or folder; `~` and `~user` are home folders."""
 
 

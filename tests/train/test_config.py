@@ -13,6 +13,8 @@ from train.__main__ import main
 from train.config import ConfigError, dump_config, load_config, validate_config
 
 MISTAKES = [
+    (["run_dir=s3://b/run"], "run_dir: input should be on this machine, not a URL"),
+    (["data.cache_dir=s3://b"], "data.cache_dir: input should be on this machine, not a URL"),
     (["model.num_layers=99999999999999999999"], "is more than 10,000"),
     (["optimizer.betas=[.nan, 0.95]"], "optimizer.betas"),
     (["optimizer.betas=[0.9, 1.0]"], "optimizer.betas"),
