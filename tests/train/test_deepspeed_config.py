@@ -72,6 +72,7 @@ def test_a_file_that_agrees_is_merged(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3 contradicts .* it is 2"),
         ({"bf16": {"enabled": True}}, "bf16.enabled=true contradicts .* it is false"),
         ({"fp16": {"enabled": True}}, "fp16.enabled=true contradicts .* it is false"),
+        ({"bf16": {"enabled": 0}}, "bf16.enabled=0 contradicts .* it is false"),
         ({"optimizer": {"type": "Lion"}}, 'optimizer.type="Lion" contradicts .* it is "adamw"'),
         ({"optimizer": {"params": {"lr": 1}}}, "optimizer.params.lr=1 contradicts .* it is 0.005"),
         ({"optimizer": 3}, "optimizer=3 contradicts"),
@@ -104,7 +105,10 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         ({}, {"optimizer.levels": {"c": {"reduce": "at_update"}}}, "at_update of level c"),
         ({}, {"training.batch_tokens": 9 * 32}, "equal micro-batches: 9 rows over 2"),
         ({"dp_replicate": 1, "dp_shard": 2}, {}, "leave dp_shard at 1"),
+        ({"micro_batches": 3}, {}, "equal micro-batches: 8 rows over 2 .* and 3 micro_batches"),
         ({"pp": 2, "micro_batches": 2}, {"deepspeed.zero_stage": 3}, "pp=2 goes with zero_stage=1"),
+        ({"pp": 2, "micro_batches": 2}, {"deepspeed.zero_stage": 2}, "zero_stage=1, not 2"),
+        ({"dp_replicate": 1, "dp_shard": 2, "cpu_offload": True}, {}, "cpu_offload is engine=na"),
         (
             {"pp": 2, "micro_batches": 2, "schedule": "interleaved"},
             {},

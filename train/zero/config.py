@@ -162,7 +162,7 @@ def _merge(
 def _same(theirs: Any, ours: Any) -> bool:
     if isinstance(theirs, str) and isinstance(ours, str):
         return theirs.lower() == ours.lower()
-    return type(theirs is True) is type(ours is True) and theirs == ours
+    return isinstance(theirs, bool) is isinstance(ours, bool) and theirs == ours
 
 
 def refused(config: RunConfig) -> list[str]:

@@ -71,6 +71,12 @@ def test_what_an_attempt_left_that_died_on_the_way_misleads_nobody(server: TCPSt
     assert len({*read, *two}) == 2
 
 
+def test_only_ranks_that_did_not_come_are_named(server: TCPStore) -> None:
+    first, last = attempt(server, 4, [0, 2], seconds=1)
+    assert str(first) == "of 4 ranks these did not come: 1, 3"
+    assert isinstance(last, Exception)
+
+
 @pytest.mark.parametrize("hosted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_agents_need_not_agree_how_often_they_started_ranks(hosted: bool, server: TCPStore) -> None:
     """One restarted ranks that failed, the other came back: torchrun tells 1 and 0."""
