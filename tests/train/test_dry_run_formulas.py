@@ -121,6 +121,13 @@ def test_what_zero_holds(
     assert zero.updating == updating
 
 
+def test_zero_2_keeps_gradients_between_micro_batches() -> None:
+    runs = [dry_run(deepspeed_config("hope", 2, {"micro_batches": n}), 2, 0) for n in (1, 2)]
+    once, twice = (run.memory.gradients for run in runs)
+    assert once == 0
+    assert twice > 4 * runs[1].own_parameters // 2
+
+
 def test_buckets_are_those_of_the_users_file(tmp_path: Path) -> None:
     own = {"stage3_param_persistence_threshold": 7, "reduce_bucket_size": 9}
     (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": own}))
