@@ -23,7 +23,8 @@ from train.checkpoint import CheckpointError, CheckpointStore, load_parameters
 from train.checkpoint.places import Place
 from train.checkpoint.reading import TensorReader, read_plain
 from train.config import RunConfig, load_config, validate_config
-from train.engines.deepspeed import parameter_groups, unused_parameters
+from train.engines.deepspeed import parameter_groups
+from train.parallel.part import unused_parameters
 from train.parallel.ranks import Ranks
 from train.zero.library import open_deepspeed, quiet
 from train.zero.partitions import Partitions

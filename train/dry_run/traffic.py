@@ -30,7 +30,6 @@ from hope.init import Linear
 from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
-from train.engines.deepspeed import unused_parameters
 from train.optim.levels import FAST, group_by_level, late_levels, level_of, periods
 from train.parallel.counting import (
     ALL_GATHER,
@@ -42,7 +41,7 @@ from train.parallel.counting import (
 )
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import PRECISIONS
-from train.parallel.part import cut_layers
+from train.parallel.part import cut_layers, unused_parameters
 from train.parallel.stages import layers_of_rank, stages_of_rank
 
 GRADIENT = 4

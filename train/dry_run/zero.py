@@ -14,9 +14,9 @@ from itertools import accumulate
 from typing import Any
 
 from train.config import RunConfig
-from train.engines.deepspeed import parameter_groups, unused_parameters
+from train.engines.deepspeed import parameter_groups
 from train.parallel.mesh import Mesh
-from train.parallel.part import Part
+from train.parallel.part import Part, unused_parameters
 from train.zero.cadence import Group
 from train.zero.config import settings
 

@@ -19,7 +19,6 @@ from data_pipeline import Batch
 from hope import HopeModel
 from hope.init import initial_value
 from hope.sharding import Replicate
-from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
 from train.engines.parts import EngineParts
 from train.optim.build import decays
@@ -28,7 +27,7 @@ from train.parallel.activations import checkpoint_activations, compile_layers
 from train.parallel.carried import Carried, state_of
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import allocate
-from train.parallel.part import Part, cut_layers
+from train.parallel.part import Part, cut_layers, unused_parameters
 from train.parallel.placement import Stored, in_memory
 from train.parallel.stages import layers_of_rank
 from train.parallel.tensor import connect, divide
@@ -222,12 +221,6 @@ def make_local(model: HopeModel) -> None:
             divided = any(one.is_shard() for one in parameter.placements)
             plain.tensor_model_parallel = divided  # type: ignore[attr-defined]
             model.get_submodule(path).register_parameter(own, plain)
-
-
-def unused_parameters(model: HopeModel) -> set[str]:
-    """Those that no gradient ever reaches."""
-    mixers = {path: m for path, m in model.named_modules() if isinstance(m, SelfModifyingTitans)}
-    return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.unused}
 
 
 def parameter_groups(

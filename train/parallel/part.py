@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hope import HopeConfig, HopeModel, ModelState
 from hope.state import concatenate_rows
+from hope.titans import SelfModifyingTitans
 from train.parallel.context import Pieces
 
 
@@ -35,6 +36,12 @@ def parameter_names(config: HopeConfig) -> set[str]:
     """The names of all parameters of a model."""
     with torch.device("meta"):
         return {name for name, _ in HopeModel(config, seed=None).named_parameters()}
+
+
+def unused_parameters(model: HopeModel) -> set[str]:
+    """Those that no gradient ever reaches."""
+    mixers = {path: m for path, m in model.named_modules() if isinstance(m, SelfModifyingTitans)}
+    return {f"{path}.{name}" for path, mixer in mixers.items() for name in mixer.unused}
 
 
 class Part(nn.Module):
