@@ -258,13 +258,15 @@ def _aligned(signature: dict[str, str]) -> dict[tuple[int], list[list[Any]]]:
 
 def assemble(ptx: str) -> dict[str, tuple[int, int, int]]:
     """Registers, bytes of spill stores and bytes of spill loads of each kernel, by Triton's
-    ptxas."""
+    ptxas; by its newer one what NVRTC 13 makes."""
     from triton import knobs
 
+    newer = ptx.partition(".version ")[2].startswith("9")
+    ptxas = knobs.nvidia.ptxas_blackwell if newer else knobs.nvidia.ptxas
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", str(path)]
+        command = [ptxas.path, "-v", "--gpu-name=sm_90a", str(path)]
         result = subprocess.run(
             [*command, "-o", str(path.with_suffix(".cubin"))],
             capture_output=True, text=True, check=True,

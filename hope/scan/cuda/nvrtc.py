@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib.resources import files
 from importlib.util import find_spec
@@ -29,10 +30,21 @@ def library() -> ctypes.CDLL | str:
     found = find_spec("nvidia")
     for name in candidates((found.submodule_search_locations or ()) if found else ()):
         try:
-            return ctypes.CDLL(name)
+            nvrtc = ctypes.CDLL(name)
         except OSError:
             continue
+        _load_builtins(nvrtc, name)
+        return nvrtc
     return f"there is no NVRTC ({', '.join(NAMES)}); it comes with torch for CUDA"
+
+
+def _load_builtins(nvrtc: ctypes.CDLL, name: str) -> None:
+    """NVRTC 13 opens its other half by name and does not look beside itself; torch loads that half
+    too, but where there are packages of two CUDAs, of one only."""
+    folder = name.rpartition("/")[0]
+    if folder:
+        with suppress(OSError):
+            ctypes.CDLL(f"{folder}/libnvrtc-builtins.so.{'.'.join(_version(nvrtc))}")
 
 
 def candidates(packages: Iterable[str]) -> Iterator[str]:

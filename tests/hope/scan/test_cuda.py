@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from hope.scan import ScanConfig, chosen, scan
-from hope.scan.cuda import device
+from hope.scan.cuda import device, nvrtc
 from hope.scan.cuda.call import (
     HIDDEN,
     Options,
@@ -274,3 +275,25 @@ def test_the_compiler_is_of_torchs_own_cuda(
         f"/packages/cuda_nvrtc/lib/libnvrtc.so.{first}",
     ]
     assert {path.rpartition("/")[2] for path in there} == set(NAMES)
+
+
+def test_both_halves_of_the_compiler_are_loaded_from_one_folder(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """NVRTC 13 finds the other one only where something has loaded it."""
+    loaded = []
+
+    class Library:
+        def __init__(self, name: str) -> None:
+            if not name.startswith("/cu13/"):
+                raise OSError
+            loaded.append(name)
+
+        def nvrtcVersion(self, *numbers: Any) -> None:  # noqa: N802
+            for number, value in zip(numbers, (13, 4), strict=True):
+                number._obj.value = value
+
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", Library)
+    monkeypatch.setattr(nvrtc, "candidates", lambda _: ["libnvrtc.so.13", "/cu13/libnvrtc.so.13"])
+    nvrtc.library.__wrapped__()
+    assert loaded == ["/cu13/libnvrtc.so.13", "/cu13/libnvrtc-builtins.so.13.4"]
