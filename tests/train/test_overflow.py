@@ -13,7 +13,7 @@ from hope import HopeModel
 from tests.train.test_cadence import OPTIMIZER, TOKENS, backward, config_with, constant, weights
 from train.optim.build import build_cadence
 from train.optim.config import LevelOptimizerConfig, OptimizerConfig
-from train.optim.finite import LARGEST, OverflowedError, check_sums
+from train.optim.finite import LARGEST, OverflowedError, Trial, check_sums, largest
 from train.optim.level import Level
 from train.parallel.ranks import Ranks
 
@@ -145,3 +145,21 @@ def test_what_waits_on_several_ranks_overflows(reduce, held: float, refused: boo
         return check_sums([level], 1.0, {}, state, world)
     with pytest.raises(OverflowedError, match="of level slow"):
         check_sums([level], 1.0, {}, state, world)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_larger_than_any_number(number: float) -> None:
+    assert largest([torch.ones(2), None, torch.tensor([1.0, number])]) == math.inf
+
+
+def test_a_trial_gives_back_what_was_counted_and_what_waited() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    level = Level("l0", {"a": parameter}, [], tokens=3, bound=2.0)
+    held = {parameter: {"accumulated_grad": torch.ones(2)}}
+    trial = Trial(held, [level])
+    level.take(4, 1e30)
+    held[parameter]["accumulated_grad"].fill_(math.inf)
+    parameter.grad = torch.ones(2)
+    state = trial.undo()
+    assert (level.tokens, level.bound, parameter.grad) == (3, 2.0, None)
+    assert state[parameter]["accumulated_grad"].tolist() == [1, 1]
