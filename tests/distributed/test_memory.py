@@ -13,8 +13,9 @@ QUICK = [0, 8, 10, 14]
 BFLOAT16_PRODUCTS = pytest.mark.xfail(
     reason="what bfloat16 products need on a CPU is not predicted (docs/deepspeed.md)", strict=False
 )
-TOO_SMALL = {29: BFLOAT16_PRODUCTS, 31: BFLOAT16_PRODUCTS}
-"""ZeRO 2 and 3 in bfloat16 on four processes: little memory, of which that is more than a tenth."""
+TOO_SMALL = dict.fromkeys([9, 21, 27, 29, 31], BFLOAT16_PRODUCTS)
+"""ZeRO in bfloat16: little memory, of which that is more than a tenth; of the last two on every
+processor that was at hand, of the others (by 10 to 12 %) on one with AVX512-BF16."""
 
 
 @pytest.mark.parametrize(
