@@ -101,9 +101,7 @@ class SelfModifyingTitans(nn.Module):
         M_0 as it is now: the memory is not the parameters'.
         """
         weight, channels = self.gate.weight, self.num_heads * self.head_dim
-        memory = None
-        if self.writes:
-            memory = MemoryState(*(z.clone() for z in self._start(batch, weight.dtype)))
+        memory = self._own_start(batch, weight.dtype) if self.writes else None
         tail_x = weight.new_zeros(batch, self.conv_x.width - 1 if self.writes else 0, channels)
         tail_q = weight.new_zeros(batch, self.conv_q.width - 1, channels)
         pending = weight.new_zeros(batch, self.num_heads, 0, self.head_dim)
@@ -236,10 +234,10 @@ class SelfModifyingTitans(nn.Module):
             read, _ = scan(inputs, query, weights, self.scan_config, memory, tail_starts)
             reads.append(read)
             # A document that starts with what is pending starts from M_0 in the next call too.
-            start = self._start(inputs.shape[0], inputs.dtype)
             if memory is None:
-                memory = MemoryState(*(z.clone() for z in start))
+                memory = self._own_start(inputs.shape[0], inputs.dtype)
             elif tail_starts is not None:
+                start = self._start(inputs.shape[0], inputs.dtype)
                 again = tail_starts[:, 0].view(1, -1, 1, 1, 1)
                 memory = MemoryState(
                     *(torch.where(again, z0, z) for z0, z in zip(start, memory, strict=True))
@@ -255,6 +253,10 @@ class SelfModifyingTitans(nn.Module):
     def _start(self, batch: int, dtype: torch.dtype) -> MemoryState:
         """M_0 for every row, a view where it can be, as activations of that dtype need it."""
         return initial_state(self._weights(), batch, torch.promote_types(dtype, torch.float32))
+
+    def _own_start(self, batch: int, dtype: torch.dtype) -> MemoryState:
+        """The same in memory of its own, which no optimizer step moves."""
+        return MemoryState(*(z.clone() for z in self._start(batch, dtype)))
 
     def _read_start(self, query: Tensor) -> Tensor:
         """o_t = M_mem,0(q_t): the memory-off control. query [B, N, T, d] -> [B, N, T, d]."""
