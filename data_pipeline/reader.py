@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import xxhash
 import zstandard
 
-from data_pipeline.errors import CorruptDataError
+from data_pipeline.errors import CorruptDataError, DataError
 from data_pipeline.shard_format import (
     HEADER_BYTES,
     TRAILER_BYTES,
@@ -20,13 +21,18 @@ from data_pipeline.shard_format import (
     unpack_trailer,
 )
 
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM)
+"""Why a file can't be opened that is not what was written. All else is the machine's state, such as
+too many open files or a mount that does not answer, and says nothing about the file."""
+
 
 class ShardReader:
     """Random access to the frames of a shard.
 
     Opening reads header and footer only. `expected_check`, the footer checksum that the manifest
     holds, ties the file to its manifest: footer and header are covered by it, every frame by the
-    footer. Raises CorruptDataError, naming the file, for anything that does not fit together.
+    footer. Raises CorruptDataError, naming the file, for anything that does not fit together, and
+    DataError where it can't be opened for a reason that is not the file's.
     """
 
     def __init__(self, path: Path, expected_check: str | None = None) -> None:
@@ -35,6 +41,11 @@ class ShardReader:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             self._descriptor = -1
+            if error.errno not in _LOST:
+                raise DataError(
+                    f"{path}: cannot be opened ({error.strerror}), which says nothing about the "
+                    "file; mend that and run the same again"
+                ) from error
             raise CorruptDataError(str(path), f"cannot be read ({error.strerror})") from error
         file_bytes = os.fstat(self._descriptor).st_size
         head = os.pread(self._descriptor, HEADER_BYTES, 0)
@@ -84,7 +95,13 @@ class ShardReader:
         """
         offset = self._offsets.item(number)
         size = self._offsets.item(number + 1) - offset
-        packed = os.pread(self._descriptor, size, offset)
+        try:
+            packed = os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            problem = f"the disk does not give its bytes ({error.strerror})"
+            raise CorruptDataError(self._name, problem, number, offset) from error
         if len(packed) != size or xxhash.xxh3_64_intdigest(packed) != self._checks.item(number):
             raise CorruptDataError(
                 self._name, "the bytes do not match their checksum", number, offset

@@ -1,8 +1,11 @@
 """Damage of every kind: an error that names it, never a wrong token, never a crash."""
 
 import contextlib
+import errno
 import json
+import os
 import random
+import resource
 import shutil
 
 import numpy as np
@@ -105,6 +108,34 @@ def test_a_missing_file_is_named(copied, name):
     (copied / name).unlink()
     with pytest.raises(DataError, match=name):
         read_all(copied)
+
+
+def test_what_the_machine_lacks_is_not_called_damage(copied):
+    """Else `on_corrupt: skip` would leave the text out, and `verify` call the corpus damaged."""
+    corpus = Corpus.open(copied)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(copied, os.O_RDONLY)
+    os.close(free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limit[1]))
+        with pytest.raises(DataError, match=r"shard-00000\.tok: cannot be opened") as error:
+            corpus.read(0, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    assert not isinstance(error.value, CorruptDataError)
+    assert corpus.read(0, 1) == [corpus.bos_id]
+
+
+def test_bytes_that_the_disk_does_not_give_are_damage(copied, monkeypatch):
+    corpus = Corpus.open(copied)
+    reader = corpus.shard(0)
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(CorruptDataError, match=r"shard-00000\.tok: frame 1 at byte .*disk"):
+        reader.frame(1, zstandard.ZstdDecompressor())
 
 
 def test_swapped_shards_are_noticed(copied):
