@@ -173,6 +173,9 @@ class SelfModifyingTitans(nn.Module):
     ) -> tuple[Tensor, TitansState]:
         batch, length, _ = x.shape
         check_kind(state, TitansState)
+        if state is not None and (state.memory is not None) != self.writes:
+            theirs, ours = str(not self.writes).lower(), str(self.writes).lower()
+            raise ValueError(f"state: of a layer with titans.writes={theirs}, this one has {ours}")
         heads = (batch, length, self.num_heads, self.head_dim)
         query, conv_q = self.conv_q(self.q_in(x), state.conv_q if state else None, document_starts)
         query = query.view(heads).transpose(1, 2)

@@ -84,6 +84,8 @@ def test_a_carried_state_keeps_nothing_else_alive(name: str, given: bool, tokens
         ("attention_conv", {"num_heads": 2}, 2, r"state\.k must be"),
         ("titans", {"num_heads": 2}, 2, r"state\.(pending_x|w1) must be"),
         ("one_tap", {}, 3, "tail must be"),
+        ("titans", {"titans": MODELS["writes_off"].titans}, 2, "with titans.writes=false"),
+        ("writes_off", {"titans": BASE.titans}, 2, "with titans.writes=true"),
     ],
 )
 def test_a_state_of_another_model_is_one_line(
