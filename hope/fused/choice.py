@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hope.forward_mode import needs_torch
 from hope.fused.native.call import DTYPES
 from hope.native.build import why_not
 from hope.triton import takes_kernels
@@ -16,12 +17,15 @@ Implementation = Literal["auto", "torch", "triton", "native"]
 Kind = Literal["torch", "triton", "native"]
 
 
-def chosen(x: Tensor, implementation: Implementation) -> Kind:
+def chosen(x: Tensor, implementation: Implementation, *others: Tensor | None) -> Kind:
     """What runs on x: what is named; with "auto" Triton's kernels on CUDA devices, C++ on a CPU
-    where it could be compiled, and on the meta device, torch's operators elsewhere.
+    where it could be compiled, and on the meta device, torch's operators elsewhere, and where x or
+    one of `others` is differentiated in forward mode.
 
     Raises ValueError, in one line, for what is named and can't run on x.
     """
+    if needs_torch(implementation, x, *others):
+        return "torch"
     if implementation == "native" or (implementation == "auto" and not x.is_cuda):
         reason = _why_not_native(x)
         if not reason:

@@ -36,7 +36,7 @@ def causal_convolution(
     """
     if x.dim() != 3:
         raise ValueError(f"x must be [B, T, channels], got {list(x.shape)}")
-    kind = chosen(x, implementation)
+    kind = chosen(x, implementation, weight, tail)
     width = weight.shape[0]
     rows, tokens, channels = x.shape
     check(

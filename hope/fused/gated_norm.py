@@ -31,7 +31,7 @@ def gated_rms_norm(
     float64). Raises ValueError where the implementation that is named can't run, and for shapes
     that do not fit.
     """
-    kind = chosen(read, implementation)
+    kind = chosen(read, implementation, weight, gate)
     batch, heads, length, width = read.shape
     check(
         read,

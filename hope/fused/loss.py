@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hope.forward_mode import needs_torch
 from hope.triton import Implementation, takes_kernels
 
 BLOCK = 4096
@@ -29,7 +30,7 @@ def cross_entropy(
     is no column gives NaN on a CUDA device and IndexError elsewhere. Kernels on CUDA devices
     ("auto"), torch's own elsewhere. Raises ValueError with "triton" where kernels can't run.
     """
-    if not takes_kernels(logits, implementation):
+    if needs_torch(implementation, logits) or not takes_kernels(logits, implementation):
         return torch.nn.functional.cross_entropy(
             _precise(logits), labels, ignore_index=ignore_index, reduction="sum"
         )

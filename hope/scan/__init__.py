@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hope.forward_mode import carries_tangent
 from hope.scan.chunked import scan_chunked
 from hope.scan.contract import (
     MEMORIES,
@@ -48,7 +49,8 @@ def scan(
     float64 x). Gradients flow to x, q, weights and state from both. The first token is at a chunk
     boundary; T need not be a multiple of a chunk.
 
-    Raises ValueError, in one line, for inputs that do not fit together.
+    Raises ValueError, in one line, for inputs that do not fit together, and for forward-mode
+    derivatives of anything but the reference.
     """
     check_inputs(x, q, weights, state, reset)
     if reset is not None and validate_reset and not torch.compiler.is_compiling():
@@ -58,6 +60,8 @@ def scan(
         kind = chosen(x, weights.w1.shape[3], config)
         if kind == "reference":
             return scan_reference(x, q, weights, config, state, reset)
+        if carries_tangent(x, q, *weights, *(state or ())):
+            raise ValueError("scan: forward mode is implementation=reference's alone; take that")
         if kind in ("cuda", "triton"):
             return scan_triton(x, q, weights, config, state, reset, on_chip=kind == "cuda")
         if kind == "native":
