@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +12,13 @@ from torch import Tensor
 from hope.model import HopeModel
 
 
+def generate(model: HopeModel, prompt: Tensor, num_tokens: int, **options: Any) -> Tensor:
+    """What `sample` chooses, int64 [at most num_tokens], once all of it is there."""
+    return torch.tensor(list(sample(model, prompt, num_tokens, **options)), dtype=torch.int64)
+
+
 @torch.inference_mode()
-def generate(
+def sample(
     model: HopeModel,
     prompt: Tensor,
     num_tokens: int,
@@ -21,8 +28,8 @@ def generate(
     stop_token: int | None = None,
     vocab_size: int | None = None,
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """Continue `prompt`, int64 [T], T >= 1; returns the new tokens, int64 [at most num_tokens].
+) -> Iterator[int]:
+    """Continue `prompt`, int64 [T], T >= 1, by at most num_tokens tokens, each as it is chosen.
 
     temperature 0 takes the most likely token; top_k keeps that many candidates; generation ends
     before `stop_token`. vocab_size: of the tokenizer, where the model's is larger: no id from there
@@ -38,8 +45,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, got {top_k}")
     logits, state = model(prompt[None], model.initial_state(1, decoding=True))
-    chosen: list[int] = []
-    while len(chosen) < num_tokens:
+    for _ in range(num_tokens):
         scores = logits[0, -1, :vocab_size].float()
         if not scores.isfinite().all():
             raise ValueError("the model's logits are not finite: its weights or its state are not")
@@ -56,6 +62,5 @@ def generate(
             token = int(torch.multinomial(shares, 1, generator=generator))
         if token == stop_token:
             break
-        chosen.append(token)
+        yield token
         logits, state = model(prompt.new_tensor([[token]]), state)
-    return torch.tensor(chosen, dtype=torch.int64)

@@ -10,11 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
-import torch
 
-from data_pipeline import Tokenizer
-from hope import HopeConfig, HopeModel
 from tools import quickstart
 from tools.generate import main as generate
 from train.__main__ import main as train
@@ -157,33 +153,6 @@ def test_generate_is_repeatable_and_checks_its_input(
         with pytest.raises(SystemExit) as stopped:
             generate([run, *wrong])
         assert stopped.value.code == 2
-
-
-def test_what_is_generated_keeps_the_space_that_it_begins_with(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Tokenizers that put a space before a text, as Llama's does, take one away from a text."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(["to be or not to be"]),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=280,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    tokenizer = Tokenizer(model.getvalue())
-    hope = HopeModel(HopeConfig(vocab_size=tokenizer.vocab_size, dim=8, num_layers=1, num_heads=1))
-    written = torch.from_numpy(tokenizer.encode("or not"))
-    monkeypatch.setattr("tools.generate.load_run_and_tokenizer", lambda _: (None, hope, tokenizer))
-    monkeypatch.setattr("tools.generate.generate", lambda *_, **__: written)
-    for prompt, expected in (
-        ("to be", "to be or not"),
-        ("", "or not"),
-    ):
-        assert generate(["run", "--prompt", prompt]) == 0
-        assert capsys.readouterr().out == f"{expected}\n"
 
 
 def test_generate_with_a_model_of_more_ids_than_the_tokenizer_has(
