@@ -24,6 +24,8 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, Team& team, con
     const real share = inverted(floor);
     s.rows[i] = !team.counts() ? real(0) : DELTA1 ? -along * s.length[i] * share : -along;
     s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) * share * share : real(0);
+    // e is act / max(|act|, NORM_EPS), and |act| has the gradient act / |act|.
+    if (s.length[i] < NORM_EPS && s.length[i] > 0) s.along_act[i] *= NORM_EPS / s.length[i];
   });
   Rows<C> along = {};
   each<C, H>(

@@ -362,6 +362,9 @@ def write_backward(
                 dr = x1 * (extent / floor)[:, None]
                 rows -= along_act * extent / floor
                 along_act *= (2.0 * STEP_FLOOR - floor) / (floor * floor)
+                # e is act / max(|act|, NORM_EPS), and |act| has the gradient act / |act|.
+                held = (inverse > 0.999 / NORM_EPS) & (extent > 0.0)
+                along_act *= tl.where(held, NORM_EPS, 1.0) / tl.where(held, extent, 1.0)
             else:
                 rows -= along_act
             tl.debug_barrier()

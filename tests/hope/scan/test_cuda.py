@@ -29,6 +29,7 @@ from tests.hope.scan.cases import (
     Problem,
     every_option,
     everything,
+    forgotten,
     make_problem,
     worst_error,
 )
@@ -150,6 +151,12 @@ def test_random_shapes(seed: int) -> None:
         "seed": seed,
     }  # fmt: skip
     check_parity(problem(**shape), config)
+
+
+def test_memories_that_are_forgotten() -> None:
+    """|act(W2 k)| is below the floor of its norm, but the length in W1's step has no floor."""
+    forgetful = forgotten(problem(52, rows=1, with_state=False), 0.5)
+    check_parity(forgetful, ScanConfig(16, 32, decay_to="zero"))
 
 
 def test_memory_that_nothing_has_written_is_not_used() -> None:

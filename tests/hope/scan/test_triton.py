@@ -31,6 +31,7 @@ from tests.hope.scan.cases import (
     Problem,
     every_option,
     everything,
+    forgotten,
     make_problem,
     worst_error,
 )
@@ -189,6 +190,12 @@ def test_saturated_gates(b_eta: float, b_alpha: float) -> None:
         b_alpha=torch.full_like(problem.weights.b_alpha, b_alpha).requires_grad_(),
     )
     check_parity(problem._replace(weights=weights), ScanConfig(16, 16), SINGLE, floor=1.0)
+
+
+def test_memories_that_are_forgotten() -> None:
+    """|act(W2 k)| is below the floor of its norm, but the length in W1's step has no floor."""
+    problem = make_problem(1, 1, 52, WIDTH, with_state=False, seed=1)
+    check_parity(forgotten(problem, -0.5), ScanConfig(16, 32, decay_to="zero"))
 
 
 def test_slow_decay_keeps_its_precision() -> None:
