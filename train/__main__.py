@@ -171,6 +171,7 @@ def train(
         training = config.training
         signals.deadline = walltime_deadline(training.walltime_s, training.walltime_margin_s)
         ranks = stack.enter_context(Ranks())
+        stack.enter_context(ranks.pulse.library_collectives())
         stack.enter_context(_said_once(ranks))
         watchdog = stack.enter_context(Watchdog(config.watchdog, config.run_dir, ranks))
         faults = Faults(config, ranks)

@@ -157,6 +157,34 @@ def test_a_rank_missing_in_a_collective_of_a_library_is_named(
         assert re.search(rf"rank {last} did not arrive at ({where})", text), text[:2000]
 
 
+@pytest.mark.parametrize("phase", ["forward", "evaluation"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"parallel": {"pp": 2, "micro_batches": 2}},
+        {"parallel": {"tp": 2}},
+        {"parallel": {"dp_replicate": 1, "dp_shard": 2}},
+        {"parallel": {"cp": 2}},
+        pytest.param(
+            {"engine": "deepspeed", "deepspeed": {"zero_stage": 3}}, marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_rank_lost_in_a_collective_of_a_library_is_one_line(
+    data: Path, tmp_path: Path, layout: dict[str, Any], phase: str
+) -> None:
+    fault = {"kind": "kill", "phase": phase, "step": 3, "rank": 1}
+    config = configuration(data, tmp_path / "run", 0, faults=[fault]) | layout
+    config["model"]["num_layers"] = 2
+    config["evaluation"]["every_tokens"] = 32  # before a save, which would wait for the rank's part
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    start = attempt([str(tmp_path / "run.yaml")], 2, tmp_path / "log", grace_s=60.0)
+    assert start.statuses == [76, -9]
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text
+    assert re.search(r"collective.* of step [34] \(\w+\) failed, as it does when a rank is", text)
+
+
 def test_one_process_that_stands_still_ends_itself_and_a_slow_one_does_not(
     data: Path, tmp_path: Path
 ) -> None:

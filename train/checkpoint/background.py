@@ -29,7 +29,9 @@ from train.checkpoint.writer import NewFile, Target, attempt, finish, write_part
 Answer = dict[str, Any]
 """{"result": ...} or {"error": one line}."""
 
-EXIT_SECONDS = 30
+EXIT_SECONDS = 20
+"""For what is being written when a run fails: of a rank that was killed the part never comes, and
+torchrun gives those that are left 30 s to end by themselves."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -186,7 +188,7 @@ class BackgroundWriter:
             self._process = None
 
     def close(self) -> None:
-        """Let what is being written be written, for half a minute at most."""
+        """Let what is being written be written, for EXIT_SECONDS at most."""
         if self._process is not None and self._process.stdin is not None:
             with suppress(OSError, subprocess.TimeoutExpired):
                 self._process.stdin.write(b'{"stop": true}\n')

@@ -176,7 +176,7 @@ class NativeEngine(EngineParts):
 def _add_up(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Replace the gradients by their sums over `group`, in one all-reduce a dtype."""
     grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-    for dtype in {grad.dtype for grad in grads if grad is not None}:
+    for dtype in dict.fromkeys(grad.dtype for grad in grads if grad is not None):
         some = [grad for grad in grads if grad is not None and grad.dtype == dtype]
         flat = torch.cat([grad.flatten() for grad in some])
         dist.all_reduce(flat, group=group)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 STEP_PHASES = ("data", "forward", "backward", "reduce", "optimizer")
 FIRST_RANK_PHASES = ("save-before-marker", "save-after-marker", "delete")
@@ -23,6 +24,29 @@ REMEMBERED = 32
 
 class RankLostError(RuntimeError):
     """A collective broke: another rank died or its connection did; the message is one line."""
+
+
+_GLOO = "gloo/transport"
+"""In every message of gloo's about a broken connection; its errors have no type of their own."""
+
+
+def _broken_collective(error: BaseException) -> BaseException | None:
+    """What broke a collective, of an error and its causes; None if nothing did."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, dist.DistBackendError | dist.DistNetworkError):
+            return seen
+        if isinstance(seen, RuntimeError) and _GLOO in str(seen):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _lost(what: str, when: Collective | Pulse, error: BaseException) -> RankLostError:
+    return RankLostError(
+        f"{what} step {when.step} ({when.phase}) failed, as it does when a rank is lost: "
+        f"{' '.join(str(error).split())[:300]}"
+    )
 
 
 @dataclass
@@ -89,12 +113,21 @@ class Pulse:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise RankLostError(
-                f"collective {call.number}, {name}, of step {call.step} ({call.phase}) failed, as "
-                f"it does when a rank is lost: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise _lost(f"collective {call.number}, {name}, of", call, error) from error
         call.left = time.monotonic()
         self._beat()
+
+    @contextmanager
+    def library_collectives(self) -> Iterator[None]:
+        """Around all that may call collectives by itself: FSDP2, DTensor, pipelines, DeepSpeed.
+        Raises RankLostError where one of them fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            broken = _broken_collective(error)
+            if isinstance(error, RankLostError) or broken is None:
+                raise
+            raise _lost("a collective of", self, broken) from error
 
     def _beat(self) -> None:
         self.beats += 1
