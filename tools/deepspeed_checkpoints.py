@@ -8,6 +8,7 @@ four classes of DeepSpeed (`_without_code`), whatever else a file asks for.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pickle
 from collections.abc import Iterator
@@ -112,9 +113,10 @@ def from_deepspeed(folder: Path, output: Path, config_path: Path | None) -> str:
                 f"{folder} is no checkpoint of DeepSpeed: {reason[:300]}"
             ) from None
     config = load_config(config_path) if config_path is not None else _own_config(plain, folder)
+    names = {name.removeprefix("module."): name for name in weights}
+    config = _with_vocabulary(config, weights.get(names.get("embedding.weight")), folder)
     with torch.device("meta"):
         expected = dict(HopeModel(config.model, seed=None).named_parameters())
-    names = {name.removeprefix("module."): name for name in weights}
     wrong = sorted(expected.keys() ^ names.keys())
     wrong += [n for n, p in expected.items() if n in names and weights[names[n]].shape != p.shape]
     if wrong:
@@ -149,6 +151,17 @@ def _own_config(plain: dict[str, Any], folder: Path) -> RunConfig:
     if not isinstance(plain.get("config"), dict):
         raise CheckpointError(f"{folder} does not say what model it is of: add --config CONFIG")
     return validate_config(plain["config"], str(folder))
+
+
+def _with_vocabulary(config: RunConfig, embedding: Tensor | None, folder: Path) -> RunConfig:
+    """Where the configuration leaves the vocabulary to the data, it is as large as the embedding's,
+    since the data need not be here."""
+    if config.model.vocab_size is not None:
+        return config
+    if embedding is None:
+        raise CheckpointError(f"{folder} is not of a model of ours: it has no embedding.weight")
+    model = dataclasses.replace(config.model, vocab_size=len(embedding))
+    return config.model_copy(update={"model": model})
 
 
 @contextmanager
