@@ -78,9 +78,10 @@ def test_eta_counts_what_lies_between_steps(
     progress.on_start(trainer)
     told = []
     # Steps say 1,000 tokens a second; with an evaluation after each it is 100. Then back to 500.
-    for tokens, passed in ((1000, 0), (4000, 30), (500, 15), (2500, 20)):
+    # Whole steps end behind a total that is no multiple of them.
+    for tokens, passed in ((1000, 0), (4000, 30), (500, 15), (2500, 20), (1_001_000, 20)):
         now += passed
         record = SimpleNamespace(loss=1.0, tokens=tokens, tokens_per_second=1e3)
         progress.on_step(trainer, cast(Any, record))
         told.append(re.findall(r"ETA (\S+) ", capsys.readouterr().err))
-    assert told == [["16:39"], ["2:46:00"], ["16:39"], ["2:46:15"]]
+    assert told == [["16:39"], ["2:46:00"], ["16:39"], ["2:46:15"], ["00:00"]]

@@ -70,7 +70,7 @@ class Progress(Callback):
                 self._below.refresh()
         elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
             self._last_line = time.monotonic()
-            left = (trainer.target_tokens - record.tokens) / self._rate(record)
+            left = max(trainer.target_tokens - record.tokens, 0) / self._rate(record)
             self._write(
                 f"{record.tokens:,}/{trainer.target_tokens:,} tokens | "
                 f"{record.tokens_per_second:,.0f} tok/s | ETA {tqdm.format_interval(left)} | "
