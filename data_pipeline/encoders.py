@@ -68,7 +68,8 @@ class Gigatoken:
             )
             self._encode = made.backend.encode
         except Exception as error:
-            raise NotTheSameError(f"gigatoken does not read the model ({error})") from None
+            reason = str(error).partition("\n")[0]  # below it, where in gigatoken's own source
+            raise NotTheSameError(f"gigatoken does not read the model ({reason})") from None
         self.version = version("gigatoken")
         self._exact = tokenizer.encode
         self._marks = tokenizer.reserved_texts

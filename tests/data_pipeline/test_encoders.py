@@ -1,5 +1,7 @@
 """gigatoken beside SentencePiece and Hugging Face tokenizers: the same ids, or it is not used."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -72,6 +74,17 @@ def test_a_unigram_model_is_left_to_sentencepiece(texts):
     assert "byte-pair" in why
     with pytest.raises(DataError, match=r"--encoder gigatoken: .*byte-pair"):
         choose(unigram, "gigatoken")
+
+
+def test_why_a_model_is_not_read_is_one_line(texts):
+    """Gigatoken adds where in its own source it stopped."""
+    made = byte_level(texts)
+    model = json.loads(made.to_str())
+    model["model"]["vocab"].pop("\u0100")  # byte 0
+    encoder, why = choose(Tokenizer.from_bytes(json.dumps(model).encode()))
+    assert encoder == "exact"
+    assert why.startswith("gigatoken does not read the model (")
+    assert "\n" not in why
 
 
 class Wrong(Gigatoken):
