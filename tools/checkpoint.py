@@ -150,8 +150,12 @@ def export(options: argparse.Namespace) -> int:
     try:
         write(draft, content())
         rename(draft, output)
-    except BaseException:
-        remove(draft)
+    except BaseException as error:
+        if draft.exists():
+            remove(draft)
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise CheckpointError(f"can't make {options.output}: {reason}") from None
         raise
     print(f"{options.output}: {len(chosen)} tensors, {size(output):,} bytes")
     return 0

@@ -97,13 +97,25 @@ def test_export_is_read_by_the_library(folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_that_fails_leaves_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And names the file that was asked for, whether the system names one or not."""
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "none" / "model", tmp_path / "file" / "model"):
+        assert main(["export", str(folder), str(output)]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: can't make {output}: ")
+        assert ".writing-" not in error
+
     def failing(old: Path, new: Path) -> None:
         raise OSError("no more")
 
     monkeypatch.setattr("tools.checkpoint.rename", failing)
     assert main(["export", str(folder), str(tmp_path / "model")]) == 2
+    assert capsys.readouterr().err == f"error: can't make {tmp_path / 'model'}: no more\n"
     assert not list(tmp_path.glob("*model*"))
 
 
