@@ -106,6 +106,7 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
                     if accepted := check_same_run(config):
                         settings = ", ".join(accepted)
                         print(redact(f"resuming with other settings: {settings}"), file=sys.stderr)
+                    check_begun(folder, config.checkpoint.url)
                 else:
                     check_fresh(folder, config.checkpoint.url)
                 if config.checkpoint.url is not None:
@@ -197,6 +198,15 @@ def check_fresh(folder: Path, url: str | None = None) -> None:
         )
     for leftover in (METRICS, MLFLOW_RUN_ID, MLFLOW_BACKLOG, MLFLOW_SENT):
         (folder / leftover).unlink(missing_ok=True)
+
+
+def check_begun(folder: Path, url: str | None) -> None:
+    """Raises RunFolderError when the run of a folder has no checkpoint, damaged or not."""
+    if not _has_checkpoints(as_place(url or folder / CHECKPOINTS)):
+        raise RunFolderError(
+            f"nothing to resume: {url or folder / CHECKPOINTS} holds no checkpoint; begin the run "
+            "again without --resume, or say --resume-or-start"
+        )
 
 
 def _saved_url(folder: Path) -> str | None:

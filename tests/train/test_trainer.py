@@ -21,6 +21,7 @@ from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.load import load_run
 from train.config import RunConfig
 from train.parallel.ranks import Ranks
+from train.run_folder import run_lock, save_config
 
 STREAM = {
     "training.state_carry": "stream",
@@ -288,6 +289,10 @@ def test_what_a_run_folder_refuses(
     config = make_config(**{"training.stop_at_tokens": 512})
     assert main([str(config_file), "--resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
+    config.run_dir.mkdir(exist_ok=True)
+    save_config(with_vocabulary(config, open_corpora(config)))  # killed before a checkpoint
+    assert main([str(config_file), "--resume"]) == 2
+    assert "holds no checkpoint; begin the run again without --resume" in capsys.readouterr().err
     train(config, resume=False)
     before = sorted(path.name for path in config.run_dir.rglob("*"))
     capsys.readouterr()
@@ -305,8 +310,6 @@ def test_what_a_run_folder_refuses(
 
 
 def test_a_second_job_on_the_same_folder_is_refused(make_config, config_file: Path) -> None:
-    from train.run_folder import run_lock
-
     config = make_config()
     with run_lock(config.run_dir):
         result = subprocess.run(
