@@ -100,7 +100,7 @@ def _read(adapter: OnlineAdapter, stream: Tensor, label: str) -> Tensor:
     """Losses [n] of the whole stream, with progress; ValueError where one is not finite."""
     found = []
     size = min(adapter.segment, stream.shape[1])
-    for part in tqdm(stream.split(size, dim=1), desc=label, unit="segment"):
+    for part in tqdm(stream.split(size, dim=1), desc=label, unit="segment", disable=None):
         found.append(adapter.feed(part))
     losses = torch.cat([*found, adapter.rest()], dim=1)[0]
     if len(bad := (~losses.isfinite()).nonzero()):

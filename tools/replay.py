@@ -160,7 +160,7 @@ def go_to(trainer: Trainer, skip: dict[str, Any], repeat: bool) -> str:
     trainer.load(folder, rewind=False)
     rows = trainer.config.batch_rows
     between = range(trainer.loader.position, position, rows)
-    for _ in tqdm(between, desc="reading on", unit="step", disable=len(between) == 0):
+    for _ in tqdm(between, desc="reading on", unit="step", disable=len(between) == 0 or None):
         if repeat:
             trainer.step()
         else:
@@ -186,7 +186,7 @@ def examine(trainer: Trainer, batch: Batch) -> Found:
     part.before = None if carried is None else state_of(carried, part.layers)
     tells = trainer.config.data.tells_documents
     found = Found()
-    for number in tqdm(range(batch.tokens.shape[0]), desc="rows", unit="row"):
+    for number in tqdm(range(batch.tokens.shape[0]), desc="rows", unit="row", disable=None):
         own = slice(number, number + 1)
         tokens, labels = batch.tokens[own].to(device), batch.labels[own].to(device)
         starts = batch.document_starts[own].to(device) if tells else None

@@ -64,7 +64,8 @@ def test_what_is_not_finite_is_told_with_its_text(
     before = contents(config.run_dir)
     capsys.readouterr()
     assert main([str(config.run_dir), "--rows", "2"]) == 0
-    out = capsys.readouterr().out
+    out, error = capsys.readouterr()
+    assert "row/s" not in error  # a bar is for terminals
     assert contents(config.run_dir) == before
     assert "skipped after 1,280 tokens: the gradient of level fast, a, b, c is not finite" in out
     assert "rows 24 to 27, with the weights of tokens-000000000001024; 2 steps between" in out

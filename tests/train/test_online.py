@@ -361,7 +361,9 @@ def test_it_lowers_the_perplexity_of_a_long_held_out_document(
     capsys.readouterr()
     common = [str(config.run_dir), "--input", str(file), "--max-tokens", "1500", "--lr", "0.01"]
     assert adapt([*common, "--level", "b=128"]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-2:]]
+    shown = capsys.readouterr()
+    assert shown.err == ""  # a bar is for terminals
+    rows = [line.split() for line in shown.out.splitlines()[-2:]]
     assert float(rows[1][-1]) < float(rows[0][-1])
     for bad, message in (("b", "is not of the form NAME=EVERY"), ("z=5", "no CMS level")):
         assert adapt([*common, "--level", bad]) == 2
