@@ -156,7 +156,10 @@ def go_to(trainer: Trainer, skip: dict[str, Any], repeat: bool) -> str:
     try:
         folder = trainer.store.newest(position * trainer.config.data.seq_len)
     except CheckpointError as error:
-        raise CheckpointError(f"nothing to replay the step with: {error}") from None
+        raise CheckpointError(
+            f"nothing to replay the step with: {error}; in a run from before it, save more often "
+            "(checkpoint.every_tokens) or keep more (checkpoint.keep_last)"
+        ) from None
     trainer.load(folder, rewind=False)
     rows = trainer.config.batch_rows
     between = range(trainer.loader.position, position, rows)

@@ -137,7 +137,7 @@ def test_what_it_can_not_do_is_one_line(
         ([str(calm.run_dir)], "skipped no step"),
         ([str(tmp_path / "odd")], "Is a directory"),
         ([str(config.run_dir), "--position", "1"], f"those skipped are at 0, {7 * rows}"),
-        ([str(config.run_dir), "--position", "0"], "nothing to replay the step with: no usable"),
+        ([str(config.run_dir), "--position", "0"], "there is none of 0 tokens or less; in a run"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

@@ -184,7 +184,10 @@ class CheckpointStore:
             reasons.append(f"{name}: {reason}")
             if self.ranks.is_first and name in (one.name for one in self.complete()):
                 warnings.warn(f"skipping damaged checkpoint {reasons[-1]}", stacklevel=2)
-        why = "; ".join(reasons) if reasons else "there is none"
+        none = (
+            "there is none" if at_most is None else f"there is none of {at_most:,} tokens or less"
+        )
+        why = "; ".join(reasons) or none
         raise CheckpointError(f"no usable checkpoint under {self.folder}: {why}")
 
     def find(self, name: str) -> Any:
