@@ -67,6 +67,10 @@ class RunFolderError(RuntimeError):
     """A run folder that can't be used for what was asked; the message is one line."""
 
 
+def no_run(folder: Path) -> RunFolderError:
+    return RunFolderError(f"nothing to resume: {folder} holds no run ({CONFIG} missing)")
+
+
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process; RunFolderError when another one has it."""
@@ -100,6 +104,8 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
     with ExitStack() as stack:
         if ranks.is_first:
             try:
+                if resume and not folder.exists():  # a slip in run_dir makes no folder
+                    raise no_run(folder)
                 stack.enter_context(run_lock(folder))
                 resume = continues(config, resume, auto)
                 if resume:
@@ -273,7 +279,7 @@ def check_same_run(config: RunConfig) -> list[str]:
     """
     path = config.run_dir / CONFIG
     if not path.exists():
-        raise RunFolderError(f"nothing to resume: {config.run_dir} holds no run ({CONFIG} missing)")
+        raise no_run(config.run_dir)
     try:
         saved = load_config(path)
     except ConfigError as error:

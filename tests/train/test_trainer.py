@@ -289,7 +289,8 @@ def test_what_a_run_folder_refuses(
     config = make_config(**{"training.stop_at_tokens": 512})
     assert main([str(config_file), "--resume"]) == 2
     assert "nothing to resume" in capsys.readouterr().err
-    config.run_dir.mkdir(exist_ok=True)
+    assert not config.run_dir.exists()
+    config.run_dir.mkdir()
     save_config(with_vocabulary(config, open_corpora(config)))  # killed before a checkpoint
     assert main([str(config_file), "--resume"]) == 2
     assert "holds no checkpoint; begin the run again without --resume" in capsys.readouterr().err
