@@ -85,3 +85,16 @@ def test_eta_counts_what_lies_between_steps(
         progress.on_step(trainer, cast(Any, record))
         told.append(re.findall(r"ETA (\S+) ", capsys.readouterr().err))
     assert told == [["16:39"], ["2:46:00"], ["16:39"], ["2:46:15"], ["00:00"]]
+
+
+def test_a_resume_that_has_nothing_to_do_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = TokenClock(PERIODS)
+    clock.advance(4096)
+    trainer: Any = SimpleNamespace(
+        clock=clock, target_tokens=2048, domains=None, level_changes=[], finished=False
+    )
+    Progress().on_start(trainer)
+    told = (
+        "nothing to train: 4,096 tokens are trained already, and training.stop_at_tokens is 2,048"
+    )
+    assert capsys.readouterr().err == f"{told}\n"

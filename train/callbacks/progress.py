@@ -42,6 +42,11 @@ class Progress(Callback):
             self._write(f"resumed: {change}")
         if trainer.finished:
             self._write(f"all {trainer.clock.tokens:,} tokens of this run are trained already")
+        elif trainer.clock.tokens >= trainer.target_tokens:
+            self._write(
+                f"nothing to train: {trainer.clock.tokens:,} tokens are trained already, and "
+                f"training.stop_at_tokens is {trainer.target_tokens:,}"
+            )
         if sys.stderr.isatty() and _columns():
             self._bar = tqdm(
                 total=trainer.target_tokens,
