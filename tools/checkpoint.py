@@ -215,6 +215,26 @@ def _different_values(one: Place, other: Place) -> Iterator[str]:
             yield f"{PLAIN} {key}: {a.get(key)!r} and {b.get(key)!r}"
 
 
+def _add_rules(command: argparse.ArgumentParser) -> None:
+    """What `prune` keeps."""
+    command.add_argument(
+        "--keep-last", type=at_least(1), default=2, metavar="N", help="the newest N (2)"
+    )
+    command.add_argument(
+        "--keep-every-tokens",
+        type=at_least(1),
+        metavar="TOKENS",
+        help="the first at or after each multiple of TOKENS (none)",
+    )
+    command.add_argument(
+        "--keep-best",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="the N of lowest held-out loss (0)",
+    )
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -230,9 +250,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         many = {} if name == "tag" else {"nargs": "+"}
         command.add_argument("run", metavar="RUN", **many)  # type: ignore[arg-type]
         if name == "prune":
-            command.add_argument("--keep-last", type=at_least(1), default=2, metavar="N")
-            command.add_argument("--keep-every-tokens", type=at_least(1), metavar="TOKENS")
-            command.add_argument("--keep-best", type=at_least(0), default=0, metavar="N")
+            command.description = "Delete what has no tag and none of these rules keeps, whatever "
+            command.description += "the `checkpoint` section of the run's configuration says."
+            _add_rules(command)
             command.add_argument("--dry-run", action="store_true", help="say what would go")
         elif name == "tag":
             command.add_argument("name", metavar="NAME", help="e.g. tokens-000000001048576")

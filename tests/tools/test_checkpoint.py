@@ -201,3 +201,16 @@ def test_bad_input_is_one_line(
         with pytest.raises(SystemExit) as stopped:
             main(wrong)
         assert stopped.value.code == 2
+
+
+def test_prune_says_which_rules_it_keeps_to(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not the run's own: it would delete what `checkpoint.keep_every_tokens` has kept."""
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for wanted in (
+        "whatever the `checkpoint` section",
+        "newest N (2)",
+        "multiple of TOKENS (none)",
+    ):
+        assert wanted in shown
