@@ -268,8 +268,8 @@ class CheckpointStore:
     def _assign(self, described: list[Described]) -> Owners:
         """Who writes what; asked of all ranks only when some rank's tensors are not as before."""
         if self.ranks.sum([float(described != self._described)])[0] > 0:
-            self._described = described
             self._owners = assign(_gather(self.ranks, described))
+            self._described = described  # not of what was refused: it would pass the next time
         return self._owners
 
     def _agreed_names(self) -> list[str]:
