@@ -56,6 +56,31 @@ def test_a_third_of_the_layouts_of_two_ranks_follow_one_process() -> None:
     compare("hope", 2, {name: layouts[name] for name in list(layouts)[2::3]})
 
 
+TOGETHER: list[dict[str, Any]] = [
+    {"pp": 2, "tp": 2, "micro_batches": 2},
+    {"pp": 2, "tp": 2, "micro_batches": 2, **SP},
+    {"pp": 2, "cp": 2, "micro_batches": 2},
+    {"pp": 2, "dp_replicate": 2, "micro_batches": 2},
+    {"pp": 4, "micro_batches": 4},
+]
+
+
+def test_pipelines_beside_other_axes_follow_one_process() -> None:
+    """Stages of half a sequence, of half the rows, and stages that are neither first nor last."""
+    compare("transformer", 4, {str(one): make_config("transformer", one) for one in TOGETHER})
+
+
+def test_softmax_layers_and_stages_down_a_v_follow_one_process() -> None:
+    """Pieces of sequences with convolutions, and schedules of two stages a rank."""
+    layouts: list[dict[str, Any]] = [
+        {"cp": 2, "micro_batches": 2},
+        {"pp": 2, "micro_batches": 4, "schedule": "interleaved"},
+        {"pp": 2, "micro_batches": 4, "schedule": "zbv"},
+    ]
+    model = "hope-attention"
+    compare(model, 2, {str(one): make_config(model, one) for one in layouts})
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(("engine", "model", "world"), CASES)
