@@ -39,6 +39,7 @@ EXACT, BF16 = 1e-5, 0.05
 Case = tuple[str, int, dict[str, Any]]
 
 CASES: list[Case] = [
+    ("transformer", 2, {"tp": 2, "sequence_parallel": True}),
     ("hope", 1, {"precision": "bf16", "micro_batches": 2}),
     ("hope", 2, {"micro_batches": 2}),
     ("hope-attention", 3, {}),
