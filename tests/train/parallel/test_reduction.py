@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from train.parallel import reduction
 from train.parallel.ranks import Ranks
-from train.parallel.reduction import GradientReduction
+from train.parallel.reduction import GradientReduction, ReplicaReduction
 
 
 def test_a_checkpoint_moves_no_share_to_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +80,14 @@ def test_shares_are_of_the_sum_and_make_up_the_whole(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(reduction, "_all_gather", lambda out, _, group: out.copy_(torch.cat(sent)))
     for tensor, found in zip(whole, sums[0].gather(lines[0], shapes), strict=True):
         assert torch.equal(found, size * tensor)
+
+
+def test_one_replica_has_nothing_to_add() -> None:
+    """Its shares are not parts of a sum; of two they are, whole or not."""
+    alone, two = Ranks.alone(), Ranks.alone()
+    two.size = 2
+    gradient = torch.ones(2)
+    assert not ReplicaReduction(alone).is_shared(gradient)
+    assert ReplicaReduction(two).is_shared(gradient)
+    ReplicaReduction(alone).add([gradient])  # no process group is asked
+    assert gradient.eq(1).all()
