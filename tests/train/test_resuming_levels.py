@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from hope import HopeConfig, HopeModel
 from hope.config import CMSConfig, LevelConfig
 from tests.train.test_trainer import STREAM, final_tensors, store_of
 from train.__main__ import main, train
@@ -189,3 +191,23 @@ def test_where_no_level_can_be_added(mode: Any, reason: str) -> None:
     saved = describe_levels(CMSConfig(mode=mode, levels=tuple(levels[:2])))
     with pytest.raises(ValueError, match=reason):
         map_levels(saved, CMSConfig(mode=mode, levels=tuple(levels)))
+
+
+def test_what_became_of_every_level_is_told_and_what_is_new_is_a_fresh_models() -> None:
+    """Drawn by the run's own seed; only the way back to the residual stream is zero."""
+    a, c = LevelConfig(**A), LevelConfig(**C)
+    longer = replace(c, update_every_tokens=7 * 256)
+    now = CMSConfig(levels=(a, LevelConfig(**NEW), longer))
+    mapping = map_levels(describe_levels(CMSConfig(levels=(a, c))), now)
+    new, changed = mapping.changes
+    assert new == "level 'new' is new and starts as zero"
+    assert changed.startswith("level 'c' has period 1792 instead of 1280; what it has accumulated")
+    assert map_levels(describe_levels(now), now).changes == ()
+    config = HopeConfig(vocab_size=32, dim=16, num_layers=2, num_heads=2, cms=now)
+    fresh = dict(HopeModel(config, seed=3).named_parameters())
+    started = mapping.start_added(config, seed=3)
+    names = [name for name in fresh if ".cms.levels.1." in name]
+    assert started.keys() == {f"model/{name}" for name in names}
+    for name in names:
+        zero = name.endswith("down.weight")
+        assert torch.equal(started[f"model/{name}"], fresh[name] * (not zero))
