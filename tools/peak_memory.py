@@ -73,11 +73,15 @@ def _resident(what: str) -> int:
 
 
 def configuration(
-    parallel: dict[str, Any], small: bool = False, zero_stage: int = 0, **model: Any
+    parallel: dict[str, Any],
+    small: bool = False,
+    zero_stage: int = 0,
+    state_carry: str = "stream",
+    **model: Any,
 ) -> dict[str, Any]:
     """A run whose memory is some 100 to 300 MiB, far above what a process wavers by; small: the
-    same layout with a model of next to nothing. zero_stage: DeepSpeed's; 0: our own engine. model:
-    keys that differ."""
+    same layout with a model of next to nothing. zero_stage: DeepSpeed's; 0: our own engine.
+    state_carry: of the training. model: keys that differ."""
     if small:
         model = {key: value for key, value in model.items() if key not in ("dim", "vocab_size")}
     seq_len, rows, hidden = (64, 4, 16) if small else (256, 4, 256)
@@ -113,7 +117,7 @@ def configuration(
         "training": {
             "total_tokens": 100 * rows * seq_len,
             "batch_tokens": rows * seq_len,
-            "state_carry": "stream",
+            "state_carry": state_carry,
         },
         "parallel": parallel,
     }
@@ -137,6 +141,7 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (1, {"activation_checkpointing": "selective"}, {}),
     (1, {"activation_checkpointing": "full"}, {}),
     (1, {"micro_batches": 4}, {}),
+    (1, {"micro_batches": 4}, {"state_carry": "none"}),
     (1, {}, {"mixer": "attention"}),
     (2, {}, {}),
     (2, {"tp": 2}, {}),
@@ -157,7 +162,8 @@ CASES: list[tuple[int, dict[str, Any], dict[str, Any]]] = [
     (4, {"tp": 2, "cp": 2}, {}),
     (4, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "micro_batches": 2}, {}),
 ]
-"""Ranks, the section `parallel` and what differs in the model: every case that is measured."""
+"""Ranks, the section `parallel`, and what differs in the model or is carried: every case that is
+measured."""
 
 BF16: dict[str, Any] = {"precision": "bf16"}
 WIDE: dict[str, Any] = {"mixer": "attention", "dim": 1024, "vocab_size": 512}

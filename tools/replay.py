@@ -187,6 +187,7 @@ def examine(trainer: Trainer, batch: Batch) -> Found:
     parameters, device = trainer.engine.parameters, trainer.mesh.device
     carried = trainer.carried
     part.before = None if carried is None else state_of(carried, part.layers)
+    part.keeps_state = True
     tells = trainer.config.data.tells_documents
     found = Found()
     for number in tqdm(range(batch.tokens.shape[0]), desc="rows", unit="row", disable=None):

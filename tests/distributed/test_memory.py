@@ -8,7 +8,7 @@ import pytest
 
 from tools.peak_memory import CASES, DEEPSPEED_CASES, prediction_errors
 
-QUICK = [0, 8, 10, 14]
+QUICK = [0, 9, 11, 15]
 """One process, tensor, pipeline and sharded data parallel; the rest is for `make test-slow`."""
 BFLOAT16_PRODUCTS = pytest.mark.xfail(
     reason="what bfloat16 products need on a CPU is not predicted (docs/deepspeed.md)", strict=False

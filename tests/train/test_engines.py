@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from itertools import product
 from typing import Any
 
@@ -27,6 +28,36 @@ def test_a_held_out_batch_begins_afresh_whatever_was_carried() -> None:
     _, carried = engine.forward_backward(make_batch(0, 0, ROWS), None)
     engine.forward_backward(make_batch(1, 0, ROWS), carried)
     assert engine.held_out(held_out) == expected
+
+
+@pytest.mark.parametrize("carry", ["none", "stream"])
+def test_states_that_nothing_carries_are_not_kept(
+    carry: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large model's are hundreds of megabytes a row: those of one micro-batch are gone when the
+    next begins, and an evaluation keeps none in any case."""
+    config = make_config("hope", {"micro_batches": 4}, **{"training.state_carry": carry})
+    engine = open_engine(config, Ranks.alone())
+    alive: list[int] = []
+    states: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+    transform = HopeModel.transform
+
+    def watched(model: HopeModel, *inputs: Any) -> Any:
+        gc.collect()
+        alive.append(len(states))
+        x, after = transform(model, *inputs)
+        after = after.map(lambda _, z: z.clone())
+        states.update(z.untyped_storage() for z in after.named_tensors().values())
+        return x, after
+
+    monkeypatch.setattr(HopeModel, "transform", watched)
+    engine.forward_backward(make_batch(0, 0, ROWS), None)
+    assert [bool(count) for count in alive] == [False, *[carry == "stream"] * 3]
+    gc.collect()
+    assert not states
+    engine.held_out(make_batch(0, 0, ROWS))
+    gc.collect()
+    assert not states
 
 
 def begun(

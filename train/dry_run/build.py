@@ -245,6 +245,7 @@ def _trace(
     piped: bool,
     halves: bool = False,
 ) -> PartBytes:
+    part.keeps_state = config.training.state_carry == "stream"
     layout, parallel, precision = mesh.layout, config.parallel, _activations(config)
     rows, length = _micro_rows(config, mesh), config.data.seq_len // layout.cp
     meta = torch.device("meta")

@@ -185,7 +185,6 @@ class DeepSpeedEngine(EngineParts):
         else:
             logits = self._engine(tokens, torch.arange(tokens.shape[0]), starts)
             total = float(self.loss(logits, labels))
-        part.take_after()
         return total if self.speaks else 0.0
 
     def _consume(self) -> None:

@@ -134,7 +134,6 @@ class NativeEngine(EngineParts):
             logits = part(tokens, torch.arange(tokens.shape[0]), starts)
             total = float(self.loss(logits, labels))
         for part in self.parts:
-            part.take_after()
             if part.pieces is not None:
                 part.pieces.settle()
         return total if self.speaks else 0.0

@@ -68,6 +68,8 @@ class EngineParts:
         tp = mesh.tensor
         self.loss: Loss = summed_loss if tp is None else loss_over(tp.get_group())
         self.speaks = self.parts[-1].last and mesh.tp.rank == 0
+        for part in parts:
+            part.keeps_state = config.training.state_carry == "stream"
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -104,11 +106,11 @@ class EngineParts:
         return found
 
     def _after(self) -> Carried | None:
+        if self.config.training.state_carry != "stream":
+            return None
         found: Carried = {}
         for part in self.parts:
             found |= named(part.take_after(), part.layers)
-        if self.config.training.state_carry != "stream":
-            return None
         pieces = self.parts[0].pieces
         return found if pieces is None else pieces.wrap_around(found)
 

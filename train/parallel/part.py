@@ -51,8 +51,9 @@ class Part(nn.Module):
     [b, T, dim]; rows int [b], which of the rank's rows these are. Returns logits [b, T, vocab]
     where the model ends here, else [b, T, dim].
 
-    before: the state that the rows of this step begin with, None for fresh ones; what they end with
-    is kept until `take_after`.
+    before: the state that the rows of this step begin with, None for fresh ones; keeps_state: what
+    they end with in training is kept until `take_after`, at hundreds of megabytes a row for a large
+    model.
     """
 
     def __init__(self, model: HopeModel, layers: range, pieces: Pieces | None = None) -> None:
@@ -62,6 +63,7 @@ class Part(nn.Module):
         self.last = layers.stop == model.config.num_layers
         self.pieces = pieces
         self.before: ModelState | None = None
+        self.keeps_state = True
         self._after: dict[int, ModelState] = {}
 
     def forward(self, x: Tensor, rows: Tensor, document_starts: Tensor | None = None) -> Tensor:
@@ -72,7 +74,8 @@ class Part(nn.Module):
         if self.first:
             x = self.model.embed(x)
         x, after = self.model.transform(x, before, document_starts)
-        self._after[begin] = after.detach()
+        if self.keeps_state and torch.is_grad_enabled():
+            self._after[begin] = after.detach()
         if self.pieces is not None:
             x = self.pieces.attach(x)
         return self.model.logits(x) if self.last else x
