@@ -93,8 +93,7 @@ class Loader:
         corpora = [corpora] if isinstance(corpora, Corpus) else list(corpora)
         if not corpora:
             raise DataError("no corpus given: pass at least one")
-        if on_corrupt not in ("raise", "skip"):
-            raise DataError(f"on_corrupt {on_corrupt!r}: choose one of raise, skip")
+        skip = _skips(on_corrupt)
         if prefetch < 0:
             raise DataError(f"prefetch {prefetch} must be at least 0")
         self.corpora, self.seq_len, self.batch_size = corpora, seq_len, batch_size
@@ -105,7 +104,7 @@ class Loader:
         self._num_windows = sum(packing.num_windows for packing in packings)
         self._sampling = make_sampling(order, corpora, packings, weights, seed, batch_size, seq_len)
         self._reader = RowReader(
-            corpora, packings, seq_len, corpora[0].pad_id, on_corrupt == "skip", order == "stream"
+            corpora, packings, seq_len, corpora[0].pad_id, skip, order == "stream"
         )
         self._finish = partial(
             make_batch, eos=corpora[0].eos_id, pad=corpora[0].pad_id, pin_memory=pin_memory
@@ -252,6 +251,13 @@ class _Steps:
         return self._finish(*self._reader.rows(which[mine], windows[mine]))
 
 
+def _skips(on_corrupt: str) -> bool:
+    """Whether windows with damaged data are left out. Raises DataError for an unknown word."""
+    if on_corrupt not in ("raise", "skip"):
+        raise DataError(f"on_corrupt {on_corrupt!r}: choose one of raise, skip")
+    return on_corrupt == "skip"
+
+
 def evaluation_batches(
     corpus: Corpus,
     *,
@@ -262,12 +268,14 @@ def evaluation_batches(
     packing: str = "aligned",
     align: int = 64,
     max_tokens: int | None = None,
+    on_corrupt: str = "raise",
 ) -> Iterator[Batch]:
     """Every window of `corpus` once, in order: a finite iterator of this rank's batches.
 
     The windows are the same for every dp_size; the last batch is filled up with rows that are
     padding throughout, so all ranks get the same number of batches. `max_tokens` takes only that
     many positions, rounded down to whole windows and at least one, spread evenly over the corpus.
+    on_corrupt: as of `Loader`; with "skip" a window that touches damage counts for nothing.
     """
     first, last = rows_of_rank(batch_size, dp_rank, dp_size)
     windows = make_packing(packing, corpus, seq_len, align)
@@ -276,7 +284,8 @@ def evaluation_batches(
         if max_tokens < 1:
             raise DataError(f"max_tokens {max_tokens} must be at least 1")
         number = min(number, max(1, max_tokens // seq_len))
-    reader = RowReader([corpus], [windows], seq_len, corpus.pad_id)
+    skip = _skips(on_corrupt)
+    reader = RowReader([corpus], [windows], seq_len, corpus.pad_id, skip)
 
     def batches() -> Iterator[Batch]:
         which = np.zeros(last - first, np.int64)

@@ -60,7 +60,7 @@ class DataConfig(Section):
     curriculum: weights of the corpora that take over at stated token counts; before the first
     stage the corpora's own hold.
     on_corrupt: "raise" stops at a damaged frame, naming it; "skip" trains on padding in its place,
-    on every rank alike, and logs it. prefetch: batches made ahead.
+    on every rank alike, leaves it out of evaluations, and logs it. prefetch: batches made ahead.
     cache_dir, cache_bytes: where shards of URLs are kept, and how much of them.
     """
 

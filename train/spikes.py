@@ -1,8 +1,9 @@
 """Loss spikes: found by a robust statistic, then left out, or undone by going back.
 
 A loss is a spike when it lies more than `threshold` robust deviations (1.4826 times the median
-absolute deviation) above the median of the last `window` losses that were none. It is the loss
-over all ranks, so all of them find the same spikes; window and findings are in the checkpoint.
+absolute deviation) above the median of the last `window` losses of the same domain that were none.
+It is the loss over all ranks, so all of them find the same spikes; window and findings are in the
+checkpoint.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class SpikeWatch:
     def __init__(self, config: SpikesConfig) -> None:
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.window)
+        self.domain = 0  # whose losses they are
         self.left_out: dict[tuple[int, int], int] = {}
         self.rollbacks = 0
 
@@ -101,10 +103,14 @@ class SpikeWatch:
         ]
         return LeftOut(max(found)) if found else None
 
-    def check(self, loss: float) -> Spike | None:
-        """Compare a loss with those before it; one that is no spike joins them."""
+    def check(self, loss: float, domain: int = 0) -> Spike | None:
+        """Compare a loss with those before it; one that is no spike joins them. Those of another
+        domain say nothing of it, and are forgotten."""
         if self.config.action == "none":
             return None
+        if domain != self.domain:
+            self.losses.clear()
+            self.domain = domain
         if len(self.losses) == self.config.window:
             middle = median(self.losses)
             spread = 1.4826 * median(abs(value - middle) for value in self.losses)
@@ -126,6 +132,7 @@ class SpikeWatch:
         """The losses compared with, and what is left out, as plain data."""
         return {
             "losses": list(self.losses),
+            "domain": self.domain,
             "left_out": [[*span, rollback] for span, rollback in sorted(self.left_out.items())],
             "rollbacks": self.rollbacks,
         }
@@ -133,6 +140,7 @@ class SpikeWatch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave; what has been left out since then stays left out."""
         self.losses = deque(state["losses"], maxlen=self.config.window)
+        self.domain = state.get("domain", 0)  # older ones looked at no domain
         for first, *after, rollback in state["left_out"]:  # older ones have the first row alone
             self.left_out[first, after[0] if after else first + 1] = rollback
         self.rollbacks = max(self.rollbacks, state["rollbacks"])

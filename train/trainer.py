@@ -85,6 +85,7 @@ class Trainer:
         pulse = self.ranks.pulse
         pulse.enter("data", self.clock.steps + self.clock.skipped_steps + 1)
         position = self.loader.position
+        domain = 0 if self.domains is None else self.domains.finished
         batch = next(self.loader)
         if left_out := self.spikes.leaves_out(position, self.config.batch_rows):
             return self._skip(position, left_out)
@@ -97,7 +98,7 @@ class Trainer:
         if not problem and not valid:
             return self._skip(position, NothingCounts())
         before = self.clock.state_dict(), self.spikes.state_dict()
-        if unfit := problem or self.spikes.check(loss_sum / valid):
+        if unfit := problem or self.spikes.check(loss_sum / valid, domain):
             return self._skip(position, unfit)
         pulse.enter("optimizer")
         firing = self.clock.advance(self.config.training.batch_tokens)
@@ -283,6 +284,7 @@ class Trainer:
             packing=data.packing,
             align=self.config.model.titans.scan.projection_chunk,
             max_tokens=max_tokens,
+            on_corrupt=data.on_corrupt,
         )
         return evaluate(
             self.engine, batches, corpus.token_bytes, self.ranks, should_stop=self._stop_requested
@@ -394,6 +396,5 @@ class Trainer:
 
     def _own_rows(self) -> range:
         """The global batch rows that this rank holds."""
-        return range(
-            *rows_of_rank(self.config.batch_rows, self.mesh.data.rank, self.mesh.data.size)
-        )
+        data = self.mesh.data
+        return range(*rows_of_rank(self.config.batch_rows, data.rank, data.size))

@@ -166,6 +166,34 @@ def test_a_skipped_step_does_not_make_the_stream_run_dry(
     assert rows_of(config, "evaluation")[-1] == last
 
 
+def test_a_harder_domain_is_no_spike(continual, corpora: dict[str, Path]) -> None:
+    """Its losses are not compared with those of the one before; with its own they are, also by a
+    run that was resumed in it."""
+    honest, seen = NativeEngine.forward_backward, count()
+
+    def harder(self: NativeEngine, batch: Any, carried: Any) -> Any:
+        total, state = honest(self, batch, carried)
+        number = next(seen)
+        return total * (100 if number == 18 else 10 if number >= 9 else 1), state
+
+    held_out = str(corpora["validation"])
+    changes: dict[str, Any] = {
+        "spikes": {"action": "skip", "window": 8},
+        "data.train": [
+            {"path": str(corpora["validation"]), "name": "one", "tokens": 9 * BATCH},
+            {"path": str(corpora["train"]), "tokens": 12 * BATCH, "validation": held_out},
+        ],
+        "checkpoint.every_tokens": 1000 * BATCH,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NativeEngine, "forward_backward", harder)
+        config = continual(**changes, **{"training.stop_at_tokens": 12 * BATCH})
+        assert train(config, resume=False) == 0
+        changes["training.stop_at_tokens"] = None
+        assert train(continual(**changes), resume=True) == 0
+    assert [row["tokens"] for row in rows_of(config, "skip")] == [18 * BATCH]
+
+
 @pytest.mark.slow
 def test_two_ranks_follow_one_and_take_its_run_up(continual, raw_config, tmp_path: Path) -> None:
     continual()

@@ -17,6 +17,7 @@ import yaml
 from data_pipeline import Corpus, CorruptDataError, DataError
 from tests.train.test_trainer import assert_same_run, losses
 from train.__main__ import main, open_corpora, train
+from train.callbacks.metrics import read_metrics
 from train.config import RunConfig, dump_config
 from train.continual import open_loader
 from train.parallel.ranks import Ranks
@@ -163,6 +164,25 @@ def test_a_damaged_frame_stops_the_run_or_is_left_out(
     pad = Corpus.open(folder).pad_id
     assert (taken == pad).all(1).any()
     assert not (taken == pad).all()
+
+
+def test_damage_in_the_held_out_data_stops_the_run_or_is_left_out(
+    make_config, corpora, tmp_path, caplog
+) -> None:
+    """Else a run that skips damage would end at its first evaluation, and every resume too."""
+    folder = damaged({"train": corpora["validation"]}, tmp_path)
+    settings = {"data.validation": str(folder), "training.total_tokens": 512}
+    with pytest.raises(CorruptDataError, match="frame 0"):
+        train(make_config(**settings, run_dir=str(tmp_path / "stops")), resume=False)
+    config = make_config(**{"data.on_corrupt": "skip"}, run_dir=str(tmp_path / "goes on"))
+    with caplog.at_level(logging.WARNING):
+        assert train(config, resume=False) == 0
+    assert "frame 0" in caplog.text
+    last = [row for row in read_metrics(config.run_dir / "metrics.jsonl") if "perplexity" in row][
+        -1
+    ]
+    whole = Corpus.open(folder)
+    assert 0 < last["predicted_tokens"] < whole.num_tokens - whole.num_documents
 
 
 @pytest.mark.slow

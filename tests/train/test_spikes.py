@@ -69,6 +69,11 @@ def test_what_is_a_spike() -> None:
     assert [flat.check(2.0) for _ in range(8)] == [None] * 8
     assert flat.check(2.05) is None  # losses that agree by chance make no spikes
     assert flat.check(2.2) is not None
+    assert flat.check(9.0, domain=1) is None  # of which no loss is known
+    again = SpikeWatch(flat.config)
+    again.load_state_dict(flat.state_dict())
+    assert [again.check(9.0, domain=1) for _ in range(7)] == [None] * 7
+    assert again.check(20.0, domain=1) is not None
     off = SpikeWatch(SpikesConfig(window=8))
     assert [off.check(x) for x in [1.0] * 9 + [1e6]] == [None] * 10
 
