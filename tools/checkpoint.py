@@ -33,7 +33,7 @@ from train.checkpoint.pieces import bytes_of, safetensors_header
 from train.checkpoint.places import Place, as_place, names, remove, rename, size, write
 from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointStore
-from train.config import ConfigError, flatten, load_config
+from train.config import CheckpointConfig, ConfigError, flatten, load_config
 from train.parallel.ranks import Ranks
 from train.run_folder import (
     CHECKPOINTS,
@@ -43,6 +43,8 @@ from train.run_folder import (
     run_folder_of,
     run_lock,
 )
+
+RULES = ("keep_last", "keep_every_tokens", "keep_best")
 
 
 class DamagedError(CheckpointError):
@@ -92,7 +94,7 @@ def verify(folder: Place, options: argparse.Namespace) -> int:
 
 def prune(folder: Place, options: argparse.Namespace) -> int:
     """Delete what no rule keeps."""
-    rules = retention.Retention(options.keep_last, options.keep_every_tokens, options.keep_best)
+    rules = _rules(options, _run_of(options.owners, folder))
     doomed = retention.superfluous(retention.complete(folder), rules)
     for one in doomed:
         print(redact(f"{'would delete' if options.dry_run else 'deleting'} {one}"))
@@ -215,23 +217,47 @@ def _different_values(one: Place, other: Place) -> Iterator[str]:
             yield f"{PLAIN} {key}: {a.get(key)!r} and {b.get(key)!r}"
 
 
+def _owners(run: str, folder: Place) -> list[Path]:
+    """The run folders that RUN, whose checkpoints are in `folder`, may stand for."""
+    writes = run_folder_of(owner_of(folder))
+    around = (Path(run), Path(run).resolve().parent, writes)
+    there = dict.fromkeys(path.resolve() for path in around if path is not None)
+    return [owner for owner in there if (owner / CONFIG).exists()]
+
+
+def _run_of(owners: list[Path], folder: Place) -> Path | None:
+    """The run whose checkpoints are in `folder`: not whatever has a config.yaml above them."""
+    here = folder.resolve() if isinstance(folder, Path) else folder
+    foreign = [here.parent] if isinstance(here, Path) and here.name != CHECKPOINTS else []
+    return next((owner for owner in owners if owner not in foreign), None)
+
+
+def _rules(options: argparse.Namespace, run: Path | None) -> retention.Retention:
+    """What the command line says `prune` keeps; where it says nothing, the run. ConfigError."""
+    settings = CheckpointConfig() if run is None else load_config(run / CONFIG).checkpoint
+    given = {name: getattr(options, name) for name in RULES}
+    last, every_tokens, best = (
+        getattr(settings, name) if value is None else value for name, value in given.items()
+    )
+    return retention.Retention(last, every_tokens or None, best)
+
+
 def _add_rules(command: argparse.ArgumentParser) -> None:
-    """What `prune` keeps."""
+    """What `prune` keeps; None: as the run does."""
     command.add_argument(
-        "--keep-last", type=at_least(1), default=2, metavar="N", help="the newest N (2)"
+        "--keep-last", type=at_least(1), metavar="N", help="the newest N (the run's, else 2)"
     )
     command.add_argument(
         "--keep-every-tokens",
-        type=at_least(1),
+        type=at_least(0),
         metavar="TOKENS",
-        help="the first at or after each multiple of TOKENS (none)",
+        help="the first at or after each multiple of TOKENS; 0: none (the run's, else none)",
     )
     command.add_argument(
         "--keep-best",
         type=at_least(0),
-        default=0,
         metavar="N",
-        help="the N of lowest held-out loss (0)",
+        help="the N of lowest held-out loss (the run's, else 0)",
     )
 
 
@@ -250,8 +276,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         many = {} if name == "tag" else {"nargs": "+"}
         command.add_argument("run", metavar="RUN", **many)  # type: ignore[arg-type]
         if name == "prune":
-            command.description = "Delete what has no tag and none of these rules keeps, whatever "
-            command.description += "the `checkpoint` section of the run's configuration says."
+            command.description = "Delete what has no tag and none of these rules keeps. One that "
+            command.description += "is not given is as in the `checkpoint` section of the run's "
+            command.description += "configuration, where RUN has one."
             _add_rules(command)
             command.add_argument("--dry-run", action="store_true", help="say what would go")
         elif name == "tag":
@@ -283,11 +310,9 @@ def main(arguments: list[str] | None = None) -> int:
             with ExitStack() as stack:
                 folder = store_folder(run)
                 if options.command == "prune":
-                    writes = run_folder_of(owner_of(folder))
-                    around = (Path(run), Path(run).resolve().parent, writes)
-                    for owner in {path.resolve() for path in around if path is not None}:
-                        if (owner / CONFIG).exists():
-                            stack.enter_context(run_lock(owner))
+                    options.owners = _owners(run, folder)
+                    for owner in options.owners:
+                        stack.enter_context(run_lock(owner))
                 status = max(status, options.on_run(folder, options))
         return status
     except DamagedError as error:

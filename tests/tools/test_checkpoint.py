@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from tools.checkpoint import main
 from train.checkpoint.manifest import damage
-from train.run_folder import run_lock
+from train.run_folder import own_url, run_lock, save_config
 
 
 @pytest.fixture
@@ -165,9 +166,59 @@ def test_prune(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert damage(folder / name(300)) is None
 
 
-def test_a_run_that_trains_is_not_pruned(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_keeps_to_its_own_rules(
+    folder: Path,
+    make_config: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What its configuration keeps was deleted, unless it was said again; whichever of its folders
+    is named. What is said on the command line goes before."""
+    rules = {"checkpoint.keep_last": 1, "checkpoint.keep_every_tokens": 200}
+    save_config(make_config(run_dir=str(folder.parent), **rules))
+    for run in (folder.parent, folder):
+        assert main(["prune", str(run), "--dry-run"]) == 0
+        assert capsys.readouterr().out == f"would delete {folder / name(100)}\n"
+        for given, kept in ((["--keep-last", "3"], 3), (["--keep-every-tokens", "0"], 1)):
+            assert main(["prune", str(run), *given, "--dry-run"]) == 0
+            assert capsys.readouterr().out.count("would delete") == 3 - kept
+    monkeypatch.chdir(folder)
+    assert main(["prune", ".", "--dry-run"]) == 0
+    assert capsys.readouterr().out == f"would delete {name(100)}\n"
+    (folder.parent / "config.yaml").write_text("no configuration")
+    for run in (folder.parent, folder):
+        assert main(["prune", str(run)]) == 2
+        assert str(folder.parent / "config.yaml") in capsys.readouterr().err
+    folder.rename(folder.parent / "loose")  # beside some other program's config.yaml
+    assert main(["prune", str(folder.parent / "loose")]) == 0
+    assert names(folder.parent / "loose") == [200, 300]
+
+
+def test_a_run_behind_a_url_keeps_to_its_own_rules(
+    tmp_path: Path, make_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = "memory://kept-by-its-run"
+    settings = {"url": url, "keep_every_tokens": 100, "asynchronous": False}
+    config = make_config(checkpoint=settings)
+    config.run_dir.mkdir()
+    save_config(config)
+    own_url(config.run_dir, url)
+    store = store_in(url, keep_last=9)
+    for tokens in (100, 200, 300):
+        store.save(tokens, state({"fast": tokens}), PLAIN)
+    for run in (str(config.run_dir), url):
+        assert main(["prune", run, "--dry-run"]) == 0
+        assert capsys.readouterr().out == ""
+    (config.run_dir / "config.yaml").unlink()
+    assert main(["prune", url, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("would delete") == 1
+
+
+def test_a_run_that_trains_is_not_pruned(
+    folder: Path, make_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Whichever of its folders is named: a save may be between its name and its marker."""
-    (folder.parent / "config.yaml").write_text("held by its run")
+    save_config(make_config(run_dir=str(folder.parent)))
     with run_lock(folder.parent):
         assert main(["prune", str(folder), "--keep-last", "1"]) == 2
     assert "is in use by another training process" in capsys.readouterr().err
@@ -204,13 +255,12 @@ def test_bad_input_is_one_line(
 
 
 def test_prune_says_which_rules_it_keeps_to(capsys: pytest.CaptureFixture[str]) -> None:
-    """Not the run's own: it would delete what `checkpoint.keep_every_tokens` has kept."""
     with pytest.raises(SystemExit):
         main(["prune", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     for wanted in (
-        "whatever the `checkpoint` section",
-        "newest N (2)",
-        "multiple of TOKENS (none)",
+        "`checkpoint` section of the run's configuration",
+        "newest N (the run's, else 2)",
+        "multiple of TOKENS; 0: none (the run's, else none)",
     ):
         assert wanted in shown
