@@ -6,9 +6,16 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import Any
+
+from data_pipeline.redaction import redact
+
+OURS = {"data_pipeline", "hope", "launch", "tools", "train"}
+_SHOW = {"warnings", "_py_warnings"}  # from Python 3.14 on the latter
 
 
 def end_at_once(number: int, _: FrameType | None) -> None:
@@ -25,9 +32,36 @@ def until_it_runs() -> None:
         signal.signal(signal.SIGINT, end_at_once)
 
 
+def _ours_warn() -> bool:
+    """Whether it is code of ours whose warning is being shown, called from what shows it: the file
+    that Python puts it down to is another one, as far up as `stacklevel` says."""
+    frame: FrameType | None = sys._getframe(1)
+    for shows in (False, True):
+        while frame is not None and (frame.f_globals.get("__name__") in _SHOW) is shows:
+            frame = frame.f_back
+    spec = None if frame is None else frame.f_globals.get("__spec__")  # __main__ has its name here
+    return spec is not None and spec.name.partition(".")[0] in OURS
+
+
+def warn_in_lines() -> None:
+    """From now on a warning that code of ours gives is shown as `warning: TEXT`, which is for who
+    runs the command; others with their file and line, as Python does. None has a secret."""
+    write = warnings.formatwarning
+    if getattr(write, "in_lines", False):
+        return
+
+    def shown(message: Warning | str, *told: Any, **more: Any) -> str:
+        if _ours_warn():
+            return redact(f"warning: {' '.join(str(message).split())}\n")
+        return redact(write(message, *told, **more))
+
+    shown.in_lines = True  # type: ignore[attr-defined]
+    warnings.formatwarning = shown
+
+
 def as_command(main: Callable[[], int]) -> int:
     """Run `main`; returns its exit status, or 141 in place of 0 when nobody reads the output, and
-    130 on a Ctrl-C that it lets through.
+    130 on a Ctrl-C that it lets through. Warnings of ours are lines (`warn_in_lines`).
 
     Characters that the output's encoding lacks are shown escaped. A closed standard stream goes
     to the null device, so that no file of ours gets its number and what others write to it.
@@ -43,6 +77,7 @@ def as_command(main: Callable[[], int]) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (for the rest of the process)
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warn_in_lines()
     status = 0
     try:
         try:

@@ -196,6 +196,40 @@ def test_output_that_cannot_be_shown(code, returned, how, status, shown):
     assert (done.returncode, done.stdout, done.stderr) == (status, shown, "")
 
 
+@pytest.mark.parametrize(
+    ("options", "module", "status", "shown"),
+    [
+        ([], "train.some.where", 0, "warning: no ftp://***@h is there"),
+        ([], "__main__", 0, "warning: no ftp://***@h is there"),
+        ([], "torch.nn", 0, "<string>:1: UserWarning: no ftp://***@h\nis there"),
+        (["-W", "error"], "train.some.where", 1, "UserWarning: no ftp://me:pw@h\nis there"),
+        (["-W", "ignore"], "train.some.where", 0, ""),
+    ],
+)
+def test_warnings_of_ours_are_lines(options, module, status, shown):
+    """Those of libraries have their place, and filters go before."""
+    code = """
+import sys, train, warnings
+from importlib.machinery import ModuleSpec
+from data_pipeline.command import as_command
+from train.redaction import redact_logging
+def main():
+    redact_logging()
+    name = "train.__main__" if sys.argv[1] == "__main__" else sys.argv[1]
+    code = "import warnings; warnings.warn('no ftp://me:pw@h\\\\nis there', stacklevel=1)"
+    exec(code, {"__name__": sys.argv[1], "__spec__": ModuleSpec(name, None)})
+    return 0
+sys.exit(as_command(main))
+"""
+    command = [sys.executable, *options, "-c", code, module]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == status
+    if status:
+        assert done.stderr.strip().endswith(shown)
+    else:
+        assert done.stderr.strip() == shown
+
+
 def test_ctrl_c_is_one_line(capsys):
     def interrupted() -> int:
         raise KeyboardInterrupt
