@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from train.config import RunConfig
 
 WORTH_SAYING = 1.0  # seconds that training waited for the save before
+AGAIN = "the next save, if any, tries again"  # this may have been the last
 
 __all__ = ["CheckpointError", "CheckpointStore", "SaveError", "load_parameters", "open_store"]
 
@@ -118,8 +119,11 @@ class CheckpointStore:
         self._writer.start(Save(target, files, plain, self.rules))
         return target.final if self.asynchronous else self.wait()
 
-    def wait(self) -> Any:
-        """Wait for the save under way; its folder, or None when there is none or it failed."""
+    def wait(self, last: bool = False) -> Any:
+        """Wait for the save under way; its folder, or None when there is none or it failed.
+
+        last: who calls says it when it failed; otherwise a warning does.
+        """
         target, self._under_way = self._under_way, None
         if target is None:
             return None
@@ -138,7 +142,7 @@ class CheckpointStore:
             self._writer.abandon()
             if self.ranks.is_first:
                 attempt(lambda: discard(target))
-            return self._failed(target.final.name, error)
+            return self._failed(target.final.name, error, warn=not last)
         if self.asynchronous and seconds > WORTH_SAYING and self.ranks.is_first:
             warnings.warn(
                 f"training waited {seconds:.1f} s for checkpoint {target.final.name}", stacklevel=2
@@ -146,7 +150,7 @@ class CheckpointStore:
         if self.report["undeleted"] is not None and self.ranks.is_first:
             warnings.warn(
                 f"what {target.final.name} supersedes can't be deleted: "
-                f"{self.report['undeleted']}; the next save tries again",
+                f"{self.report['undeleted']}; {AGAIN}",
                 stacklevel=2,
             )
         if self.on_complete is not None:
@@ -155,7 +159,7 @@ class CheckpointStore:
 
     def finish(self) -> None:
         """Wait for the save under way. Raises SaveError when the last save failed."""
-        self.wait()
+        self.wait(last=True)
         if self.failure is not None:
             raise SaveError(f"the last checkpoint could not be written: {self.failure}")
 
@@ -257,13 +261,10 @@ class CheckpointStore:
         make_folder(draft)
         return str(final), str(draft), False
 
-    def _failed(self, name: str, error: str) -> None:
+    def _failed(self, name: str, error: str, warn: bool = True) -> None:
         self.failure = f"{name}: {error}"
-        if self.ranks.is_first:
-            warnings.warn(
-                f"checkpoint {self.failure}; training goes on, and the next save tries again",
-                stacklevel=3,
-            )
+        if warn and self.ranks.is_first:
+            warnings.warn(f"checkpoint {self.failure}; {AGAIN}", stacklevel=3)
 
     def _assign(self, described: list[Described]) -> Owners:
         """Who writes what; asked of all ranks only when some rank's tensors are not as before."""

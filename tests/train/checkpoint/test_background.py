@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from tests.train.checkpoint.states import PLAIN, state, store_in
+from train.checkpoint import SaveError
 from train.checkpoint.background import BackgroundWriter, Save, SharedMemory
 from train.checkpoint.manifest import damage
 from train.checkpoint.pieces import FilePlan
@@ -92,6 +94,18 @@ def test_the_writer_killed_is_a_save_that_failed(tmp_path: Path) -> None:
     assert store.newest().name == "tokens-000000000000004"
 
 
+def test_a_last_save_that_failed_is_said_once(tmp_path: Path) -> None:
+    """That training goes on, and the next save tries again, is then not so."""
+    store = store_in(tmp_path, asynchronous=True)
+    store.save(1, {"model/w": torch.zeros(20_000_000)}, PLAIN)
+    store._writer._process.kill()  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(SaveError, match=r"tokens-0+1: .*the process that writes"):
+            store.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_signals_that_stop_a_run_do_not_stop_the_writer(tmp_path: Path) -> None:
     """Slurm sends them to every process of a job, this one too."""
     store = store_in(tmp_path, asynchronous=True)
@@ -122,7 +136,7 @@ def test_a_copy_that_can_not_be_made_is_a_save_that_failed(
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", no_memory)
         store.save(1, state(), PLAIN)
-    with pytest.warns(UserWarning, match="Cannot allocate memory; training goes on"):
+    with pytest.warns(UserWarning, match="Cannot allocate memory; the next save, if any"):
         store.save(2, state(), PLAIN)
     store.finish()
     assert [folder.name[-1] for folder in store.complete()] == ["2"]

@@ -96,7 +96,7 @@ def test_what_can_not_be_set_aside_counts_no_longer_and_is_before_the_next_save(
     assert store.rewind_to(first) == [named(n) for n in (2, 3)]
     assert store.still_there == "OSError: Read-only file system"
     assert store.newest() == first
-    with pytest.warns(UserWarning, match="Read-only file system; training goes on"):
+    with pytest.warns(UserWarning, match="Read-only file system; the next save, if any"):
         assert store.save(2, state({"fast": 9}), PLAIN) is None
     monkeypatch.undo()
     shutil.rmtree(last)  # by hand
@@ -274,7 +274,7 @@ def test_a_run_whose_disk_is_full_trains_to_its_end_and_says_so(
     config = make_config(**{"training.total_tokens": 5 * 256, "checkpoint.every_tokens": 512})
     config.run_dir.mkdir()
     (config.run_dir / "checkpoints").write_text("in the way")
-    with pytest.warns(UserWarning, match="training goes on, and the next save tries again"):
+    with pytest.warns(UserWarning, match="the next save, if any, tries again"):
         assert main([config_file(config, tmp_path)]) == 1
     error = capsys.readouterr().err
     assert "error: the last checkpoint could not be written: tokens-000000000001280" in error
