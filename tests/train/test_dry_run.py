@@ -63,6 +63,15 @@ def test_a_rank_of_1024_is_built_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_one_layer_does_not_read_as_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [CONFIG, "--dry-run", f"run_dir={tmp_path}", "model.vocab_size=1024"]
+    for layers, shown in ((1, "layer         0\n"), (2, "layers        0-1\n")):
+        assert main([*options, f"model.num_layers={layers}"]) == 0
+        assert shown in capsys.readouterr().out
+
+
 def test_under_deepspeed_it_is_deepspeeds_numbers_that_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

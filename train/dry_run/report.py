@@ -23,9 +23,10 @@ def print_dry_run(config: RunConfig, world_size: int, rank: int) -> None:
 def describe(run: DryRun, device: str) -> str:
     """The report as text."""
     layers = ", ".join(_span(one) for one in run.layers)
+    label = "layer" if sum(map(len, run.layers)) == 1 else "layers"  # "layers 0" would be none
     lines = [
         f"rank {run.rank} of {run.layout.world}: {run.layout}",
-        f"layers        {layers}",
+        f"{label:<14}{layers}",
         f"parameters    {run.own_parameters:,} of {run.parameters:,}",
     ]
     return "\n".join([*lines, "", *_memory(run.memory, device), "", *_traffic(run.traffic)])
