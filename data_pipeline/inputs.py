@@ -114,7 +114,7 @@ def _address(given: str, path: str) -> str:
     return path + chain + rest
 
 
-def _find_remote(given: str) -> list[Source]:
+def _find_remote(given: str, others: dict[str, str]) -> list[Source]:
     with remote_errors(given):
         system, root = file_system(given)
         if system.isdir(root):
@@ -127,8 +127,8 @@ def _find_remote(given: str) -> list[Source]:
                 found.setdefault(match, PurePosixPath(match).name)
                 continue
             for path in system.find(match):
-                if path.endswith(SUFFIXES):
-                    found.setdefault(path, path[len(match) :].lstrip("/"))
+                into = found if path.endswith(SUFFIXES) else others
+                into.setdefault(path, path[len(match) :].lstrip("/"))
         sources = []
         for path, name in found.items():
             size = system.size(path)
@@ -138,7 +138,7 @@ def _find_remote(given: str) -> list[Source]:
         return sources
 
 
-def _find_local(given: str) -> list[Source]:
+def _find_local(given: str, others: dict[str, str]) -> list[Source]:
     matches = [given] if os.path.exists(given) else glob.glob(given, recursive=True)
     found: dict[Path, str] = {}
     for match in map(Path, sorted(matches)):
@@ -146,8 +146,11 @@ def _find_local(given: str) -> list[Source]:
             found.setdefault(match, match.name)
             continue
         for file in _below(match):
+            name = file.relative_to(match).as_posix()
             if file.name.endswith(SUFFIXES):
-                found.setdefault(file, file.relative_to(match).as_posix())
+                found.setdefault(file, name)
+            else:
+                others.setdefault(str(file), _utf8(name))
     for file in found:
         if not S_ISREG(file.stat().st_mode):
             raise DataError(f"{file}: a pipe or a device; write what comes from it to a file")
@@ -170,15 +173,18 @@ def _told_apart(sources: Sequence[Source]) -> list[Source]:
     return list(sources)
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_sources(inputs: Sequence[str], others: dict[str, str] | None = None) -> list[Source]:
     """The files that `inputs` (files, folders searched deep, patterns, URLs) mean, by name.
 
     No two have the same name. A folder that a pattern means is searched like any other.
     DataError for an input that means no file, or a file of a type that is not read.
+
+    others: gets the files of other types in folders, which are not read: path to name.
     """
+    others = {} if others is None else others
     found: dict[str, Source] = {}
     for given in inputs:
-        sources = _find_remote(given) if is_url(given) else _find_local(given)
+        sources = (_find_remote if is_url(given) else _find_local)(given, others)
         if not sources:
             raise DataError(
                 f"{given}: no input file there ({_TYPES}); name files, folders or patterns"

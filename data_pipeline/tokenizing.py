@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -260,6 +261,21 @@ def _nothing(folder: Path, rejects: dict[str, list[Reject]]) -> str:
     )
 
 
+def _tell_not_read(others: dict[str, str], folder: Path) -> None:
+    """Warn of files (path to name) that are not read for their type; `folder` has the corpus."""
+    corpus = folder.resolve()
+
+    @cache
+    def is_ours(parent: str) -> bool:
+        return Path(parent).resolve().is_relative_to(corpus)
+
+    left = [name for path, name in others.items() if not is_ours(os.path.dirname(path))]
+    if left:
+        files = "file" if len(left) == 1 else "files"
+        names = ", ".join([*sorted(left)[:3], *(["..."] if len(left) > 3 else [])])
+        warnings.warn(f"{len(left)} {files} of other types not read: {names}", stacklevel=3)
+
+
 def tokenize(
     inputs: Sequence[str],
     tokenizer: Tokenizer,
@@ -280,12 +296,15 @@ def tokenize(
 
     Returns (manifest, number of shards written): 0 where all was there already. Finished shards are
     compared with their checksums and kept; a damaged one is made again. DataError where the input
-    cannot be read, or `out` holds another corpus.
+    cannot be read, or `out` holds another corpus. Files of other types in a folder of `inputs` are
+    not read: a warning says how many.
     """
     folder = Path(out)
     recipe = Recipe(tokenizer, text_field, id_field, max_bad, encoder)
     ours = str(folder.resolve() / REJECTS)
-    sources = [one for one in find_sources(inputs) if os.path.realpath(one.path) != ours]
+    others: dict[str, str] = {}
+    sources = [one for one in find_sources(inputs, others) if os.path.realpath(one.path) != ours]
+    _tell_not_read(others, folder)
     manifest = manifests.load(folder) if (folder / manifests.MANIFEST).exists() else None
     if manifest is None:
         refuse_foreign(folder)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,22 @@ def test_output_that_cannot_be_shown(code, returned, how, status, shown):
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, shown, "")
+
+
+def test_files_of_other_types_are_told(text_folder, model, tmp_path):
+    """In one line; what the corpus itself puts into the folder is none of them."""
+    folder = tmp_path / "mixed"
+    shutil.copytree(text_folder, folder)
+    command = ("tokenize", "--input", folder, "--tokenizer", model, "--out", folder / "out")
+    assert run(*command).stderr == ""
+    assert run(*command).stderr == ""
+    (folder / "b.json").write_text("{}")
+    shown = run(*command).stderr
+    assert shown == "warning: 1 file of other types not read: b.json\n"
+    for name in ("a\udcff.md", "c.csv", "d.html"):
+        (folder / name).write_text("")
+    shown = run(*command).stderr
+    assert shown == "warning: 4 files of other types not read: a\\xff.md, b.json, c.csv, ...\n"
 
 
 @pytest.mark.parametrize(
