@@ -92,6 +92,8 @@ def _text(path: Path) -> str:
     """The content of a file, its line ends as they are."""
     try:
         return path.read_bytes().decode()
+    except IsADirectoryError:
+        raise ValueError(f"--input {path} is a folder; name one file of text") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: byte {error.start} of it") from None
 

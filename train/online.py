@@ -228,12 +228,17 @@ class OnlineAdapter:
             self.state = empty.map(lambda name, _: state["carried"][name].clone())
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
 def _check(config: HopeConfig, every_tokens: Mapping[str, int]) -> None:
     known = [level.name for level in config.cms.levels]
     if not every_tokens:
-        raise ValueError(f"choose at least one CMS level to adapt; the model has {known}")
+        raise ValueError(f"choose at least one CMS level to adapt; the model has {_listed(known)}")
     if unknown := sorted(set(every_tokens) - set(known)):
-        raise ValueError(f"there is no CMS level {unknown}; the model has {known}")
+        what = "level" if len(unknown) == 1 else "levels"
+        raise ValueError(f"no CMS {what} {_listed(unknown)}; the model has {_listed(known)}")
     for name, every in every_tokens.items():
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"level {name!r} must step every 1 or more tokens, got {every}")

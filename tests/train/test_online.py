@@ -304,8 +304,9 @@ def test_a_segment_whose_gradient_overflows_what_waits_teaches_nothing(
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({}, "choose at least one CMS level"),
-    ({"z": 8}, r"no CMS level \['z'\]; the model has \['a', 'b', 'c'\]"),
+    ({}, "choose at least one CMS level to adapt; the model has 'a', 'b', 'c'$"),
+    ({"z": 8}, "^no CMS level 'z'; the model has 'a', 'b', 'c'$"),
+    ({"z": 8, "y": 8}, "^no CMS levels 'y', 'z'; the model has"),
     ({"fast": 8}, "no CMS level"),
     ({"a": 0}, "1 or more tokens, got 0"),
     ({"a": 1.5}, "1 or more tokens, got 1.5"),
@@ -370,6 +371,9 @@ def test_it_lowers_the_perplexity_of_a_long_held_out_document(
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    assert adapt([*common[:2], str(tmp_path), *common[3:], "--level", "b=128"]) == 2
+    folder = f"error: --input {tmp_path} is a folder; name one file of text\n"
+    assert capsys.readouterr().err == folder
     for more, message in (
         (["--level", "b=64"], "names 'b' twice"),
         (["--level", "c=\u00b2"], "is not of the form NAME=EVERY"),
