@@ -33,7 +33,7 @@ from train.config import RunConfig
 from train.dry_run.tracing import PartBytes
 from train.memory import NUMBER
 from train.optim.build import is_matrix
-from train.optim.levels import FAST, group_by_level
+from train.optim.levels import group_by_level, reset_by
 from train.parallel.mesh import Mesh
 from train.parallel.reduction import BUCKET_ELEMENTS
 
@@ -82,12 +82,6 @@ def optimizer_numbers(config: RunConfig, level: str, name: str, parameter: Tenso
     return 1 if kind == "muon" else 4
 
 
-def has_start(config: RunConfig, level: str) -> bool:
-    """Whether the level is set back to a learned start: in a nested CMS all but the slowest are."""
-    slowest = config.model.cms.levels[-1].name
-    return config.model.cms.mode == "nested" and level not in (FAST, slowest)
-
-
 def held_bytes(
     config: RunConfig, mesh: Mesh, parameters: dict[str, Tensor], every: dict[str, int]
 ) -> dict[str, int]:
@@ -96,8 +90,9 @@ def held_bytes(
     every: steps between the firings of each level, fastest first.
     """
     found = dict.fromkeys(("weights", "gradients", "accumulators", "optimizer"), 0)
+    slower = reset_by(config.model)
     for level, names in group_by_level(parameters, config.model).items():
-        nested = has_start(config, level)
+        nested = level in slower
         copies = 2 if nested else 1
         late = config.optimizer.level(level).reduce == "at_update"
         for name in names:

@@ -30,7 +30,7 @@ from hope.init import Linear
 from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
-from train.optim.levels import FAST, group_by_level, late_levels, level_of, periods
+from train.optim.levels import group_by_level, late_levels, level_of, periods, reset_by
 from train.parallel.counting import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -278,14 +278,12 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     found = Traffic(float)
     ranks, every = mesh.reduce.size, steps_of_periods(config)
     shapes = {name: shape for shapes in sizes.trained for name, shape in shapes.items()}
-    nested = config.model.cms.mode == "nested"
-    slowest = list(every)[-1]
+    slower = reset_by(config.model)
     for level, names in group_by_level(shapes, config.model).items():
         count = sum(prod(shapes[name]) for name in names) * GRADIENT
         padded = sum(_padded(shapes[name], ranks) for name in names) * GRADIENT
-        has_start = nested and level not in (FAST, slowest)
         late = config.optimizer.level(level).reduce == "at_update"
-        if late or (every[level] == 1 and not has_start):
+        if late or (every[level] == 1 and level not in slower):
             found["dp", ALL_REDUCE] += sent(ALL_REDUCE, ranks, count) / every[level]
             continue
         found["dp", REDUCE_SCATTER] += sent(REDUCE_SCATTER, ranks, padded)

@@ -25,11 +25,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from train.config import RunConfig
-from train.dry_run.memory import Action, Memory, has_start, peak_of_actions
+from train.dry_run.memory import Action, Memory, peak_of_actions
 from train.dry_run.tracing import PartBytes
 from train.dry_run.traffic import steps_of_periods
 from train.dry_run.zero import Lines, gathers, persistent, units_of
 from train.memory import NUMBER
+from train.optim.levels import reset_by
 
 BF16_BUCKET = 5 * 10**8
 """Numbers that DeepSpeed's BF16_Optimizer reduces at once."""
@@ -178,11 +179,12 @@ def zero_memory(
 def _held(config: RunConfig, lines: Lines) -> tuple[int, int, int]:
     """Bytes of nested levels' starts, of accumulators and of the optimizer, in the rank's share."""
     every = steps_of_periods(config)
+    slower = reset_by(config.model)
     starts = accumulators = optimizer = 0
     for group, share in zip(lines.groups, lines.shares, strict=True):
         settings = config.optimizer.level(group.level)
         numbers = 2 if settings.optimizer == "adamw" else int(config.optimizer.sgd.momentum > 0)
-        nested = has_start(config, group.level)
+        nested = group.level in slower
         starts += NUMBER * share * nested
         accumulators += NUMBER * share * ((every[group.level] > 1) + nested)
         optimizer += NUMBER * share * numbers * (1 + nested)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from hope.config import HopeConfig
 from train.optim.cadence import Cadence
 from train.optim.config import LevelSettings, OptimizerConfig, OptimizerName
 from train.optim.level import START, Level
-from train.optim.levels import group_by_level
+from train.optim.levels import group_by_level, reset_by
 from train.optim.m3 import M3
 from train.optim.muon import Muon
 from train.optim.norms import Norms
@@ -59,20 +58,18 @@ def build_cadence(
     """
     named = dict(model.named_parameters() if isinstance(model, nn.Module) else model)
     names_by_level = group_by_level(named, model_config)
-    reset_by: dict[str, str] = {}
-    if model_config.cms.mode == "nested":
-        reset_by = dict(pairwise(level.name for level in model_config.cms.levels))
+    slower = reset_by(model_config)
     levels = []
     for level_name, names in names_by_level.items():
         settings = config.level(level_name)
         level = _level(level_name, {name: named[name] for name in names}, settings, config)
-        if level_name in reset_by:
+        if level_name in slower:
             copies = {
                 name + START: nn.Parameter(parameter.detach().clone())
                 for name, parameter in level.parameters.items()
             }
             level.start = _level(level_name + START, copies, settings, config)
-            level.reset_by = reset_by[level_name]
+            level.reset_by = slower[level_name]
         levels.append(level)
     if not isinstance(ranks, Mesh):
         reduction = GradientReduction(ranks or Ranks.alone())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import pairwise
 
 from hope.config import HopeConfig
 from train.optim.config import OptimizerConfig
@@ -34,6 +35,16 @@ def group_by_level(names: Iterable[str], config: HopeConfig) -> dict[str, list[s
     for name in names:
         groups[level_of(name, config)].append(name)
     return groups
+
+
+def reset_by(config: HopeConfig) -> dict[str, str]:
+    """Of each level with a learned start the level whose firing sets it back to that start.
+
+    In a nested CMS (Eq. 72) the next slower one, for all levels but the slowest; else none has any.
+    """
+    if config.cms.mode != "nested":
+        return {}
+    return dict(pairwise(level.name for level in config.cms.levels))
 
 
 def late_levels(config: HopeConfig, optimizer: OptimizerConfig) -> list[str]:

@@ -27,7 +27,7 @@ from train.optim.cadence import ACCUMULATOR, VALUE, Cadence, StepReport
 from train.optim.config import OptimizerConfig
 from train.optim.finite import NonFinite
 from train.optim.level import START, Level
-from train.optim.levels import periods
+from train.optim.levels import periods, reset_by
 from train.optim.norms import Norms, norm_of_each
 from train.parallel.mesh import Mesh
 from train.parallel.placement import Stored, in_memory
@@ -154,9 +154,7 @@ class ZeroCadence(Cadence):
         self.held, self._taken = held, False
         tensors, numbers = held.partitions.tensors, held.partitions.group_of
         runs = dict(zip(tensors, held.runs(), strict=True))
-        reset_by: dict[str, str] = {}
-        if model.cms.mode == "nested":
-            reset_by = dict(pairwise(level.name for level in model.cms.levels))
+        slower = reset_by(model)
         levels = []
         for name in periods(model):
             own = {
@@ -165,13 +163,13 @@ class ZeroCadence(Cadence):
                 if groups[number].level == name
             }
             level = _level(name, name, own, config)
-            if name in reset_by:
+            if name in slower:
                 copies = {}
                 for key, (tensor, decay) in own.items():
                     copy = nn.Parameter(tensor.detach().clone())
                     copies[key + START], runs[copy] = (copy, decay), runs[tensor]
                 level.start = _level(name, name + START, copies, config)
-                level.reset_by = reset_by[name]
+                level.reset_by = slower[name]
             levels.append(level)
         mesh = held.mesh
         super().__init__(
