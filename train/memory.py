@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from hope.model import num_parameters
 from train.optim.cadence import ACCUMULATOR
+from train.parallel.placement import local
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -108,8 +108,4 @@ def _table(parts: dict[str, int]) -> list[str]:
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that this rank holds of some tensors."""
-    return sum(_local(tensor).numel() * tensor.element_size() for tensor in tensors)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)

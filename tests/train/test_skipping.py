@@ -19,7 +19,7 @@ from train.callbacks.metrics import read_metrics
 from train.config import RunConfig, validate_config
 from train.engines import open_engine
 from train.engines.native import NativeEngine
-from train.optim.newton_schulz import local
+from train.parallel.placement import local
 from train.parallel.ranks import Ranks
 from train.signals import StopSignals
 from train.trainer import Trainer

@@ -27,7 +27,6 @@ from train.dry_run.memory import (
     Memory,
     fsdp_buffers,
     held_bytes,
-    local,
     order_of_one_part,
     order_of_one_stage,
     peak_of_actions,
@@ -48,6 +47,7 @@ from train.parallel.mesh import Mesh, make_mesh
 from train.parallel.parallelize import PRECISIONS, parallelize
 from train.parallel.part import Part
 from train.parallel.pipeline import Pipeline, in_halves
+from train.parallel.placement import local
 from train.parallel.ranks import Ranks
 from train.parallel.stages import layers_of_rank
 from train.parallel.tensor import loss_over

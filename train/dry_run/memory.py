@@ -27,7 +27,6 @@ from math import prod
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from train.config import RunConfig
 from train.dry_run.tracing import PartBytes
@@ -35,6 +34,7 @@ from train.memory import NUMBER
 from train.optim.build import is_matrix
 from train.optim.levels import group_by_level, reset_by
 from train.parallel.mesh import Mesh
+from train.parallel.placement import local
 from train.parallel.reduction import BUCKET_ELEMENTS
 
 
@@ -65,11 +65,6 @@ class Memory:
         is counted beyond those that are there by then."""
         held = self.weights + self.accumulators + self.optimizer + self.fast_state
         return held + self.gradients + max(self.activations + self.step_buffers, self.update)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def optimizer_numbers(config: RunConfig, level: str, name: str, parameter: Tensor) -> int:

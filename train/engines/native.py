@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from data_pipeline import Batch
 from hope.sharding import Replicate, ShardPlan
@@ -21,7 +20,7 @@ from train.parallel.carried import Carried, state_of
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import allocate, parallelize
 from train.parallel.pipeline import Pipeline
-from train.parallel.placement import Stored
+from train.parallel.placement import Stored, local
 
 
 class NativeEngine(EngineParts):
@@ -174,9 +173,9 @@ class NativeEngine(EngineParts):
 
 def _add_up(parameters: list[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Replace the gradients by their sums over `group`, in one all-reduce a dtype."""
-    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters]
-    for dtype in dict.fromkeys(grad.dtype for grad in grads if grad is not None):
-        some = [grad for grad in grads if grad is not None and grad.dtype == dtype]
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        some = [grad for grad in grads if grad.dtype == dtype]
         flat = torch.cat([grad.flatten() for grad in some])
         dist.all_reduce(flat, group=group)
         for grad, part in zip(some, flat.split([g.numel() for g in some]), strict=True):

@@ -36,9 +36,8 @@ from torch import Tensor, nn
 
 from train.optim.finite import NonFinite, OverflowedError, Trial, check_sums, may_overflow, most
 from train.optim.level import START, Level
-from train.optim.newton_schulz import local
 from train.optim.norms import Norms, shrink
-from train.parallel.placement import Stored, placed
+from train.parallel.placement import Stored, local, placed
 from train.parallel.reduction import GradientReduction
 
 ACCUMULATOR = "accumulated_grad"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from train.optim.level import Level
-from train.optim.newton_schulz import local
+from train.parallel.placement import local
 from train.parallel.ranks import Ranks
 
 SAFE = 1e30

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from train.optim.newton_schulz import MatrixOptimizer, local, orthogonalise_shard
+from train.optim.newton_schulz import MatrixOptimizer, orthogonalise_shard
+from train.parallel.placement import local
 
 AdjustLR = Literal["match_rms_adamw", "original"]
 

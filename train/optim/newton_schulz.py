@@ -57,11 +57,6 @@ def orthogonalise_shard(shard: Tensor, like: Tensor, steps: int = 5) -> Tensor:
     return distribute_tensor(result, mesh, placements, src_data_rank=None).to_local()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; a plain tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 class MatrixOptimizer(torch.optim.Optimizer):
     """Steps each matrix, or stack of them [..., rows, columns], by itself; see `move`.
 

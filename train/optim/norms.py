@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from train.parallel.mesh import Mesh
+from train.parallel.placement import local
 
 
 def gradient_norms(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
@@ -66,10 +67,9 @@ class Norms:
         if self._mesh is None:
             return gradient_norms(parameters)
         grads = {p: p.grad for p in parameters if p.grad is not None}
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads.values()]
-        if not local:
+        if not grads:
             return {}
-        return dict(zip(grads, norm_of_each(local), strict=True))
+        return dict(zip(grads, norm_of_each([local(g) for g in grads.values()]), strict=True))
 
     def total(self, norms: dict[nn.Parameter, Tensor]) -> float:
         """The norm of everything, the same on all ranks; a collective call of all of them."""

@@ -33,6 +33,11 @@ def in_memory(value: Tensor | Stored) -> Tensor:
     return value.block((0,) * len(value.shape), tuple(value.shape))
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; a plain tensor as it is. Gradients pass through."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _cuts(like: DTensor) -> list[tuple[int, int, int]]:
     """(axis, number of parts, this rank's) of each cut, in their order."""
     mesh = like.device_mesh
@@ -90,5 +95,4 @@ def fill(like: Tensor, whole: Tensor | Stored) -> None:
     """Copy this rank's part of `whole` into `like`. ValueError where they differ in shape."""
     if whole.shape != like.shape:
         raise ValueError(f"shape {list(whole.shape)}, not {list(like.shape)}")
-    own = like.to_local() if isinstance(like, DTensor) else like
-    own.copy_(cut(whole, like))
+    local(like).copy_(cut(whole, like))

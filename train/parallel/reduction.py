@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from train.parallel.placement import local
 from train.parallel.ranks import Ranks
 
 # Under these names from torch 2.13 on, which warns of the older ones.
@@ -143,7 +144,7 @@ class ReplicaReduction(GradientReduction):
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         """Replace this rank's share of every tensor by its sum over the replicas (all-reduce)."""
-        super().add([t.to_local() if isinstance(t, DTensor) else t for t in tensors])
+        super().add([local(tensor) for tensor in tensors])
 
 
 def _mesh_of(ranks: Ranks, kind: str) -> DeviceMesh:
