@@ -157,10 +157,7 @@ class NativeEngine(EngineParts):
         layout, config = self.mesh.layout, self.config
         if layout.pp == 1 or not config.model.tie_embeddings or config.parallel.schedule == "zbv":
             return None
-        across = self.mesh.world.size // layout.pp
-        ends = [[n, n + across * (layout.pp - 1)] for n in range(across)]
-        group, _ = dist.new_subgroups_by_enumeration(ends)
-        return group if self.mesh.pp.rank in (0, layout.pp - 1) else None
+        return self.mesh.pipeline_ends()
 
     @torch.no_grad()
     def _add_partial_gradients(self) -> None:

@@ -69,6 +69,14 @@ class Mesh:
         """Whether this rank speaks for parameters that all of `reduce` hold alike."""
         return self.reduce.rank == 0
 
+    def pipeline_ends(self) -> dist.ProcessGroup | None:
+        """A new group of the first and the last stage's rank, which have copies of tied token
+        vectors; None on ranks between them. A collective call of all ranks."""
+        across = self.world.size // self.layout.pp
+        ends = [[n, n + across * (self.layout.pp - 1)] for n in range(across)]
+        group, _ = dist.new_subgroups_by_enumeration(ends)
+        return group
+
 
 def alone() -> Mesh:
     """One process by itself."""

@@ -133,9 +133,7 @@ def _tied(part: Part, mesh: Mesh) -> list[tuple[nn.Parameter, dist.ProcessGroup]
 
     A collective call of all ranks.
     """
-    across = mesh.world.size // mesh.layout.pp
-    ends = [[n, n + across * (mesh.layout.pp - 1)] for n in range(across)]
-    group, _ = dist.new_subgroups_by_enumeration(ends)
+    group = mesh.pipeline_ends()
     if group is None:
         return []
     return [(part.model.get_parameter("embedding.weight"), group)]
