@@ -7,6 +7,7 @@ talk most, are neighbours on one machine. FSDP2 shards over dp_shard x cp.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ class Mesh:
     world: every rank; data: ranks that read different rows; reduce: ranks that hold the same
     parameters (whole, or the same part of them) and see different tokens, data x cp; cp, tp, pp:
     ranks along that axis. devices: the torch mesh (pp, replicate, shard, tp), None for one process.
+    Whoever needs another layout makes another mesh: what is cut out of `devices` is kept.
     """
 
     layout: Layout
@@ -43,7 +45,7 @@ class Mesh:
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
 
-    @property
+    @cached_property
     def fsdp(self) -> DeviceMesh | None:
         """The mesh that FSDP2 shards over, with replicas as its first axis where there are any."""
         if self.devices is None or not self.layout.sharded:
@@ -52,14 +54,14 @@ class Mesh:
             return self.devices["replicate", "shard"]
         return self.devices["shard"]
 
-    @property
+    @cached_property
     def replicas(self) -> Ranks:
         """Ranks that have the same shares of parameters that FSDP2 divides, in other replicas."""
         if self.devices is None or not self.layout.sharded or self.layout.dp_replicate == 1:
             return Ranks.alone()
         return Ranks.of(self.devices["replicate"].get_group(), self.world.pulse)
 
-    @property
+    @cached_property
     def tensor(self) -> DeviceMesh | None:
         """The mesh of tensor-parallel ranks."""
         return self.devices["tp"] if self.devices is not None and self.layout.tp > 1 else None
