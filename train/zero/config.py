@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from train.optim.config import LevelSettings
+from train.optim.levels import periods
 from train.parallel.config import ParallelConfig
 from train.parallel.layout import Layout
 from train.section import ConfigError, LocalPath, Section
@@ -189,8 +190,7 @@ def refused(config: RunConfig) -> list[str]:
 
 
 def _levels(config: RunConfig) -> dict[str, LevelSettings]:
-    names = ["fast", *(level.name for level in config.model.cms.levels)]
-    return {name: config.optimizer.level(name) for name in names}
+    return {name: config.optimizer.level(name) for name in periods(config.model)}
 
 
 def problems(config: RunConfig, parallel: ParallelConfig, layout: Layout) -> list[str]:
