@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from hope import HopeConfig, HopeModel, ModelState
 from hope.scan import MemoryState
-from hope.state import LayerState, StateSpec, TitansState, row_axis
+from hope.state import LayerState, StateSpec, TitansState
 
 Carried = dict[str, Tensor]
 
@@ -59,7 +59,7 @@ def to_rows(
     for name, tensor in carried.items():
         if tensor.numel() == 0:
             continue
-        axis, divided = row_axis(name), spec[name].shard_axis
+        axis, divided = spec[name].row_axis, spec[name].shard_axis
         for local, row in enumerate(rows):
             one = tensor.select(axis, local).contiguous()
             if mesh is not None and divided is not None:
