@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +35,8 @@ def kept(name: str, make: Callable[[Path], None], read: Callable[[Path], T]) -> 
 
     make: compiles into the path that it is given, RuntimeError if it can't. read: OSError for a
     file that is damaged, which is made again. Where nothing can be kept (no home, a read-only or a
-    full one), it is made for this process alone. Raises RuntimeError or OSError as `make` did.
+    full one), it is made for this process alone; also after a RuntimeError, which is all that a
+    compiler's own full disk looks like. Raises RuntimeError or OSError as `make` did.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -60,10 +62,22 @@ def kept(name: str, make: Callable[[Path], None], read: Callable[[Path], T]) -> 
 
 
 def kept_bytes(name: str, make: Callable[[], bytes]) -> bytes:
-    """What `make` gives, once: the same with its digest before it in the file."""
+    """What `make` gives, once: the same with its digest before it in the file.
+
+    It compiles in memory, where the disk has no part in a failure: that, too, is asked for once.
+    """
+
+    @cache
+    def outcome() -> bytes | RuntimeError:
+        try:
+            return make()
+        except RuntimeError as error:
+            return error
 
     def write(path: Path) -> None:
-        code = make()
+        code = outcome()
+        if isinstance(code, RuntimeError):
+            raise code
         path.write_bytes(hashlib.sha256(code).digest() + code)
 
     def read(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
@@ -68,9 +69,11 @@ def test_what_a_killed_one_left_does_not_count(folder: Path) -> None:
     assert not left.exists()
 
 
-def test_a_compiler_that_fails_leaves_nothing(folder: Path) -> None:
+def test_a_compiler_that_fails_is_asked_once_and_leaves_nothing(folder: Path) -> None:
+    compiler = Compiler("no such flag")
     with pytest.raises(RuntimeError, match=r"^no such flag$"):
-        kept_bytes("one", Compiler("no such flag"))
+        kept_bytes("one", compiler)
+    assert compiler.calls == 1
     assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
@@ -86,6 +89,27 @@ def test_without_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert kept("one", make, Path.read_bytes) == b"code"
     assert not where[0].parent.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_was_compiled_is_not_compiled_again_for_want_of_a_place(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("hope.compile_cache.os.replace", full)
+    compiler = Compiler()
+    assert kept_bytes("one", compiler) == b"code"
+    assert compiler.calls == 1
+
+
+def test_a_compiler_that_writes_by_itself_may_fail_for_want_of_a_place(folder: Path) -> None:
+    def make(path: Path) -> None:
+        if path.is_relative_to(folder):
+            raise RuntimeError("c++: No space left on device")
+        path.write_bytes(b"code")
+
+    assert kept("one", make, Path.read_bytes) == b"code"
 
 
 def test_another_name_for_other_flags_or_sources() -> None:
