@@ -1,6 +1,7 @@
 """Hope: self-modifying Titans followed by a Continuum Memory System (arXiv 2512.24695).
 
-Pure tensor mathematics: nothing in this package opens a file, reads a clock or knows of ranks.
+Pure tensor mathematics: nothing in this package reads a clock or knows of ranks, or opens a file
+other than its own sources and what compilers made of them (`compile_cache.py`).
 """
 
 from hope.config import AttentionConfig, CMSConfig, HopeConfig, LevelConfig, TitansConfig
