@@ -30,6 +30,7 @@ from hope.init import Linear
 from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
+from train.memory import NUMBER
 from train.optim.levels import group_by_level, late_levels, level_of, periods, reset_by
 from train.parallel.counting import (
     ALL_GATHER,
@@ -44,8 +45,6 @@ from train.parallel.parallelize import PRECISIONS
 from train.parallel.part import cut_layers, unused_parameters
 from train.parallel.stages import layers_of_rank, stages_of_rank
 
-GRADIENT = 4
-"""Bytes of a number in a sum of gradients: float32."""
 TRAINERS_NUMBERS = 4
 """What the trainer tells besides: loss, counted tokens, whether the state is finite, a signal."""
 
@@ -169,9 +168,9 @@ def tensor_traffic(config: RunConfig, mesh: Mesh, sizes: Sizes, partial: int) ->
             backward = column_products(part) if megatron else inside
             add(ALL_REDUCE, inside + backward + int(first) + int(last) + again)
         if last:
-            add(ALL_REDUCE, 3, sizes.tokens * GRADIENT)
+            add(ALL_REDUCE, 3, sizes.tokens * NUMBER)
     if sequence:
-        add(ALL_REDUCE, 1, partial * GRADIENT)
+        add(ALL_REDUCE, 1, partial * NUMBER)
     return found
 
 
@@ -200,7 +199,7 @@ def _pipeline(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     if config.model.tie_embeddings and parallel.schedule != "zbv" and ends:
         (shape,) = {s["embedding.weight"] for s in sizes.shapes if "embedding.weight" in s}
         shard = layout.dp_shard * layout.cp if layout.sharded else 1
-        size = -(-shape[0] // shard) * prod(shape[1:]) * GRADIENT
+        size = -(-shape[0] // shard) * prod(shape[1:]) * NUMBER
         found["pp", ALL_REDUCE] += sent(ALL_REDUCE, 2, size)
     return found
 
@@ -257,13 +256,13 @@ def _sharded(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     for name, shape in [pair for shapes in sizes.trained for pair in shapes.items()]:
         count = _padded(shape, shards)
         if shards > 1:
-            found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * GRADIENT)
+            found["dp", REDUCE_SCATTER] += times * sent(REDUCE_SCATTER, shards, count * NUMBER)
         if layout.dp_replicate > 1:
             level, most, often = level_of(name, config.model), count // shards, float(times)
             if level in late:  # the cadence's: nothing is filled up
                 first = mesh.reduce.rank % shards * most
                 most, often = min(most, max(0, prod(shape) - first)), 1 / every[level]
-            sums = sent(ALL_REDUCE, layout.dp_replicate, most * GRADIENT)
+            sums = sent(ALL_REDUCE, layout.dp_replicate, most * NUMBER)
             found["dp", ALL_REDUCE] += often * sums
     return found
 
@@ -280,8 +279,8 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
     shapes = {name: shape for shapes in sizes.trained for name, shape in shapes.items()}
     slower = reset_by(config.model)
     for level, names in group_by_level(shapes, config.model).items():
-        count = sum(prod(shapes[name]) for name in names) * GRADIENT
-        padded = sum(_padded(shapes[name], ranks) for name in names) * GRADIENT
+        count = sum(prod(shapes[name]) for name in names) * NUMBER
+        padded = sum(_padded(shapes[name], ranks) for name in names) * NUMBER
         late = config.optimizer.level(level).reduce == "at_update"
         if late or (every[level] == 1 and level not in slower):
             found["dp", ALL_REDUCE] += sent(ALL_REDUCE, ranks, count) / every[level]

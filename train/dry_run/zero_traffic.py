@@ -26,7 +26,6 @@ from typing import Any
 from hope.sharding import Replicate
 from train.config import RunConfig
 from train.dry_run.traffic import (
-    GRADIENT,
     TRAINERS_NUMBERS,
     Sizes,
     Traffic,
@@ -35,6 +34,7 @@ from train.dry_run.traffic import (
     tensor_traffic,
 )
 from train.dry_run.zero import Lines, buckets_of, gathers, persistent
+from train.memory import NUMBER
 from train.parallel.counting import ALL_GATHER, ALL_REDUCE, BROADCAST, REDUCE, REDUCE_SCATTER, SEND
 from train.parallel.counting import sent as ring
 from train.parallel.mesh import Mesh
@@ -79,19 +79,19 @@ def _gradients(
 
     if stage == 3:
         if buckets["reduce_scatter"] or not buckets["contiguous_gradients"]:
-            add(REDUCE_SCATTER, times * lines.padded, GRADIENT)
+            add(REDUCE_SCATTER, times * lines.padded, NUMBER)
         else:
-            add(ALL_REDUCE, times * lines.numbers, GRADIENT)
+            add(ALL_REDUCE, times * lines.numbers, NUMBER)
         small = sum(lines.piece(name) * ranks for name in persistent(lines, buckets))
         add(ALL_GATHER, times * gathers(lines, buckets).sent + small, itemsize)
         return found
     used = lines.numbers - sum(lines.sizes[name] for name in lines.unused)
     add(ALL_GATHER, lines.padded, itemsize)
-    if stage == 1 and itemsize < GRADIENT:
-        add(ALL_REDUCE, lines.padded, GRADIENT)
+    if stage == 1 and itemsize < NUMBER:
+        add(ALL_REDUCE, lines.padded, NUMBER)
         return found
     slices = buckets["reduce_scatter"] and not buckets["use_multi_rank_bucket_allreduce"]
-    add(REDUCE if slices else ALL_REDUCE, used * (times if stage == 2 else 1), GRADIENT)
+    add(REDUCE if slices else ALL_REDUCE, used * (times if stage == 2 else 1), NUMBER)
     return found
 
 
@@ -108,10 +108,10 @@ def _pipeline(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
         found["tp", ALL_GATHER] = together * ring(ALL_GATHER, layout.tp, whole)
     if config.model.tie_embeddings and (first or last):
         (shape,) = {shapes["embedding.weight"] for shapes in sizes.shapes}
-        found["pp", ALL_REDUCE] = ring(ALL_REDUCE, 2, prod(shape) * GRADIENT)
-    found["pp", BROADCAST] = ring(BROADCAST, layout.pp, 2 * GRADIENT)
+        found["pp", ALL_REDUCE] = ring(ALL_REDUCE, 2, prod(shape) * NUMBER)
+    found["pp", BROADCAST] = ring(BROADCAST, layout.pp, 2 * NUMBER)
     if last and layout.dp > 1:
-        found["dp", ALL_REDUCE] = ring(ALL_REDUCE, layout.dp, GRADIENT)
+        found["dp", ALL_REDUCE] = ring(ALL_REDUCE, layout.dp, NUMBER)
     return found
 
 
@@ -122,6 +122,6 @@ def _agreement(config: RunConfig, mesh: Mesh, lines: Lines, numbers: int) -> flo
     told = ring(ALL_REDUCE, world, 8 * (len(every) + world + numbers + norms))
     bf16 = config.parallel.precision == "bf16"
     if lines.stage == 1:
-        return told + bf16 * ring(ALL_REDUCE, layout.pp * layout.tp, GRADIENT)
+        return told + bf16 * ring(ALL_REDUCE, layout.pp * layout.tp, NUMBER)
     size = bf16 * 1 if lines.stage == 2 else 8 * len(lines.groups)
     return told + ring(ALL_REDUCE, lines.ranks, size) + ring(ALL_REDUCE, layout.tp, size)
