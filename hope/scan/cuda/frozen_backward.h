@@ -23,9 +23,10 @@ DEVICE void through_frozen(const Call& call, const Gradients& s, Team& team, con
     const real along = row<C>(s.room, i), floor = s.length[i] * s.length[i] + STEP_FLOOR;
     const real share = inverted(floor);
     s.rows[i] = !team.counts() ? real(0) : DELTA1 ? -along * s.length[i] * share : -along;
-    s.along_act[i] = DELTA1 ? along * (2 * STEP_FLOOR - floor) * share * share : real(0);
-    // e is act / max(|act|, NORM_EPS), and |act| has the gradient act / |act|.
-    if (s.length[i] < NORM_EPS && s.length[i] > 0) s.along_act[i] *= NORM_EPS / s.length[i];
+    // e is act / max(|act|, NORM_EPS), and |act| has the gradient act / |act|: 1 / |e| more of e.
+    const real again = inverted(larger(s.length[i] * s.inverse[i], real(1e-20)));
+    const real pull = along * (2 * STEP_FLOOR - floor) * share * share;
+    s.along_act[i] = DELTA1 ? pull * again : real(0);
   });
   Rows<C> along = {};
   each<C, H>(
