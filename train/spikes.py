@@ -12,14 +12,11 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from train.section import Section
-
-if TYPE_CHECKING:
-    from train.trainer import Trainer
 
 SMALLEST_DEVIATION = 0.005  # of the median: losses that agree by chance make no spikes
 
@@ -144,33 +141,3 @@ class SpikeWatch:
         for first, *after, rollback in state["left_out"]:  # older ones have the first row alone
             self.left_out[first, after[0] if after else first + 1] = rollback
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
-
-
-def roll_back(trainer: Trainer, position: int, spike: Spike) -> None:
-    """Go back to the newest checkpoint before the batches that a spike is blamed on, and leave
-    them out; where there is none, stay, with the step skipped.
-
-    position: of the spike's batch. Raises NonFiniteError after spikes.max_rollbacks of them.
-    """
-    from train.checkpoint import CheckpointError
-
-    settings, rows = trainer.config.spikes, trainer.config.batch_rows
-    if trainer.spikes.rollbacks >= settings.max_rollbacks:
-        trainer.give_up(
-            f"the loss spiked again after {trainer.spikes.rollbacks} rollbacks: {spike}. Lower "
-            "optimizer.lr, or raise spikes.threshold or spikes.max_rollbacks; a checkpoint was "
-            "saved"
-        )
-    first = max(0, position - (settings.skip_batches - 1) * rows)
-    try:
-        trainer.store.wait()
-        folder = trainer.store.newest(first * trainer.config.data.seq_len)
-    except CheckpointError:
-        return
-    positions = tuple(range(first, position + 1, rows))
-    from_tokens = trainer.clock.tokens
-    trainer.load(folder)
-    number = trainer.spikes.leave_out(positions, rows)
-    rollback = Rollback(number, folder.name, from_tokens, positions, spike)
-    for callback in trainer.callbacks:
-        callback.on_rollback(trainer, rollback)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from data_pipeline import Corpus, DataError, Loader, evaluation_batches
+from data_pipeline import DataError, Loader
 from data_pipeline.loader import rows_of_rank
 from train.callbacks.base import Callback
 from train.checkpoint import CheckpointError, SaveError, open_store
@@ -21,7 +21,7 @@ from train.code_version import code_version
 from train.config import RunConfig
 from train.continual import DomainStream, open_loader
 from train.engines.parts import Engine
-from train.evaluate.perplexity import EvaluationInterruptedError, HeldOut, evaluate
+from train.evaluate.schedule import Evaluations
 from train.optim.finite import OverflowedError
 from train.optim.levels import periods
 from train.parallel.carried import Carried
@@ -30,7 +30,7 @@ from train.parallel.placement import Stored
 from train.records import Corpora, NonFiniteError, NothingCounts, Problem, SkippedStep, StepRecord
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
-from train.spikes import LeftOut, Spike, SpikeWatch, roll_back
+from train.spikes import LeftOut, Rollback, Spike, SpikeWatch
 
 
 @dataclass
@@ -44,12 +44,8 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
     carried: Carried | None = None
     trained_seconds: float = 0.0
-    last_evaluation: HeldOut | None = None
-    evaluated_tokens: int = 0  # when the last evaluation was done
-    domains_evaluated: int = 0  # at how many ends of domains every domain was evaluated
     level_changes: tuple[str, ...] = ()  # since the checkpoint, one line each
     stop_status: int | None = None  # exit status that the ranks agreed to stop with
-    evaluation_unsaved: bool = False
 
     def __post_init__(self) -> None:
         config = self.config
@@ -59,6 +55,7 @@ class Trainer:
         self.cadence = self.engine.make_cadence()
         self.store = open_store(config, ranks)
         self.spikes = SpikeWatch(config.spikes)
+        self.evaluations = Evaluations(self)
         self.domains: DomainStream | None = None
         self.loader: Loader | DomainStream
         if config.mode == "continual":
@@ -146,32 +143,33 @@ class Trainer:
         self.store.on_complete = self._saved
         if self.level_changes:
             self.save(replace=True)  # from here on the folder's configuration is the new one
-        evaluated = self.domains_evaluated
         if not self.finished:
-            self._evaluate_domains()
-            self._evaluate_if_due()
-        while self._has_more() and not self._stop_requested():
+            self.evaluations.of_domains()
+            self.evaluations.if_due()
+        while self._has_more() and not self.stop_requested():
             before = self.clock.tokens
             record = self.step()
             if isinstance(record, SkippedStep):
                 self._skipped(record)
-                self._evaluate_domains()
+                self.evaluations.of_domains()
                 continue
             for callback in self.callbacks:
                 callback.on_step(self, record)
             if self.finished:
                 break  # the last evaluation and checkpoint are below
-            self._evaluate_domains()
-            self._evaluate_if_due()
-            if self._crossed(self.config.checkpoint.every_tokens, before):
+            self.evaluations.of_domains()
+            self.evaluations.if_due()
+            every = self.config.checkpoint.every_tokens
+            if self.clock.tokens // every > before // every:
                 self.save()
-        stopped = self._stop_requested()
+        stopped = self.stop_requested()
         flushed = False
         if self.finished and not stopped:
             flushed = self.config.training.flush and self._flush()
-            stopped = not (self._evaluate_domains(last=True) and self._evaluate_finally())
-        unsaved = self.evaluation_unsaved or self.domains_evaluated > evaluated
-        self.save(replace=flushed or unsaved)
+            stopped = not (
+                self.evaluations.of_domains(last=True) and self.evaluations.over_everything()
+            )
+        self.save(replace=flushed or self.evaluations.unsaved)
         self.store.finish()
         self._notify("on_end")
         return self.stop_status if stopped else None
@@ -187,7 +185,7 @@ class Trainer:
         if isinstance(record.problem, LeftOut):
             self.clock.skipped_in_a_row = 0  # meant, and no sign of trouble
         if isinstance(record.problem, Spike) and record.problem.undo:
-            roll_back(self, record.position, record.problem)
+            self._roll_back(record.position, record.problem)
         in_a_row = self.clock.skipped_in_a_row
         if in_a_row <= self.config.training.max_skipped_in_a_row:
             return
@@ -195,13 +193,40 @@ class Trainer:
         remedy = "Lower optimizer.lr or model.titans.scan.eta_max"
         if isinstance(record.problem, NothingCounts):
             remedy = "Look for damaged shards in data.train"
-        self.give_up(
+        self._give_up(
             f"{in_a_row} steps in a row were skipped after {self.clock.tokens:,} tokens: "
             f"{record.problem}. {remedy}, or raise training.max_skipped_in_a_row; a checkpoint "
             "was saved, and no weight was moved"
         )
 
-    def give_up(self, why: str) -> NoReturn:
+    def _roll_back(self, position: int, spike: Spike) -> None:
+        """Go back to the newest checkpoint before the batches that a spike is blamed on, and leave
+        them out; where there is none, stay, with the step skipped.
+
+        position: of the spike's batch. Raises NonFiniteError after spikes.max_rollbacks of them.
+        """
+        settings, rows = self.config.spikes, self.config.batch_rows
+        if self.spikes.rollbacks >= settings.max_rollbacks:
+            self._give_up(
+                f"the loss spiked again after {self.spikes.rollbacks} rollbacks: {spike}. Lower "
+                "optimizer.lr, or raise spikes.threshold or spikes.max_rollbacks; a checkpoint was "
+                "saved"
+            )
+        first = max(0, position - (settings.skip_batches - 1) * rows)
+        try:
+            self.store.wait()
+            folder = self.store.newest(first * self.config.data.seq_len)
+        except CheckpointError:
+            return
+        positions = tuple(range(first, position + 1, rows))
+        from_tokens = self.clock.tokens
+        self.load(folder)
+        number = self.spikes.leave_out(positions, rows)
+        rollback = Rollback(number, folder.name, from_tokens, positions, spike)
+        for callback in self.callbacks:
+            callback.on_rollback(self, rollback)
+
+    def _give_up(self, why: str) -> NoReturn:
         """Save, and raise NonFiniteError."""
         self.save()
         self.store.finish()
@@ -215,80 +240,15 @@ class Trainer:
         report = self.cadence.flush(self._rate, self.clock.tokens)
         if report is None:
             return False
-        self.evaluated_tokens = min(self.evaluated_tokens, self.clock.tokens - 1)
-        if self.domains is not None:
-            self.domains_evaluated = min(self.domains_evaluated, self.domains.ends - 1)
+        self.evaluations.out_of_date()
         for callback in self.callbacks:
             callback.on_flush(self, pending, report)
         return True
 
-    def _crossed(self, every: int, before: int) -> bool:
-        """Whether a multiple of `every` tokens was passed since there were `before`."""
-        return self.clock.tokens // every > before // every
-
-    def _stop_requested(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any rank was told to stop; the ranks agree on the answer."""
         self.stop_status = self.stop_status or agreed_status(self.signals, self.ranks)
         return self.stop_status is not None
-
-    def _evaluate_if_due(self) -> None:
-        """Evaluate at multiples of evaluation.every_tokens, also one that a signal cut short."""
-        settings = self.config.evaluation
-        if not self.finished and self._crossed(settings.every_tokens, self.evaluated_tokens):
-            self._evaluate(settings.max_tokens)
-
-    def _evaluate_finally(self) -> bool:
-        """Evaluate over everything, unless the last evaluation did and was of this moment."""
-        whole = self.corpora.held_out_is_whole(self.last_evaluation)
-        return (whole and self.evaluated_tokens == self.clock.tokens) or self._evaluate(None)
-
-    def _evaluate(self, max_tokens: int | None) -> bool:
-        """Evaluate and tell the callbacks; False when a signal interrupted it."""
-        try:
-            self.last_evaluation = self.evaluate(max_tokens)
-        except EvaluationInterruptedError:
-            return False
-        self.evaluated_tokens, self.evaluation_unsaved = self.clock.tokens, True
-        for callback in self.callbacks:
-            callback.on_evaluation(self, self.last_evaluation)
-        return True
-
-    def _evaluate_domains(self, last: bool = False) -> bool:
-        """Evaluate on every domain where one or training ends; False if a signal interrupted it."""
-        if self.domains is None:
-            return True
-        reached = self.domains.ends if last else self.domains.finished
-        if reached <= self.domains_evaluated:
-            return True
-        most = self.config.evaluation.max_tokens
-        try:
-            found = {n: self.evaluate(most, corpus) for n, corpus in self.corpora.domains.items()}
-        except EvaluationInterruptedError:
-            return False
-        self.domains_evaluated = reached
-        for name, held_out in found.items():
-            for callback in self.callbacks:
-                callback.on_domain_evaluation(self, name, held_out)
-        return True
-
-    def evaluate(self, max_tokens: int | None, corpus: Corpus | None = None) -> HeldOut:
-        """Held-out loss over at most max_tokens tokens (None: all) of `corpus` (None: data's)."""
-        data = self.config.data
-        corpus = corpus or self.corpora.validation
-        batches = evaluation_batches(
-            corpus,
-            seq_len=data.seq_len,
-            batch_size=max(self.config.evaluation.batch_rows, self.mesh.data.size),
-            dp_rank=self.mesh.data.rank,
-            dp_size=self.mesh.data.size,
-            packing=data.packing,
-            align=self.config.model.titans.scan.projection_chunk,
-            max_tokens=max_tokens,
-            on_corrupt=data.on_corrupt,
-        )
-        return evaluate(
-            self.engine, batches, corpus.token_bytes, self.ranks, should_stop=self._stop_requested
-        )
 
     def _notify(self, event: str) -> None:
         for callback in self.callbacks:
@@ -304,7 +264,6 @@ class Trainer:
         tensors = {f"model/{name}": tensor for name, tensor in parameters.items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in optimizer.items()}
         tensors |= self.engine.carried_rows(self.carried, self._own_rows())
-        evaluation = self.last_evaluation
         plain: dict[str, Any] = {
             "config": redact_tree(self.config.model_dump(mode="json")),
             "code": code_version(),
@@ -315,13 +274,11 @@ class Trainer:
             "loader": self.loader.state_dict(),
             "tokenizer": self.corpora.validation.tokenizer_sha256,
             "trained_seconds": self.trained_seconds,
-            "evaluation": vars(evaluation) if evaluation else None,
-            "evaluated_tokens": self.evaluated_tokens,
-            "domains_evaluated": self.domains_evaluated,
+            **self.evaluations.state_dict(),
             "spikes": self.spikes.state_dict(),
             "streams": self.config.training.state_carry == "stream" and self.clock.steps > 0,
         }
-        self.evaluation_unsaved = False
+        self.evaluations.unsaved = False
         self.store.save(self.clock.tokens_read, tensors, plain, replace)
 
     def _saved(self, folder: Any) -> None:
@@ -342,7 +299,7 @@ class Trainer:
 
     def load(self, folder: Any, rewind: bool = True) -> None:
         """Take up what a checkpoint holds, whatever this one is in; rewind: later ones go aside."""
-        self.carried, self.last_evaluation = None, None
+        self.carried = None
         plain = self.store.plain(folder)
         try:
             self._take_up(folder, plain)
@@ -378,11 +335,8 @@ class Trainer:
         self.clock.load_state_dict(plain["clock"])
         self.loader.load_state_dict(plain["loader"])
         self.trained_seconds = plain["trained_seconds"]
-        self.domains_evaluated = plain["domains_evaluated"]
-        self.evaluated_tokens = plain["evaluated_tokens"]
+        self.evaluations.load_state_dict(plain)
         self.spikes.load_state_dict(plain["spikes"])
-        if plain["evaluation"]:
-            self.last_evaluation = HeldOut(**plain["evaluation"])
         if plain["streams"]:
             rows = self._own_rows()
             saved = [reader.all_whole(f"stream/{row}/") for row in rows]

@@ -41,7 +41,10 @@ def test_the_curve_is_drawn_without_reading_the_file_again(
     before = [step(1), step(2), evaluation, step(3)]  # a resume after two steps
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
     clock = SimpleNamespace(tokens=8, skipped_tokens=0)
-    trainer = cast(Any, SimpleNamespace(clock=clock, evaluated_tokens=8, trained_seconds=1.5))
+    trainer = cast(
+        Any,
+        SimpleNamespace(clock=clock, evaluations=SimpleNamespace(tokens=8), trained_seconds=1.5),
+    )
     drawn: list[Curve] = []
     monkeypatch.setattr(metrics, "plot_loss", lambda runs, _: drawn.extend(runs.values()))
     run = Metrics(tmp_path)

@@ -126,7 +126,7 @@ class Metrics(Callback):
                 "kind": "domain_evaluation",
                 "tokens": trainer.clock.tokens,
                 "domain": domain,
-                "domains_trained": trainer.domains.names[: trainer.domains_evaluated],
+                "domains_trained": trainer.domains.names[: trainer.evaluations.domains],
                 "loss": held_out.loss,
                 "perplexity": held_out.perplexity,
                 "bits_per_byte": held_out.bits_per_byte,
@@ -157,9 +157,9 @@ def _stays(row: dict[str, Any], trainer: Trainer) -> bool:
     """Whether a line tells of something that the trainer, as it is now, has behind it."""
     clock = trainer.clock
     if row["kind"] == "evaluation":
-        return bool(row["tokens"] <= trainer.evaluated_tokens)
+        return bool(row["tokens"] <= trainer.evaluations.tokens)
     if row["kind"] == "domain_evaluation":
-        return len(row["domains_trained"]) <= trainer.domains_evaluated
+        return len(row["domains_trained"]) <= trainer.evaluations.domains
     if row["kind"] == "rollback" and row["number"] > trainer.spikes.rollbacks:
         return False
     at = (row["tokens"], row.get("skipped_tokens", 0))
