@@ -24,15 +24,16 @@ from data_pipeline.arguments import at_least
 from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools.figures import table
-from train.__main__ import open_corpora, prepare_torch
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointError
 from train.config import RunConfig, load_config
+from train.corpora import open_corpora
 from train.engines import open_engine
 from train.optim.levels import group_by_level
 from train.parallel.carried import state_of
 from train.parallel.config import ParallelConfig
 from train.parallel.ranks import Ranks
+from train.run import prepare_torch
 from train.run_folder import CONFIG, METRICS
 from train.signals import StopSignals
 from train.trainer import Trainer

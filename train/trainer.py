@@ -20,6 +20,7 @@ from train.clock import TokenClock
 from train.code_version import code_version
 from train.config import RunConfig
 from train.continual import DomainStream, open_loader
+from train.corpora import Corpora
 from train.engines.parts import Engine
 from train.evaluate.schedule import Evaluations
 from train.optim.finite import OverflowedError
@@ -27,7 +28,7 @@ from train.optim.levels import periods
 from train.parallel.carried import Carried
 from train.parallel.part import parameter_names
 from train.parallel.placement import Stored
-from train.records import Corpora, NonFiniteError, NothingCounts, Problem, SkippedStep, StepRecord
+from train.records import NonFiniteError, NothingCounts, Problem, SkippedStep, StepRecord
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
 from train.spikes import LeftOut, Rollback, Spike, SpikeWatch

@@ -11,11 +11,11 @@ import pytest
 from torch import Tensor
 
 from tools.processes import run
-from train.__main__ import train
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
 from train.config import validate_config
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.run_folder import CHECKPOINTS, METRICS
 
 STEP = 256

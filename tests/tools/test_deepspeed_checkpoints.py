@@ -13,12 +13,12 @@ import yaml
 from hope import HopeModel
 from tools import checkpoint
 from tools.processes import run
-from train.__main__ import train
 from train.checkpoint import CheckpointStore
 from train.checkpoint.load import load_run
 from train.config import validate_config
 from train.engines.deepspeed import parameter_groups
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.zero.library import open_deepspeed, quiet
 
 

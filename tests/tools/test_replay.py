@@ -15,12 +15,13 @@ from tests.train.test_skipping import count_batches, poison
 from tests.train.test_trainer import STREAM
 from tools.processes import run
 from tools.replay import main
-from train.__main__ import open_corpora, train
 from train.config import RunConfig
 from train.continual import open_loader
+from train.corpora import open_corpora
 from train.engines.native import NativeEngine
 from train.parallel.part import Part
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.run_folder import CONFIG, METRICS
 
 ROW, TOKEN = 2, 10

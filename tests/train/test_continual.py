@@ -14,12 +14,13 @@ import yaml
 
 from data_pipeline import Corpus, Loader
 from tests.train.test_trainer import ENVIRONMENT, assert_same_run, command, store_of
-from train.__main__ import main, train
+from train.__main__ import main
 from train.callbacks.metrics import read_metrics
 from train.config import ConfigError, RunConfig, load_config
 from train.continual import DomainStream
 from train.engines.native import NativeEngine
 from train.parallel.ranks import Ranks
+from train.run import train
 
 BATCH = 256
 

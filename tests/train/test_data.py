@@ -16,11 +16,13 @@ import yaml
 
 from data_pipeline import Corpus, CorruptDataError, DataError
 from tests.train.test_trainer import assert_same_run, losses
-from train.__main__ import main, open_corpora, train
+from train.__main__ import main
 from train.callbacks.metrics import read_metrics
 from train.config import RunConfig, dump_config
 from train.continual import open_loader
+from train.corpora import open_corpora
 from train.parallel.ranks import Ranks
+from train.run import train
 
 ALONE = Ranks.alone()
 

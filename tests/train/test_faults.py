@@ -8,11 +8,11 @@ import pytest
 
 from tests.train.test_trainer import store_of
 from tools.processes import run
-from train.__main__ import train
 from train.callbacks.faults import FIRED, read_fired
 from train.callbacks.metrics import read_metrics
 from train.checkpoint.manifest import damage
 from train.config import ConfigError, RunConfig, load_config
+from train.run import train
 
 QUICK = {"model.mixer": "attention", "training.total_tokens": 6 * 256}
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.train.test_trainer import assert_same_run, store_of
-from train.__main__ import train
 from train.callbacks.metrics import read_metrics
 from train.line_file import LineFile
+from train.run import train
 from train.trainer import Trainer
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.train.test_trainer import final_tensors, store_of
-from train.__main__ import train
 from train.callbacks.metrics import read_metrics
 from train.config import RunConfig
 from train.optim.build import build_cadence
+from train.run import train
 from train.trainer import Trainer
 
 BATCH = 256

@@ -41,7 +41,7 @@ def test_where_the_bytes_are_at_any_time(
         )
 
     with monkeypatch.context() as patch:
-        patch.setattr("train.__main__.open_engine", nothing_left)
+        patch.setattr("train.run.open_engine", nothing_left)
         error = told()
     assert "error: DefaultCPUAllocator" in error
     assert "out of memory on rank 0, while the model was built:" in error

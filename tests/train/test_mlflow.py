@@ -16,10 +16,10 @@ import pytest
 import yaml
 
 from tests.train.tracking_server import tracking_server
-from train.__main__ import train
 from train.callbacks.mlflow import tracking_location
 from train.callbacks.mlflow_sender import Backlog, Sender
 from train.config import MLflowConfig
+from train.run import train
 
 
 @pytest.mark.slow

@@ -16,12 +16,12 @@ from hope import HopeModel
 from tests.train.test_cadence import TOKENS, backward, config_with
 from tests.train.test_levels_in_a_run import rows_of
 from tests.train.test_trainer import final_tensors
-from train.__main__ import train
 from train.optim.build import build_cadence, decays, is_matrix
 from train.optim.config import OptimizerConfig
 from train.optim.m3 import M3
 from train.optim.muon import Muon
 from train.optim.newton_schulz import COEFFICIENTS, orthogonalise
+from train.run import train
 
 SHAPES = [(6, 9), (9, 6), (7, 7), (3, 5, 8), (2, 2, 8, 3)]
 

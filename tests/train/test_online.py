@@ -21,7 +21,6 @@ from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.scan import ScanConfig
 from tools.adapt import main as adapt
 from tools.generate import main as generate
-from train.__main__ import train
 from train.checkpoint.load import load_run
 from train.online import OnlineAdapter
 from train.optim.config import (
@@ -29,6 +28,7 @@ from train.optim.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from train.run import train
 
 LR = 0.02
 

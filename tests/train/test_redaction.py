@@ -10,10 +10,11 @@ import pytest
 import yaml
 
 from tools.checkpoint import main as tool
-from train.__main__ import main, train
+from train.__main__ import main
 from train.checkpoint.load import load_run
 from train.config import validate_config
 from train.redaction import redact_logging
+from train.run import train
 
 SECRET = "hunter2-s3cr3t"
 

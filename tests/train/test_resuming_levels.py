@@ -13,11 +13,12 @@ import yaml
 from hope import HopeConfig, HopeModel
 from hope.config import CMSConfig, LevelConfig
 from tests.train.test_trainer import STREAM, final_tensors, store_of
-from train.__main__ import main, train
+from train.__main__ import main
 from train.callbacks.metrics import read_metrics
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.load import load_run
 from train.config import RunConfig
+from train.run import train
 
 STOP = 4 * 256  # one step into the second period of level b, four into the first of level c
 

@@ -14,13 +14,15 @@ import yaml
 from data_pipeline import IGNORE, Loader
 from tests.train.test_trainer import STREAM, final_tensors, store_of
 from tools.processes import run
-from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.__main__ import main
 from train.callbacks.metrics import read_metrics
 from train.config import RunConfig, validate_config
+from train.corpora import open_corpora, with_vocabulary
 from train.engines import open_engine
 from train.engines.native import NativeEngine
 from train.parallel.placement import local
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.signals import StopSignals
 from train.trainer import Trainer
 from train.zero.cadence import Published

@@ -19,14 +19,16 @@ import yaml
 from tests.train.test_skipping import count_batches, leave_out, losses_and_skips
 from tests.train.test_trainer import final_tensors, store_of
 from tools.processes import run
-from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.__main__ import main
 from train.callbacks.metrics import Metrics, read_metrics
 from train.checkpoint import store as store_module
 from train.config import RunConfig, validate_config
+from train.corpora import open_corpora, with_vocabulary
 from train.engines import open_engine
 from train.engines.deepspeed import DeepSpeedEngine
 from train.engines.native import NativeEngine
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.signals import StopSignals
 from train.spikes import LeftOut, SpikesConfig, SpikeWatch
 from train.trainer import Trainer

@@ -14,11 +14,13 @@ import pytest
 import yaml
 
 from tests.train.test_trainer import assert_same_run, store_of
-from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.__main__ import main
 from train.checkpoint.manifest import position
 from train.config import ConfigError
+from train.corpora import open_corpora, with_vocabulary
 from train.line_file import write_whole
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.run_folder import RunFolderError, claim
 from train.signals import (
     REASONS,

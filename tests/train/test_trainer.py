@@ -15,12 +15,14 @@ import torch
 import yaml
 from torch import Tensor
 
-from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.__main__ import main
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.checkpoint.load import load_run
 from train.config import RunConfig
+from train.corpora import open_corpora, with_vocabulary
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.run_folder import run_lock, save_config
 
 STREAM = {

@@ -20,14 +20,16 @@ from tests.train.checkpoint.states import PLAIN, assert_equal, state, store_in
 from tests.train.checkpoint.test_manifest import _make_right
 from tests.train.test_trainer import assert_same_run, losses
 from tools.checkpoint import main as prune
-from train.__main__ import main, open_corpora, train, with_vocabulary
+from train.__main__ import main
 from train.checkpoint import CheckpointError, CheckpointStore, load, open_store, reading
 from train.checkpoint import store as store_module
 from train.checkpoint.load import load_run
 from train.checkpoint.manifest import MARKER
 from train.config import RunConfig, dump_config, validate_config
+from train.corpora import open_corpora, with_vocabulary
 from train.engines import open_engine
 from train.parallel.ranks import Ranks
+from train.run import train
 from train.run_folder import RunFolderError, claim, run_lock
 from train.signals import StopSignals
 from train.trainer import Trainer

@@ -14,8 +14,9 @@ from launch.checks import device_of
 from tests.conftest import tiny_config
 from tools.processes import run
 from train import __main__ as program
-from train.__main__ import SAID, _said_once, main
+from train.__main__ import main
 from train.parallel.ranks import NoDeviceError, Ranks, own_device
+from train.run import SAID, _said_once
 
 
 def test_each_rank_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
