@@ -33,9 +33,9 @@ from torch.utils.flop_counter import (
 )
 
 from hope.scan import ScanConfig
-from hope.scan.chunked import _KEEP_TOKENS
 from hope.scan.closed_form import _INVERSE_LEAF, block_length
 from hope.scan.native.flops import call_products
+from hope.scan.operators import KEEP_TOKENS
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
 _READERS = 4
@@ -111,7 +111,7 @@ def _call_flops(
         once, back, again = call_products(config, head_dim, hidden, memories, tokens)
         return Flops(2 * once, 2 * (back + again * executed))
     size, segment = config.projection_chunk, config.segment_chunks
-    keep = segment * size <= _KEEP_TOKENS
+    keep = segment * size <= KEEP_TOKENS
     forward = backward = 0
     starts = range(0, tokens, size)
     for number, start in enumerate(starts):

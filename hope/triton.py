@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Implementation = Literal["auto", "torch", "triton"]
+TorchOrTriton = Literal["auto", "torch", "triton"]
 """Of what has a fused kernel: torch's operators, the kernel, or the kernel on CUDA devices."""
 _AVAILABLE = find_spec("triton") is not None
 
@@ -34,7 +34,7 @@ def why_no_kernels(x: Tensor) -> str:
     return ""
 
 
-def takes_kernels(x: Tensor, implementation: Implementation) -> bool:
+def takes_kernels(x: Tensor, implementation: TorchOrTriton) -> bool:
     """Whether a fused kernel runs on x: with "auto" on CUDA devices, with "triton" always.
 
     Raises ValueError with "triton" where it can't.

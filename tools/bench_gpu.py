@@ -34,7 +34,7 @@ from hope import CMSConfig, HopeConfig, HopeModel, LevelConfig
 from hope.init import initialise
 from hope.layer import HopeLayer
 from hope.model import num_parameters
-from hope.scan.contract import Implementation
+from hope.scan.contract import ScanImplementation
 from tools.figures import table
 from tools.gpu_kernels import as_graph, kernels, milliseconds, parity, scans
 from tools.kernel_costs import PEAK_FLOPS
@@ -49,7 +49,7 @@ LENGTHS = (2048, 4096, 8192, 16_384, 32_768)
 MLP_OF_TWIN = {"340m": 2784, "760m": 4416, "1b3": 8624}
 """Hidden width of the Transformer++ of equal parameters; the files in configs/ say the same."""
 PARTS = ("scan", "parity", "kernels", "layer", "models")
-SCANS: tuple[Implementation, ...] = ("auto", "triton", "cuda", "chunked")
+SCANS: tuple[ScanImplementation, ...] = ("auto", "triton", "cuda", "chunked")
 KINDS = ("eager", "graph", "compiled")
 """How a step is run; compiled: every layer by torch.compile, the step as a graph."""
 GATED_DELTANET_HEAD = 128
@@ -211,7 +211,9 @@ def ran_out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def variants(config: HopeConfig, mlp: int, scan: Implementation = "auto") -> dict[str, HopeConfig]:
+def variants(
+    config: HopeConfig, mlp: int, scan: ScanImplementation = "auto"
+) -> dict[str, HopeConfig]:
     """The same size as Hope (with that implementation of its scan), Hope-Attention and
     Transformer++ (an MLP of that width)."""
     attention = replace(config, mixer="attention", pattern=None)
@@ -222,7 +224,9 @@ def variants(config: HopeConfig, mlp: int, scan: Implementation = "auto") -> dic
     return {name: hope, "hope_attention": attention, "transformer": plain}
 
 
-def layers(length: int, kinds: Sequence[str], repetitions: int, scan: Implementation) -> Figures:
+def layers(
+    length: int, kinds: Sequence[str], repetitions: int, scan: ScanImplementation
+) -> Figures:
     """One layer of the 340M size, in rows of that length."""
     config = load_config("configs/340m.yaml").model
     figures: Figures = {}
@@ -244,7 +248,7 @@ def layers(length: int, kinds: Sequence[str], repetitions: int, scan: Implementa
 
 
 @lru_cache(maxsize=1)
-def on_host(size: str, scan: Implementation) -> dict[str, HopeModel]:
+def on_host(size: str, scan: ScanImplementation) -> dict[str, HopeModel]:
     """The models of a size, in bfloat16 on the CPU: their start takes longer than their steps."""
     config = load_config(f"configs/{size}.yaml").model
     found = variants(config, MLP_OF_TWIN[size], scan)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hope.forward_mode import needs_torch
-from hope.triton import Implementation, takes_kernels
+from hope.triton import TorchOrTriton, takes_kernels
 
 BLOCK = 4096
 """Columns that a program holds at a time, by 8 warps."""
@@ -22,7 +22,7 @@ WARPS = 8
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, implementation: Implementation = "auto"
+    logits: Tensor, labels: Tensor, ignore_index: int, implementation: TorchOrTriton = "auto"
 ) -> Tensor:
     """Sum over the rows of -log softmax(logits)[label], a float32 scalar (float64 for float64).
 
@@ -41,7 +41,7 @@ def cross_entropy(
 
 
 def row_statistics(
-    logits: Tensor, labels: Tensor, implementation: Implementation = "auto"
+    logits: Tensor, labels: Tensor, implementation: TorchOrTriton = "auto"
 ) -> tuple[Tensor, Tensor]:
     """log(sum(exp(logits))) and the label's logit of each row, [n], float32 or float64.
 
@@ -63,7 +63,7 @@ def logits_gradient(
     lse: Tensor,
     d_lse: Tensor,
     d_picked: Tensor,
-    implementation: Implementation = "auto",
+    implementation: TorchOrTriton = "auto",
 ) -> Tensor:
     """From the gradients [n] of what `row_statistics` gives to that of logits [n, V]:
     exp(logits - lse) * d_lse + onehot(labels) * d_picked. lse may be over more columns than

@@ -9,9 +9,9 @@ from hope.forward_mode import carries_tangent
 from hope.scan.chunked import scan_chunked
 from hope.scan.contract import (
     MEMORIES,
-    Implementation,
     MemoryState,
     ScanConfig,
+    ScanImplementation,
     ScanWeights,
     check_inputs,
     check_reset,
@@ -69,7 +69,7 @@ def scan(
         return scan_chunked(x, q, weights, config, state, reset)
 
 
-def chosen(x: Tensor, hidden: int, config: ScanConfig) -> Implementation:
+def chosen(x: Tensor, hidden: int, config: ScanConfig) -> ScanImplementation:
     """What runs a call on activations x [B, N, T, d] and memories of that hidden width: what
     config.implementation names, or with "auto" the fastest that takes it on x's device. Where that
     is only "chunked", the reason is said once.

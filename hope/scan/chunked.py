@@ -7,41 +7,24 @@ compilers and activation checkpointing see a single node; backward is another.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype, no_autocast
+from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, no_autocast
+from hope.scan.operators import (
+    KEEP_TOKENS,
+    config_of,
+    differentiate,
+    empty_gradients,
+    empty_outputs,
+    scan_by,
+    state_of,
+)
 from hope.scan.products import Scratch, over_rows
 from hope.scan.run import Run
 from hope.scan.tiles import Chunk, chunk_backward, freeze
 from hope.scan.writes import Memories
 from hope.scan.writes_backward import Sums
-
-_KEEP_TOKENS = 256
-"""Segments up to this long keep their intermediate values while backward works on them."""
-
-
-def _config(
-    memory_chunk: int,
-    projection_chunk: int,
-    eta_max: float,
-    delta_rule: str,
-    decay_to: str,
-    read: str,
-    checkpoint_chunks: int,
-) -> ScanConfig:
-    return ScanConfig(
-        memory_chunk=memory_chunk,
-        projection_chunk=projection_chunk,
-        eta_max=eta_max,
-        delta_rule=delta_rule,  # type: ignore[arg-type]
-        decay_to=decay_to,  # type: ignore[arg-type]
-        read=read,  # type: ignore[arg-type]
-        checkpoint_chunks=checkpoint_chunks,
-    )
 
 
 def _restart(fast: Memories, fresh: Memories, again: Tensor | None) -> Memories:
@@ -50,8 +33,7 @@ def _restart(fast: Memories, fresh: Memories, again: Tensor | None) -> Memories:
     return Memories(*(torch.where(again, new, old) for new, old in zip(fresh, fast, strict=True)))
 
 
-@torch.library.custom_op("hope::scan_chunked", mutates_args=())
-def _scan_chunked(
+def forward(
     x: Tensor,
     q: Tensor,
     w1: Tensor,
@@ -74,10 +56,10 @@ def _scan_chunked(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(out, final w1, final w2, saved Deltas of w1 and w2 [S, M, N, B, ...])."""
     options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
-    config = _config(*options, checkpoint_chunks)
+    config = config_of(*options, checkpoint_chunks)
     run = Run(config, x, q, [w1, w2, w_eta, b_eta, w_alpha, b_alpha], reset)
-    state = None if state1 is None or state2 is None else (state1, state2)
-    out, final1, final2, saved1, saved2 = _empty_outputs(x, w1, config, save)
+    state = state_of(state1, state2)
+    out, final1, final2, saved1, saved2 = empty_outputs(x, w1, config, save)
     scratch = Scratch(final1)
     for heads in run.head_slices():
         params = run.params(heads)
@@ -99,34 +81,7 @@ def _scan_chunked(
     return out, final1, final2, saved1, saved2
 
 
-def _empty_outputs(
-    x: Tensor, w1: Tensor, config: ScanConfig, save: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, heads, tokens, width = x.shape
-    memories, _, _, hidden = w1.shape
-    length = config.projection_chunk * config.segment_chunks
-    saved = (tokens + length - 1) // length - 1 if save else 0
-    dtype = compute_dtype(x)
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        empty(memories, rows, heads, width, hidden),
-        empty(memories, rows, heads, hidden, width),
-        empty(saved, memories, heads, rows, width, hidden),
-        empty(saved, memories, heads, rows, hidden, width),
-    )
-
-
-@_scan_chunked.register_fake
-def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
-    return _empty_outputs(x, w1, _config(*options[:-1]), options[-1])
-
-
-@torch.library.custom_op("hope::scan_chunked_backward", mutates_args=())
-def _scan_chunked_backward(
+def backward(
     d_out: Tensor | None,
     d_final1: Tensor | None,
     d_final2: Tensor | None,
@@ -153,30 +108,17 @@ def _scan_chunked_backward(
 ) -> list[Tensor]:
     """Gradients of x, q, the six weights and, if there was one, the incoming state."""
     options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
-    config = _config(*options, checkpoint_chunks)
+    config = config_of(*options, checkpoint_chunks)
     weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
     run = Run(config, x, q, weights, reset)
-    state = None if state1 is None or state2 is None else (state1, state2)
-    grads = _empty_gradients(x, q, weights, state)
+    state = state_of(state1, state2)
+    grads = empty_gradients(x, q, weights, state)
     scratch = Scratch(saved1)
     with no_autocast(x):
         for heads in run.head_slices():
             final = (d_final1, d_final2)
             _backward_heads(run, heads, d_out, final, (saved1, saved2), state, grads, scratch)
     return grads
-
-
-def _empty_gradients(
-    x: Tensor, q: Tensor, weights: list[Tensor], state: tuple[Tensor, Tensor] | None
-) -> list[Tensor]:
-    inputs = [x, q, *weights, *(state or ())]
-    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs]
-
-
-@_scan_chunked_backward.register_fake
-def _(d_out, d_final1, d_final2, saved1, saved2, x, q, *rest):  # type: ignore[no-untyped-def]
-    state = None if rest[6] is None else (rest[6], rest[7])
-    return _empty_gradients(x, q, list(rest[:6]), state)
 
 
 def _backward_heads(
@@ -205,7 +147,7 @@ def _backward_heads(
             one.add_(over_rows(z, one.shape[1]))
 
     length = config.segment_chunks
-    keep = length * config.projection_chunk <= _KEEP_TOKENS
+    keep = length * config.projection_chunk <= KEEP_TOKENS
     for first in reversed(range(0, run.num_chunks, length)):
         if first == 0:
             fast = run.start(params, state, heads)
@@ -252,34 +194,18 @@ def _backward_heads(
         grads[i][heads] = z
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, saved1, saved2 = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(saved1, saved2)
-    ctx.save_for_backward(saved1, saved2, *inputs[:11])
-    ctx.options = inputs[11:-1]
+_scan_chunked = torch.library.custom_op("hope::scan_chunked", forward, mutates_args=())
+_scan_chunked_backward = torch.library.custom_op(
+    "hope::scan_chunked_backward", backward, mutates_args=()
+)
 
 
-def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    return backward_by(_scan_chunked_backward, ctx, d_outputs)
+@_scan_chunked.register_fake
+def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
+    return empty_outputs(x, w1, config_of(*options[:-1]), options[-1])
 
 
-def backward_by(
-    operator: Callable[..., list[Tensor]], ctx: Any, d_outputs: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """The gradient of every input of the forward operator, from a backward operator's."""
-    num_options = len(ctx.options) + 1
-    grads = operator(*d_outputs[:3], *ctx.saved_tensors, *ctx.options)
-    states = grads[8:] or (None, None)
-    return (*grads[:8], *states, None, *([None] * num_options))
-
-
-def _refuse(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError("scan: no second derivative of the chunked scan; use the reference")
-
-
-_scan_chunked_backward.register_autograd(_refuse)
-_scan_chunked.register_autograd(_backward, setup_context=_setup_context)
+differentiate(_scan_chunked, _scan_chunked_backward, kept=2, name="chunked")
 
 
 def scan_chunked(
@@ -296,33 +222,3 @@ def scan_chunked(
     `hope.scan.contract.check_inputs`. Differentiable once, in every tensor but reset.
     """
     return scan_by(_scan_chunked, x, q, weights, config, state, reset)
-
-
-def scan_by(
-    operator: Callable[..., tuple[Tensor, ...]],
-    x: Tensor,
-    q: Tensor,
-    weights: ScanWeights,
-    config: ScanConfig,
-    state: MemoryState | None,
-    reset: Tensor | None,
-) -> tuple[Tensor, MemoryState]:
-    """The scan by an operator that takes and returns what `hope::scan_chunked` does."""
-    tensors = [x, q, *weights, *(state or ())]
-    save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
-    out, final1, final2, _, _ = operator(
-        x,
-        q,
-        *weights,
-        *(state or (None, None)),
-        reset,
-        config.memory_chunk,
-        config.projection_chunk,
-        config.eta_max,
-        config.delta_rule,
-        config.decay_to,
-        config.read,
-        config.segment_chunks,
-        save,
-    )
-    return out, MemoryState(final1, final2)

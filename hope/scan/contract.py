@@ -13,7 +13,7 @@ from torch import Tensor
 DeltaRule = Literal["normalised", "input", "off", "target"]
 DecayTarget = Literal["initial", "zero"]
 Read = Literal["causal", "chunk_start"]
-Implementation = Literal["auto", "reference", "chunked", "native", "triton", "cuda"]
+ScanImplementation = Literal["auto", "reference", "chunked", "native", "triton", "cuda"]
 
 MEMORIES = ("k", "v", "eta", "alpha", "mem", "q")
 """Order of the memories along the first dimension of the fast weights; q only when adaptive."""
@@ -81,7 +81,7 @@ class ScanConfig:
     decay_to: DecayTarget = "initial"
     read: Read = "causal"
     checkpoint_chunks: int | None = None
-    implementation: Implementation = "auto"
+    implementation: ScanImplementation = "auto"
 
     def __post_init__(self) -> None:
         for name in ("memory_chunk", "projection_chunk", "checkpoint_chunks"):
@@ -104,7 +104,7 @@ class ScanConfig:
             ("delta_rule", get_args(DeltaRule)),
             ("decay_to", get_args(DecayTarget)),
             ("read", get_args(Read)),
-            ("implementation", get_args(Implementation)),
+            ("implementation", get_args(ScanImplementation)),
         ):
             value = getattr(self, name)
             if value not in options:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
+from hope.scan.operators import config_of, differentiate, num_saved, scan_by, state_of
 from hope.triton import why_no_kernels
 
 HEAD_WIDTHS = (64, 96, 128)
@@ -80,14 +81,6 @@ def warn_once(reason: str, instead_of: str = "triton") -> None:
     warnings.warn(f"scan: chunked instead of {instead_of}: {reason}", stacklevel=4)
 
 
-def _config(options: tuple[Any, ...]) -> ScanConfig:
-    names = (
-        "memory_chunk", "projection_chunk", "eta_max", "delta_rule", "decay_to", "read",
-        "checkpoint_chunks",
-    )  # fmt: skip
-    return ScanConfig(**dict(zip(names, options, strict=True)))
-
-
 @torch.library.custom_op("hope::scan_triton", mutates_args=())
 def _scan_triton(
     x: Tensor,
@@ -113,11 +106,11 @@ def _scan_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, final w1, final w2, Deltas between segments [S, M, G, 2, d, h]); see `Launcher`."""
     options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
-    config = _config((*options, checkpoint_chunks))
+    config = config_of(*options, checkpoint_chunks)
     weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
     launcher = _launcher(on_chip)(config, x, q, weights, reset)
     out, _, _, saved = _empty_outputs(x, w1, config, save)
-    state = None if state1 is None or state2 is None else (state1, state2)
+    state = state_of(state1, state2)
     with torch.cuda.device_of(x):
         delta = launcher.forward(state, out, saved)
     return out, *launcher.unpack(launcher.add_base(delta)), saved
@@ -137,10 +130,9 @@ def _launcher(on_chip: bool) -> Any:
 def _empty_outputs(
     x: Tensor, w1: Tensor, config: ScanConfig, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, heads, tokens, width = x.shape
+    rows, heads, _, width = x.shape
     memories, _, _, hidden = w1.shape
-    length = config.projection_chunk * config.segment_chunks
-    saved = (tokens + length - 1) // length - 1 if save else 0
+    saved = num_saved(x, config, save)
     dtype = compute_dtype(x)
 
     def empty(*shape: int) -> Tensor:
@@ -156,7 +148,7 @@ def _empty_outputs(
 
 @_scan_triton.register_fake
 def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
-    return _empty_outputs(x, w1, _config(options[:-2]), options[-1])
+    return _empty_outputs(x, w1, config_of(*options[:-2]), options[-1])
 
 
 @torch.library.custom_op("hope::scan_triton_backward", mutates_args=())
@@ -187,11 +179,11 @@ def _scan_triton_backward(
 ) -> list[Tensor]:
     """Gradients of x, q, the six weights and, if there was one, the incoming state."""
     options = (memory_chunk, projection_chunk, eta_max, delta_rule, decay_to, read)
-    config = _config((*options, checkpoint_chunks))
+    config = config_of(*options, checkpoint_chunks)
     weights = [w1, w2, w_eta, b_eta, w_alpha, b_alpha]
     launcher = _launcher(on_chip)(config, x, q, weights, reset)
     dx, dq = (torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x, q))
-    state = None if state1 is None or state2 is None else (state1, state2)
+    state = state_of(state1, state2)
     d_state = launcher.pack_gradient(d_final1, d_final2)
     d_out = torch.zeros_like(dx) if d_out is None else d_out.contiguous()
     with torch.cuda.device_of(x):
@@ -210,33 +202,7 @@ def _scan_triton_backward(
     return [dx, dq, *(z.to(w.dtype) for z, w in zip(grads, weights, strict=True)), *states]
 
 
-@_scan_triton_backward.register_fake
-def _(d_out, d_final1, d_final2, saved, x, q, *rest):  # type: ignore[no-untyped-def]
-    states = [] if rest[6] is None else [rest[6], rest[7]]
-    inputs = [x, q, *rest[:6], *states]
-    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    saved = output[-1]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(saved)
-    ctx.save_for_backward(saved, *inputs[:11])
-    ctx.options = inputs[11:-1]
-
-
-def _backward(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = _scan_triton_backward(*d_outputs[:3], *ctx.saved_tensors, *ctx.options)
-    states = grads[8:] or (None, None)
-    return (*grads[:8], *states, None, *([None] * (len(ctx.options) + 1)))
-
-
-def _refuse(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError("scan: no second derivative of the Triton scan; use the reference")
-
-
-_scan_triton_backward.register_autograd(_refuse)
-_scan_triton.register_autograd(_backward, setup_context=_setup_context)
+differentiate(_scan_triton, _scan_triton_backward, kept=1, name="Triton")
 
 
 def scan_triton(
@@ -256,38 +222,26 @@ def scan_triton(
     `hope.scan.contract.check_inputs` and `why_not` (of `hope.scan.cuda.device`). Differentiable
     once, in every tensor but reset.
     """
-    tensors = [x, q, *weights, *(state or ())]
-    save = torch.is_grad_enabled() and any(z.requires_grad for z in tensors)
     width, hidden = weights.w1.shape[2:]
     more_d, more_h = padded(width) - width, padded(hidden) - hidden
 
     def wider(z: Tensor, last: int, before: int = 0) -> Tensor:
         return pad(z, (0, last, 0, before)) if last or before else z
 
-    states = (None, None) if state is None else state
-    out, final1, final2, _ = _scan_triton(
-        wider(x, more_d),
-        wider(q, more_d),
-        wider(weights.w1, more_h, more_d),
-        wider(weights.w2, more_d, more_h),
+    def wider_memories(w1: Tensor, w2: Tensor) -> tuple[Tensor, Tensor]:
+        return wider(w1, more_h, more_d), wider(w2, more_d, more_h)
+
+    wide = ScanWeights(
+        *wider_memories(weights.w1, weights.w2),
         wider(weights.w_eta, more_d),
         weights.b_eta,
         wider(weights.w_alpha, more_d),
         weights.b_alpha,
-        None if states[0] is None else wider(states[0], more_h, more_d),
-        None if states[1] is None else wider(states[1], more_d, more_h),
-        reset,
-        config.memory_chunk,
-        config.projection_chunk,
-        config.eta_max,
-        config.delta_rule,
-        config.decay_to,
-        config.read,
-        config.segment_chunks,
-        on_chip,
-        save,
     )
+    start = None if state is None else MemoryState(*wider_memories(*state))
+    x, q = wider(x, more_d), wider(q, more_d)
+    out, final = scan_by(_scan_triton, x, q, wide, config, start, reset, on_chip)
     if more_d or more_h:
         out = out[..., :width]
-        final1, final2 = final1[..., :width, :hidden], final2[..., :hidden, :width]
-    return out, MemoryState(final1, final2)
+        final = MemoryState(final.w1[..., :width, :hidden], final.w2[..., :hidden, :width])
+    return out, final

@@ -16,31 +16,28 @@ from torch.utils.flop_counter import FlopCounterMode, bmm_flop
 
 from hope.flops import Flops
 from hope.scan import chunked
+from hope.scan.operators import gradients_by, set_up_context
 
 
 def _baddbmm_flop(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
     return bmm_flop(left, right)
 
 
-_FORWARD, _BACKWARD = chunked._scan_chunked._init_fn, chunked._scan_chunked_backward._init_fn
-
-
 class _PlainScan(torch.autograd.Function):
     """The scan's two operators as the functions behind them."""
 
-    @staticmethod
-    def forward(*inputs: Any) -> Any:
-        return _FORWARD(*inputs)
+    forward = staticmethod(chunked.forward)
+    setup_context = staticmethod(set_up_context)
 
-    setup_context = staticmethod(chunked._setup_context)
-    backward = staticmethod(chunked._backward)
+    @staticmethod
+    def backward(ctx: Any, *d_outputs: torch.Tensor | None) -> Any:
+        return gradients_by(chunked.backward, ctx, d_outputs)
 
 
 @contextmanager
 def _plain_scan() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "_scan_chunked", _PlainScan.apply)
-        patch.setattr(chunked, "_scan_chunked_backward", _BACKWARD)
         yield
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hope import AttentionConfig, CMSConfig, HopeConfig, HopeModel, LevelConfig, TitansConfig
 from hope.flops import Flops, scan_flops
 from hope.scan import ScanConfig, scan
-from hope.scan.contract import Implementation
+from hope.scan.contract import ScanImplementation
 from tests.hope.counting import executed_flops
 from tests.hope.scan.cases import IMPLEMENTATIONS, make_problem
 
@@ -135,7 +135,7 @@ def test_what_is_needed_is_less_than_what_runs() -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_plain_counter_sees_the_scan_and_attention(implementation: Implementation) -> None:
+def test_a_plain_counter_sees_the_scan_and_attention(implementation: ScanImplementation) -> None:
     """FlopCounterMode as a user has it: custom operators and the CPU's attention count too."""
     hybrid = MODELS["hybrid"]
     scan_config = ScanConfig(64, 128, implementation=implementation)

@@ -22,7 +22,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from hope.attention import Attention
 from hope.scan import chunked
-from hope.scan.native import operators
+from hope.scan.native import operators as native
+from hope.scan.operators import config_of, empty_outputs
 from hope.scan.run import Run
 from train.parallel.part import Part
 
@@ -84,15 +85,15 @@ _THE_SAME = ("_c10d_functional::wait_tensor", "_c10d_functional::_wrap_tensor_au
 """Operators that give back what they take; on the meta device they would make another tensor."""
 
 _BODIES: dict[str, Any] = {
-    "hope::scan_chunked": chunked._scan_chunked._init_fn,
-    "hope::scan_chunked_backward": chunked._scan_chunked_backward._init_fn,
+    "hope::scan_chunked": chunked.forward,
+    "hope::scan_chunked_backward": chunked.backward,
 }
 _scratch_of: dict[Any, int] = {}
 
 
 _NATIVE_BODIES = {
-    "hope::scan_chunked": operators._scan_native._init_fn,
-    "hope::scan_chunked_backward": operators._scan_native_backward._init_fn,
+    "hope::scan_chunked": native.forward,
+    "hope::scan_chunked_backward": native.backward,
 }
 
 
@@ -131,13 +132,13 @@ def _results(name: str, bound: dict[str, Any]) -> int:
         names = ("x", "q", "w1", "w2", "w_eta", "b_eta", "w_alpha", "b_alpha", "state1", "state2")
         return sum(bound[one].nbytes for one in names if bound[one] is not None)
     config = _scan_config(bound)
-    made = chunked._empty_outputs(bound["x"], bound["w1"], config, bound["save"])
+    made = empty_outputs(bound["x"], bound["w1"], config, bound["save"])
     return sum(one.nbytes for one in made)
 
 
 def _scan_config(bound: dict[str, Any]) -> Any:
     names = ("memory_chunk", "projection_chunk", "eta_max", "delta_rule", "decay_to", "read")
-    return chunked._config(
+    return config_of(
         **{one: bound[one] for one in names}, checkpoint_chunks=bound["checkpoint_chunks"]
     )
 

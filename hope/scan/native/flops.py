@@ -6,8 +6,8 @@ memories whose widths are multiples of 16 and whole blocks nothing is padded.
 
 from __future__ import annotations
 
-from hope.scan.chunked import _KEEP_TOKENS
 from hope.scan.contract import ScanConfig
+from hope.scan.operators import KEEP_TOKENS
 from hope.scan.writes import W1_DELTA, W2_DELTA
 
 _PAD = _TOKENS = 16
@@ -68,7 +68,7 @@ def call_products(
     size, segment = config.projection_chunk, config.segment_chunks
     products = Products(config, width, hidden, memories)
     once, back = (sum(part.values()) for part in (products.forward, products.backward))
-    keep = min(segment, -(-tokens // size)) == 1 or segment * size <= _KEEP_TOKENS
+    keep = min(segment, -(-tokens // size)) == 1 or segment * size <= KEEP_TOKENS
     starts = range(0, tokens, size)
     counts = [blocks(config, min(size, tokens - start)) for start in starts]
     again = 0

@@ -8,16 +8,9 @@ import torch
 from torch import Tensor
 
 from hope.native.build import why_not
-from hope.scan.chunked import (
-    _config,
-    _empty_gradients,
-    _empty_outputs,
-    _setup_context,
-    backward_by,
-    scan_by,
-)
 from hope.scan.contract import MemoryState, ScanConfig, ScanWeights
 from hope.scan.native.call import NativeCall
+from hope.scan.operators import config_of, differentiate, empty_outputs, scan_by, state_of
 
 _WEIGHTS = slice(2, 8)
 
@@ -31,16 +24,12 @@ def _schema_of(operator: Any) -> str:
     return "(" + str(operator.default._schema).partition("(")[2]
 
 
-def _state(state1: Tensor | None, state2: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    return None if state1 is None or state2 is None else (state1, state2)
-
-
-def _forward(*inputs: Any) -> tuple[Tensor, ...]:
+def forward(*inputs: Any) -> tuple[Tensor, ...]:
     x, q, *weights = inputs[: _WEIGHTS.stop]
     state1, state2, reset, *options, save = inputs[_WEIGHTS.stop :]
-    config = _config(*options)
-    call = NativeCall(config, x, q, weights, _state(state1, state2), reset)
-    out, final1, final2, saved1, saved2 = _empty_outputs(x, weights[0], config, save)
+    config = config_of(*options)
+    call = NativeCall(config, x, q, weights, state_of(state1, state2), reset)
+    out, final1, final2, saved1, saved2 = empty_outputs(x, weights[0], config, save)
     whole = out if out.dtype == call.dtype else torch.empty_like(out, dtype=call.dtype)
     results = {"out": whole, "final1": final1, "final2": final2}
     if save:
@@ -53,11 +42,11 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     return out, final1, final2, saved1, saved2
 
 
-def _backward(*inputs: Any) -> list[Tensor]:
+def backward(*inputs: Any) -> list[Tensor]:
     d_out, d_final1, d_final2, saved1, saved2, x, q, *weights = inputs[: 5 + _WEIGHTS.stop]
     state1, state2, reset, *options = inputs[5 + _WEIGHTS.stop :]
-    state = _state(state1, state2)
-    call = NativeCall(_config(*options), x, q, weights, state, reset)
+    state = state_of(state1, state2)
+    call = NativeCall(config_of(*options), x, q, weights, state, reset)
     call.give("saved1", saved1)
     call.give("saved2", saved2)
     if d_out is not None:
@@ -91,11 +80,11 @@ def _backward(*inputs: Any) -> list[Tensor]:
 
 
 _scan_native = torch.library.custom_op(
-    "hope::scan_native", _forward, mutates_args=(), schema=_schema_of(torch.ops.hope.scan_chunked)
+    "hope::scan_native", forward, mutates_args=(), schema=_schema_of(torch.ops.hope.scan_chunked)
 )
 _scan_native_backward = torch.library.custom_op(
     "hope::scan_native_backward",
-    _backward,
+    backward,
     mutates_args=(),
     schema=_schema_of(torch.ops.hope.scan_chunked_backward),
 )
@@ -103,24 +92,10 @@ _scan_native_backward = torch.library.custom_op(
 
 @_scan_native.register_fake
 def _(x, q, w1, w2, w_eta, b_eta, w_alpha, b_alpha, state1, state2, reset, *options):  # type: ignore[no-untyped-def]
-    return _empty_outputs(x, w1, _config(*options[:-1]), options[-1])
+    return empty_outputs(x, w1, config_of(*options[:-1]), options[-1])
 
 
-@_scan_native_backward.register_fake
-def _(d_out, d_final1, d_final2, saved1, saved2, x, q, *rest):  # type: ignore[no-untyped-def]
-    return _empty_gradients(x, q, list(rest[:6]), _state(rest[6], rest[7]))
-
-
-def _gradients(ctx: Any, *d_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    return backward_by(_scan_native_backward, ctx, d_outputs)
-
-
-def _refuse(ctx: Any, *gradients: Any) -> None:
-    raise RuntimeError("scan: no second derivative of the native scan; use the reference")
-
-
-_scan_native_backward.register_autograd(_refuse)
-_scan_native.register_autograd(_gradients, setup_context=_setup_context)
+differentiate(_scan_native, _scan_native_backward, kept=2, name="native")
 
 
 def scan_native(

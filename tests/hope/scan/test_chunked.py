@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hope.scan import MemoryState, ScanConfig, ScanWeights, scan
 from hope.scan.closed_form import block_length, gelu, gelu_curvature, gelu_slope, unit_lower_inverse
-from hope.scan.contract import Implementation
+from hope.scan.contract import ScanImplementation
 from hope.scan.products import Scratch
 from hope.scan.tiles import TILE, chunk_shape
 from tests.hope.scan.cases import (
@@ -31,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 def check_parity(
     problem: Problem,
     config: ScanConfig,
-    implementation: Implementation,
+    implementation: ScanImplementation,
     floor: float = 1e-12,
     dtypes: Iterable[torch.dtype] = tuple(TOLERANCE),
 ) -> None:
@@ -49,7 +49,7 @@ def check_parity(
 @pytest.mark.parametrize("memories", [5, 6])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_option(
-    implementation: Implementation, rule: str, decay_to: str, read: str, memories: int
+    implementation: ScanImplementation, rule: str, decay_to: str, read: str, memories: int
 ) -> None:
     eta_max = 0.5 if rule in ("normalised", "target") else 0.1
     config = ScanConfig(4, 8, eta_max, rule, decay_to, read, checkpoint_chunks=2)
@@ -79,7 +79,7 @@ def test_every_option(
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_shapes_and_chunks(
-    implementation: Implementation,
+    implementation: ScanImplementation,
     memory_chunk: int,
     projection_chunk: int,
     checkpoint_chunks: int | None,
@@ -91,7 +91,7 @@ def test_shapes_and_chunks(
 
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_random_problems(implementation: Implementation, seed: int) -> None:
+def test_random_problems(implementation: ScanImplementation, seed: int) -> None:
     rng = random.Random(seed)
     memory_chunk, multiple = rng.randint(1, 6), rng.randint(1, 4)
     projection_chunk = memory_chunk * multiple
@@ -125,7 +125,7 @@ def test_random_problems(implementation: Implementation, seed: int) -> None:
 @pytest.mark.parametrize("rule", ["normalised", "target"])
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradcheck(implementation: Implementation, rule: str, decay_to: str) -> None:
+def test_gradcheck(implementation: ScanImplementation, rule: str, decay_to: str) -> None:
     problem = make_problem(1, 1, 7, 2, memories=6, resets=((0, 4),))
     config = ScanConfig(
         2, 4, 0.4, rule, decay_to, checkpoint_chunks=1, implementation=implementation
@@ -141,7 +141,7 @@ def test_gradcheck(implementation: Implementation, rule: str, decay_to: str) -> 
 
 @pytest.mark.parametrize("which", ["out", "w1", "w2"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_gradient_from_one_result_alone(implementation: Implementation, which: str) -> None:
+def test_gradient_from_one_result_alone(implementation: ScanImplementation, which: str) -> None:
     problem, config = make_problem(tokens=17), ScanConfig(4, 8, checkpoint_chunks=1)
     gradients = []
     for one in ("reference", implementation):
@@ -162,7 +162,7 @@ def test_gradient_from_one_result_alone(implementation: Implementation, which: s
 
 @pytest.mark.parametrize(("b_eta", "b_alpha"), [(-200.0, 3.0), (0.0, -200.0), (60.0, 60.0)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_saturated_gates(implementation: Implementation, b_eta: float, b_alpha: float) -> None:
+def test_saturated_gates(implementation: ScanImplementation, b_eta: float, b_alpha: float) -> None:
     """Steps of exactly zero, decays that underflow, and neither: finite, and the loop's values."""
     problem = make_problem(tokens=17)
     weights = problem.weights._replace(
@@ -177,7 +177,7 @@ def test_saturated_gates(implementation: Implementation, b_eta: float, b_alpha: 
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_slow_decay_keeps_its_precision(
-    implementation: Implementation, b_alpha: float, dtypes: tuple[torch.dtype, ...]
+    implementation: ScanImplementation, b_alpha: float, dtypes: tuple[torch.dtype, ...]
 ) -> None:
     """At alpha = 1 - 6e-6 with a carried state, M_0 matters through a sum of tiny terms only; at
     1 - 4e-8, which is 1 in float32, too (there the float64 loop itself has eight digits)."""
@@ -193,7 +193,7 @@ def test_slow_decay_keeps_its_precision(
 @pytest.mark.parametrize(("seed", "b_alpha"), [(0, -2.0), (1, -2.0), (2, -1.0)])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_memories_that_are_forgotten(
-    implementation: Implementation, seed: int, b_alpha: float
+    implementation: ScanImplementation, seed: int, b_alpha: float
 ) -> None:
     """|act(W2 k)| is below the floor of its norm, but the length in W1's step has no floor."""
     problem = make_problem(rows=1, tokens=16, width=6, with_state=False, seed=seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hope.scan import MemoryState, ScanConfig, scan
-from hope.scan.contract import Implementation
+from hope.scan.contract import ScanImplementation
 from tests.hope.scan.cases import (
     IMPLEMENTATIONS,
     Problem,
@@ -34,7 +34,7 @@ def piece(problem: Problem, start: int, end: int, state: MemoryState | None) -> 
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 def test_pieces_with_carried_state_equal_the_whole(
-    implementation: Implementation, read: str
+    implementation: ScanImplementation, read: str
 ) -> None:
     config = replace(CONFIG, implementation=implementation, read=read)
     problem = make_problem(tokens=27, memories=6, resets=((1, 16),))
@@ -55,7 +55,9 @@ def test_pieces_with_carried_state_equal_the_whole(
 
 @pytest.mark.parametrize("implementation", ALL)
 @pytest.mark.parametrize("decay_to", ["initial", "zero"])
-def test_a_reset_starts_a_separate_sequence(implementation: Implementation, decay_to: str) -> None:
+def test_a_reset_starts_a_separate_sequence(
+    implementation: ScanImplementation, decay_to: str
+) -> None:
     config = replace(CONFIG, implementation=implementation, decay_to=decay_to)
     problem = make_problem(tokens=29, resets=((0, 16), (1, 16)))
     out, final = run(problem, config)
@@ -71,7 +73,7 @@ def test_a_reset_starts_a_separate_sequence(implementation: Implementation, deca
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_rows_are_independent(implementation: Implementation) -> None:
+def test_rows_are_independent(implementation: ScanImplementation) -> None:
     config = replace(CONFIG, implementation=implementation)
     problem = make_problem(rows=3).to(torch.float32)
     other = make_problem(rows=3, seed=9).to(torch.float32)
@@ -100,7 +102,7 @@ def test_rows_are_independent(implementation: Implementation) -> None:
 @pytest.mark.parametrize("read", ["causal", "chunk_start"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_output_depends_on_a_later_token(
-    implementation: Implementation, read: str, dtype: torch.dtype
+    implementation: ScanImplementation, read: str, dtype: torch.dtype
 ) -> None:
     config = replace(CONFIG, implementation=implementation, read=read)
     problem = make_problem(tokens=22, memories=6, with_state=False).to(torch.float32)
@@ -117,7 +119,7 @@ def test_no_output_depends_on_a_later_token(
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_what_a_token_sees_of_its_own_chunk(implementation: Implementation) -> None:
+def test_what_a_token_sees_of_its_own_chunk(implementation: ScanImplementation) -> None:
     problem = make_problem(tokens=16, with_state=False).to(torch.float32)
     x = problem.x.detach().clone()
     x[:, :, 9] += 1
@@ -134,7 +136,7 @@ def test_what_a_token_sees_of_its_own_chunk(implementation: Implementation) -> N
 @pytest.mark.parametrize("memories", [5, 6])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_weight_of_every_memory_gets_a_gradient(
-    implementation: Implementation, memories: int
+    implementation: ScanImplementation, memories: int
 ) -> None:
     problem = make_problem(tokens=24, memories=memories, with_state=False)
     out, _ = run(problem, replace(CONFIG, implementation=implementation))
@@ -145,7 +147,7 @@ def test_every_weight_of_every_memory_gets_a_gradient(
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_bfloat16_activations(implementation: Implementation) -> None:
+def test_bfloat16_activations(implementation: ScanImplementation) -> None:
     """bfloat16 in and out, float32 inside: the error is that of rounding the inputs and outputs."""
     config = replace(CONFIG, implementation=implementation)
     rounded = make_problem(tokens=40).to(torch.bfloat16)
@@ -161,7 +163,7 @@ def test_bfloat16_activations(implementation: Implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_autocast_does_not_reach_the_fast_weights(implementation: Implementation) -> None:
+def test_autocast_does_not_reach_the_fast_weights(implementation: ScanImplementation) -> None:
     problem = make_problem(tokens=20).to(torch.float32)
     config = replace(CONFIG, implementation=implementation)
     plain = everything(problem, config)
@@ -172,7 +174,7 @@ def test_autocast_does_not_reach_the_fast_weights(implementation: Implementation
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_without_gradients(implementation: Implementation, guard: type) -> None:
+def test_without_gradients(implementation: ScanImplementation, guard: type) -> None:
     problem, config = make_problem(), replace(CONFIG, implementation=implementation)
     out, state = run(problem, config)
     with guard():
@@ -183,7 +185,7 @@ def test_without_gradients(implementation: Implementation, guard: type) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_activation_checkpointing(implementation: Implementation) -> None:
+def test_activation_checkpointing(implementation: ScanImplementation) -> None:
     problem = make_problem().to(torch.float32)
     config = replace(CONFIG, implementation=implementation)
     leaves = list(problem.leaves().values())
@@ -200,7 +202,7 @@ def test_activation_checkpointing(implementation: Implementation) -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_torch_compile_makes_one_graph(implementation: Implementation) -> None:
+def test_torch_compile_makes_one_graph(implementation: ScanImplementation) -> None:
     problem = make_problem(resets=((1, 8),)).to(torch.float32)
     config = replace(CONFIG, implementation=implementation)
     leaves = list(problem.leaves().values())
@@ -217,7 +219,7 @@ def test_torch_compile_makes_one_graph(implementation: Implementation) -> None:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_double_backward_is_refused(implementation: Implementation) -> None:
+def test_double_backward_is_refused(implementation: ScanImplementation) -> None:
     problem = make_problem(tokens=8)
     out, _ = run(problem, replace(CONFIG, implementation=implementation))
     (gradient,) = torch.autograd.grad(out.square().sum(), problem.x, create_graph=True)
@@ -228,7 +230,7 @@ def test_double_backward_is_refused(implementation: Implementation) -> None:
 @pytest.mark.parametrize("every", [1, 2, 4, 7])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_states_kept_for_backward_follow_checkpoint_chunks(
-    implementation: Implementation, every: int
+    implementation: ScanImplementation, every: int
 ) -> None:
     chunks = 8
     problem = make_problem(tokens=8 * chunks, with_state=False)
@@ -297,7 +299,7 @@ def test_the_target_rule_stays_bounded_at_full_strength(stream: str, gain: float
 
 
 @pytest.mark.parametrize("implementation", ALL)
-def test_writes_switched_off_leave_the_initial_memory(implementation: Implementation) -> None:
+def test_writes_switched_off_leave_the_initial_memory(implementation: ScanImplementation) -> None:
     problem = make_problem(tokens=20, with_state=False)
     config = replace(CONFIG, implementation=implementation, eta_max=0)
     out, state = run(problem, config)
