@@ -17,7 +17,8 @@ import xxhash
 import zstandard
 from tqdm import tqdm
 
-from data_pipeline.inputs import Source, open_parquet
+from data_pipeline.documents import open_parquet
+from data_pipeline.sources import Source
 from data_pipeline.streams import open_bytes, zstd_decompressor
 
 _READ_BYTES = 1 << 20

@@ -30,11 +30,12 @@ from data_pipeline.building import (
     write_note,
 )
 from data_pipeline.cutting import split_source
+from data_pipeline.documents import Reject, read_source
 from data_pipeline.encoders import DocumentEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.files import file_checksum, only_writer, remove_temporaries, write_whole
-from data_pipeline.inputs import Reject, Source, find_sources, read_source
 from data_pipeline.processes import each
+from data_pipeline.sources import Source, find
 from data_pipeline.streams import open_bytes
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.writer import write_shard
@@ -302,9 +303,9 @@ def tokenize(
     folder = Path(out)
     recipe = Recipe(tokenizer, text_field, id_field, max_bad, encoder)
     ours = str(folder.resolve() / REJECTS)
-    others: dict[str, str] = {}
-    sources = [one for one in find_sources(inputs, others) if os.path.realpath(one.path) != ours]
-    _tell_not_read(others, folder)
+    found = find(inputs)
+    sources = [one for one in found.sources if os.path.realpath(one.path) != ours]
+    _tell_not_read(found.others, folder)
     manifest = manifests.load(folder) if (folder / manifests.MANIFEST).exists() else None
     if manifest is None:
         refuse_foreign(folder)

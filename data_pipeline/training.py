@@ -11,9 +11,10 @@ import sentencepiece
 import xxhash
 from tqdm import tqdm
 
+from data_pipeline.documents import read_texts
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
-from data_pipeline.inputs import Source, find_sources, read_texts
+from data_pipeline.sources import Source, find_sources
 from data_pipeline.streams import open_bytes
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 

@@ -32,10 +32,11 @@ import numpy as np
 from data_pipeline import Corpus, Loader, Tokenizer
 from data_pipeline.command import as_command
 from data_pipeline.corpora import fetch
+from data_pipeline.documents import read_texts
 from data_pipeline.encoders import DocumentEncoder, Gigatoken, choose
-from data_pipeline.inputs import find_sources, read_texts
 from data_pipeline.manifest import build
 from data_pipeline.recombining import documents_of
+from data_pipeline.sources import find_sources
 from data_pipeline.tokenizing import tokenize
 from data_pipeline.training import train_to_file
 from data_pipeline.writer import write_shard

@@ -81,3 +81,14 @@ def documents(texts, tokenizer) -> list[list[int]]:
         for _, text in ordered
         if text
     ]
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(name, data): a file with these bytes; its path."""
+
+    def write(name, data):
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    return write

@@ -15,9 +15,10 @@ from pyarrow import parquet
 
 from data_pipeline import DataError, tokenizing
 from data_pipeline.cutting import split_source
-from data_pipeline.inputs import Source, read_source
+from data_pipeline.documents import read_source
+from data_pipeline.sources import Source
 from data_pipeline.tokenizing import plan, tokenize
-from tests.data_pipeline.test_inputs import one
+from tests.data_pipeline.test_documents import one
 from tests.data_pipeline.test_tokenizing import contents
 
 SKIPPED = (0x184D2A5E).to_bytes(4, "little") + (7).to_bytes(4, "little") + b"seek me"

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("aiohttp", reason="optional package")
 
 from data_pipeline import Corpus, DataError, cache, cli
-from data_pipeline.inputs import find_sources, read_texts
+from data_pipeline.documents import read_texts
+from data_pipeline.sources import find_sources
 
 
 class Handler(SimpleHTTPRequestHandler):

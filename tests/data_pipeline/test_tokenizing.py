@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline import DataError, building, tokenizing
 from data_pipeline.files import only_writer
-from data_pipeline.inputs import Source
+from data_pipeline.sources import Source
 from data_pipeline.tokenizing import plan, tokenize
 from tests.data_pipeline.conftest import SHARD_BYTES, make_texts, write_texts
 from tests.data_pipeline.plain_reader import read_corpus
