@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-model bench-parallel bench-recall bench-stability faults nodes clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-gpu bench-model bench-parallel bench-peers bench-recall bench-stability faults kernels nodes clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,12 @@ bench-data: install ## our token shards beside MDS, litdata and Megatron: speed,
 bench-forgetting: install ## English, then code: what is left of English, with slow levels and without (a quarter of an hour)
 	$(BIN)/python -m tools.bench_forgetting
 
+bench-gpu: install ## on a GPU: scan, kernels, layers and models beside a Transformer++ (docs/gpu.md has shorter parts)
+	$(BIN)/python -m tools.bench_gpu
+
+bench-peers: install ## one layer of Hope beside public implementations, which are installed apart (ten minutes)
+	$(BIN)/python -m tools.bench_peers
+
 bench-stability: install ## a million tokens through the default memories: are they bounded? (ten minutes)
 	$(BIN)/python -m tools.bench_stability --picture docs/stability.png
 
@@ -51,6 +57,9 @@ bench-parallel: install ## every layout against one process: parity, memory, spe
 
 bench-recall: install ## associative recall: 64 pairs in 512 tokens, with and without the memories' writes
 	$(BIN)/python -m tools.bench_recall
+
+kernels: install-dev ## compile the GPU kernels for an H100 without one: registers, shared memory, spills (minutes)
+	$(BIN)/python -m tools.compile_kernels
 
 nodes: install ## 2 and 4 nodes (network namespaces), one killed in the middle; DeepSpeed over ssh (ten minutes)
 	$(BIN)/python -m tools.nodes
