@@ -21,7 +21,8 @@ from torch import Tensor
 
 from data_pipeline import Corpus, CorruptDataError, DataError
 from data_pipeline.streams import is_url
-from train.config import RunConfig, dump_config
+from train.config import ConfigError, RunConfig, dump_config
+from train.corpora import Corpora, check_vocabularies, with_total_tokens, with_vocabulary
 from train.parallel.ranks import NoDeviceError, own_device
 
 SOURCES = ("hope", "train", "data_pipeline", "launch")
@@ -76,21 +77,31 @@ def config_digest(config: RunConfig) -> str:
 def check_data(config: RunConfig) -> tuple[str, list[str]]:
     """(digest of the fingerprints, problems) of every corpus that `data` names.
 
-    All shards of a folder must be there in their full size; some of each are opened and read. Of a
-    corpus at a URL only the manifest is: reading would copy whole shards.
+    They must be made with one tokenizer and fit the configuration. All shards of a folder must be
+    there in their full size; some of each are opened and read. Of a corpus at a URL only the
+    manifest is: reading would copy whole shards.
     """
     data = config.data
     places = [source.path for source in data.train] + [data.validation]
     places += [source.validation for source in data.train if source.validation is not None]
-    fingerprints, problems = [], []
+    opened: list[Corpus] = []
+    problems = []
     for place in places:
         try:
             corpus = Corpus.open(**data.where(place))
-            fingerprints.append(corpus.fingerprint)
+            opened.append(corpus)
             if not is_url(place):
                 _check_shards(corpus)
         except (DataError, CorruptDataError, OSError) as error:
             problems.append(f"data: {' '.join(str(error).split())}")
+    if not problems:
+        corpora = Corpora(opened[: len(data.train)], opened[len(data.train)])
+        try:
+            check_vocabularies(opened)
+            with_total_tokens(with_vocabulary(config, corpora), corpora)
+        except ConfigError as error:
+            problems.append(str(error))
+    fingerprints = [corpus.fingerprint for corpus in opened]
     return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()[:12], problems
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,20 +66,24 @@ def open_corpora(config: RunConfig, poll: Callable[[], None] = lambda: None) -> 
         for source in config.data.train
         if source.validation is not None
     }
-    everything = (*train_corpora, validation, *domains.values())
-    sizes = {corpus.vocab_size for corpus in everything}
+    check_vocabularies([*train_corpora, validation, *domains.values()])
+    return Corpora(train_corpora, validation, domains)
+
+
+def check_vocabularies(corpora: Sequence[Corpus]) -> None:
+    """Raise ConfigError where they were not all made with one tokenizer."""
+    sizes = {corpus.vocab_size for corpus in corpora}
     if len(sizes) > 1:
         raise ConfigError(
             f"data: the corpora have different vocabularies, of sizes {sorted(sizes)}"
         )
-    first, others = everything[0], everything[1:]
+    first, *others = corpora
     for corpus in others:
         if corpus.tokenizer_sha256 != first.tokenizer_sha256:
             raise ConfigError(
                 f"data: {corpus.path} was made with another tokenizer than {first.path}: its ids "
                 "stand for other text; tokenize both with one"
             )
-    return Corpora(train_corpora, validation, domains)
 
 
 def with_vocabulary(config: RunConfig, corpora: Corpora) -> RunConfig:

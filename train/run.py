@@ -11,7 +11,7 @@ from data_pipeline import CorruptDataError, DataError
 from train.callbacks.base import Callback
 from train.callbacks.faults import Faults
 from train.callbacks.metrics import Metrics
-from train.callbacks.mlflow import MLflow
+from train.callbacks.mlflow import MLflow, check_tracking
 from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import initial_parameters
@@ -109,6 +109,8 @@ def _prepare(
         if status := agreed_status(signals, ranks):
             raise StoppedError(status)
 
+    if config.mlflow.enabled:
+        check_tracking(config.mlflow, config.run_dir)
     corpora = open_corpora(config, poll)
     config = with_total_tokens(with_vocabulary(config, corpora), corpora)
     layout_of(config, ranks.size)

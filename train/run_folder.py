@@ -16,7 +16,7 @@ from data_pipeline.redaction import redact
 from train.checkpoint.errors import CheckpointError
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
-from train.checkpoint.places import Place, as_place, make_folder, read, write
+from train.checkpoint.places import Place, as_place, check_place, make_folder, read, write
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 from train.line_file import write_whole
@@ -106,6 +106,7 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
             try:
                 if resume and not folder.exists():  # a slip in run_dir makes no folder
                     raise no_run(folder)
+                check_place(config.checkpoint.url)
                 stack.enter_context(run_lock(folder))
                 resume = continues(config, resume, auto)
                 if resume:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,9 @@ import pytest
 import yaml
 
 from tests.train.tracking_server import tracking_server
-from train.callbacks.mlflow import tracking_location
+from train.callbacks.mlflow import check_tracking, tracking_location
 from train.callbacks.mlflow_sender import Backlog, Sender
-from train.config import MLflowConfig
+from train.config import ConfigError, MLflowConfig
 from train.run import train
 
 
@@ -60,6 +61,52 @@ def test_the_tracking_uri_of_the_environment_is_honoured(monkeypatch: pytest.Mon
     assert tracking_location(MLflowConfig(), run_dir) == ("http://127.0.0.1:5000", None)
     own = MLflowConfig(tracking_uri="sqlite:///elsewhere.db")
     assert tracking_location(own, run_dir) == ("sqlite:///elsewhere.db", None)
+
+
+@pytest.mark.parametrize(
+    ("uri", "reason"),
+    [
+        ("htp://me:hunter2-s3cr3t@server", r"=htp://\*\*\*@server: MLflow has no htp:// store"),
+        ("s3://bucket/runs", "MLflow has no s3:// store; it has databricks, http, https, mssql"),
+        ("uc:there", "MLflow has no uc:// store"),
+        ("runs/mlruns", "=runs/mlruns: MLflow no longer writes to folders; name a database"),
+        ("file:///runs/mlruns", "MLflow no longer writes to folders"),
+    ],
+)
+@pytest.mark.parametrize("key", ["mlflow.tracking_uri", "MLFLOW_TRACKING_URI"])
+def test_a_store_that_can_never_be_is_refused_at_once(
+    make_config, monkeypatch: pytest.MonkeyPatch, uri: str, reason: str, key: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    own = uri if key == "mlflow.tracking_uri" else None
+    config = make_config(mlflow={"tracking_uri": own})
+    with pytest.raises(ConfigError, match=f"^{key}.*{reason}"):
+        train(config, resume=False)
+    assert not config.run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "sqlite:///a.db", "mysql+pymysql://h/db", "https://h/x", "databricks", "databricks://me"],
+)
+def test_stores_that_may_be_there_later(uri: str, tmp_path: Path) -> None:
+    check_tracking(MLflowConfig(tracking_uri=uri), tmp_path)
+
+
+def test_folders_and_plugins_where_mlflow_takes_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    check_tracking(MLflowConfig(tracking_uri="./mlruns"), tmp_path)
+    plugin = EntryPoint("redis", "somewhere:Store", "mlflow.tracking_store")
+    monkeypatch.setattr("train.callbacks.mlflow.entry_points", lambda group: [plugin])
+    check_tracking(MLflowConfig(tracking_uri="redis://h"), tmp_path)
+
+
+def test_without_mlflow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("train.callbacks.mlflow.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="mlflow is not installed: pip install mlflow, or set"):
+        check_tracking(MLflowConfig(), tmp_path)
 
 
 SECRET = "hunter2-s3cr3t"

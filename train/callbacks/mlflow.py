@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 import re
 import time
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from data_pipeline.redaction import redact
 from hope.model import num_parameters
@@ -32,22 +35,19 @@ if TYPE_CHECKING:
 REDACTED_CONFIG = "config.yaml"
 _NOT_IN_NAMES = re.compile(r"[^\w\-. /]")
 """What MLflow refuses in the name of a metric, and with it all that is sent after it."""
+KINDS = {"databricks", "http", "https", "mssql", "mysql", "postgresql", "sqlite"}
+"""Of stores that take runs, by the scheme of their URI, beside folders."""
 AFTER_A_SIGNAL_S = 5.0  # launchers kill 30 s after SIGTERM
 
 
 class MLflow(Callback):
     """Logs to the given URI, to MLFLOW_TRACKING_URI, or to SQLite beside the runs.
 
-    A resumed run goes on in the same MLflow run. Raises ConfigError when mlflow is not installed.
+    A resumed run goes on in the same MLflow run. What can never work has been refused by
+    `check_tracking`; a server that does not answer gets everything later.
     """
 
     def __init__(self, config: MLflowConfig, run_dir: Path) -> None:
-        try:
-            import mlflow  # noqa: F401
-        except ImportError:
-            raise ConfigError(
-                "mlflow is not installed: pip install mlflow, or set mlflow.enabled=false"
-            ) from None
         self.config, self.run_dir = config, run_dir
         uri, artifacts = tracking_location(config, run_dir)
         self.backlog = Backlog(run_dir)
@@ -124,6 +124,30 @@ class MLflow(Callback):
     def _log(self, values: dict[str, float], tokens: int) -> None:
         values = {_NOT_IN_NAMES.sub("_", name): value for name, value in values.items()}
         self.backlog.add({"metrics": values, "step": tokens, "time": int(time.time() * 1000)})
+
+
+def check_tracking(config: MLflowConfig, run_dir: Path) -> None:
+    """Raise ConfigError where mlflow is not installed, or its tracking URI is of no kind that it
+    knows, of itself or by a plugin: no server will ever take what is kept for it."""
+    if find_spec("mlflow") is None:
+        raise ConfigError(
+            "mlflow is not installed: pip install mlflow, or set mlflow.enabled=false"
+        )
+    uri, _ = tracking_location(config, run_dir)
+    kind = uri if uri == "databricks" else urlsplit(uri).scheme.partition("+")[0]
+    plugins = {one.name for one in entry_points(group="mlflow.tracking_store")}
+    key = "mlflow.tracking_uri" if config.tracking_uri else "MLFLOW_TRACKING_URI"
+    if kind in ("", "file") and "file" not in plugins:
+        if os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() not in ("true", "1"):
+            raise ConfigError(
+                f"{key}={redact(uri)}: MLflow no longer writes to folders; name a database, such "
+                "as sqlite:///runs/mlflow.db, or set MLFLOW_ALLOW_FILE_STORE=true"
+            )
+    elif kind not in plugins | KINDS:
+        raise ConfigError(
+            f"{key}={redact(uri)}: MLflow has no {kind}:// store; it has "
+            f"{', '.join(sorted(plugins | KINDS))}"
+        )
 
 
 def tracking_location(config: MLflowConfig, run_dir: Path) -> tuple[str, Path | None]:

@@ -221,13 +221,15 @@ def test_a_run_whose_url_was_forgotten_is_not_begun_again(
 
 
 def test_a_url_that_can_not_be_used_is_named(make_config, tmp_path: Path) -> None:
-    """In one line of every rank, of which the first one alone has looked."""
+    """In one line of every rank, of which the first one alone has looked. What no file system is
+    for makes no folder."""
     (tmp_path / "file").touch()
     for url, why in (
-        (f"file://{tmp_path}/file/bucket", "can't use file:.*/bucket: Not a directory"),
         ("nosuch://bucket", "can't use nosuch://bucket"),
+        (f"file://{tmp_path}/file/bucket", "can't use file:.*/bucket: Not a directory"),
     ):
         config = make_config(**{"checkpoint.url": url})
+        assert not config.run_dir.exists()
         refusal = pytest.raises(RunFolderError, match=why)
         with refusal, claim(config, Ranks.alone(), resume=False, auto=False):
             pass
