@@ -110,7 +110,7 @@ def _prepare(
             raise StoppedError(status)
 
     if config.mlflow.enabled:
-        check_tracking(config.mlflow, config.run_dir)
+        _check_tracking(config, ranks)
     corpora = open_corpora(config, poll)
     config = with_total_tokens(with_vocabulary(config, corpora), corpora)
     layout_of(config, ranks.size)
@@ -136,6 +136,18 @@ def _prepare(
     stack.callback(trainer.loader.close)
     stack.callback(trainer.store.close)
     return trainer, resume
+
+
+def _check_tracking(config: RunConfig, ranks: Ranks) -> None:
+    """Raise ConfigError on every rank where the first one, which tracks, finds that it can't."""
+    refused = None
+    if ranks.is_first:
+        try:
+            check_tracking(config.mlflow, config.run_dir)
+        except ConfigError as error:
+            refused = str(error)
+    if refused := ranks.broadcast(refused):
+        raise ConfigError(refused)
 
 
 def prepare_torch(num_threads: int | None) -> None:
