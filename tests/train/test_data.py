@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 
-from data_pipeline import Corpus, CorruptDataError, DataError
+from data_pipeline import Corpus, CorruptDataError, DataError, train_tokenizer
+from data_pipeline.tokenizing import tokenize
 from tests.train.test_trainer import assert_same_run, losses
 from train.__main__ import main
 from train.callbacks.metrics import read_metrics
@@ -185,6 +186,25 @@ def test_damage_in_the_held_out_data_stops_the_run_or_is_left_out(
     ]
     whole = Corpus.open(folder)
     assert 0 < last["predicted_tokens"] < whole.num_tokens - whole.num_documents
+
+
+def test_held_out_data_of_which_nothing_is_left_is_one_line(
+    make_config, raw_config, tmp_path, capsys
+) -> None:
+    text = Path(__file__).read_text()
+    tokenizer = train_tokenizer([text], 400)
+    for name, part in (("train", text), ("one frame", text[:400])):
+        (tmp_path / f"{name}.txt").write_text(part)
+        tokenize([str(tmp_path / f"{name}.txt")], tokenizer, tmp_path / name)
+    folder = damaged({"train": tmp_path / "one frame"}, tmp_path)
+    make_config(**{"data.validation": str(folder), "data.on_corrupt": "skip"})
+    make_config(**{"data.train": [{"path": str(tmp_path / "train")}]})
+    make_config(**{"training.total_tokens": 512, "model.mixer": "attention"})
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(raw_config))
+    assert main([str(path)]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error:")]
+    assert line.startswith(f"error: {folder}: held out, and no token in it to predict")
 
 
 @pytest.mark.slow

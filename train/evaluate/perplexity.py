@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline import IGNORE, Batch
+from data_pipeline import IGNORE, Batch, DataError
 from hope.fused import cross_entropy
 from train.parallel.ranks import Ranks
 
@@ -66,12 +66,14 @@ def evaluate(
     token_bytes: np.ndarray,
     ranks: Ranks,
     *,
+    name: str = "the data",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> HeldOut:
     """Mean loss over `batches`, each row from a fresh state, over all ranks.
 
     token_bytes: UTF-8 bytes of each token id. Changes neither the model nor any state. Raises
-    EvaluationInterruptedError between batches when should_stop() answers True.
+    EvaluationInterruptedError between batches when should_stop() answers True, and DataError where
+    no token is predicted; name: of the data, for that.
     """
     bytes_of = torch.from_numpy(token_bytes.astype(np.int64))
     nats, count, size = 0.0, 0, 0
@@ -85,5 +87,8 @@ def evaluate(
         size += int(bytes_of[counted].sum())
     nats, total, size_total = ranks.sum([nats, count, size])
     if total == 0:
-        raise ValueError("the held-out data has no token to predict")
+        raise DataError(
+            f"{name}: held out, and no token in it to predict: its documents are of one token "
+            "each, or damaged (data.on_corrupt=skip leaves those out)"
+        )
     return HeldOut(nats / total, int(total), int(size_total))

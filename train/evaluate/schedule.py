@@ -112,5 +112,6 @@ class Evaluations:
             batches,
             corpus.token_bytes,
             trainer.ranks,
+            name=str(corpus.path),
             should_stop=trainer.stop_requested,
         )
