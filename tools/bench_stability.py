@@ -201,6 +201,7 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
     starts = [MemoryState(m.memory_w1.unsqueeze(1), m.memory_w2.unsqueeze(1)) for m in mixers]
     record.start_gain = float(torch.stack([_gain(start)[MEM, 0] for start in starts]).mean())
     interval = 1.0 if sys.stderr.isatty() else 30.0
+    read = 0
     with tqdm(total=len(text), unit="tok", unit_scale=True, mininterval=interval) as bar:
         for x in segments(model, text, segment):
             length = x.shape[1]
@@ -221,7 +222,8 @@ def measure(model: HopeModel, text: Tensor, segment: int) -> Record:
                 record.finite[row] += int(broken[0]) if len(broken) else length
                 alive[row] = len(broken) == 0
             bar.update(length)
-            record.tokens.append(bar.n)
+            read += length  # a bar that is switched off counts nothing
+            record.tokens.append(read)
             record.ratio.append(torch.stack(ratios).amax(dim=0))
             record.change.append(torch.stack(changes).amax(dim=0))
             record.gain.append(torch.stack(gains).mean(dim=0))

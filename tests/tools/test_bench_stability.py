@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from tools.bench_stability import STREAMS, main, measure, parse, prepare, segments
 
@@ -37,6 +39,11 @@ def test_the_default_layer_is_bounded_and_every_figure_is_there(
         assert found[f"last_state_change_{stream}"] > 0
     assert (folder / "runs/bench/stability.png").stat().st_size < 100_000
     assert "bounded over 640 tokens" in capsys.readouterr().out
+
+
+def test_tokens_are_counted_without_a_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.bench_stability.tqdm", partial(tqdm, disable=True))
+    assert measure(*prepare(parse(SHORT)), 256).tokens == [256, 512, 640]
 
 
 def test_a_state_that_diverges_fails(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
