@@ -29,6 +29,7 @@ from train.checkpoint import CheckpointError
 from train.config import RunConfig, load_config
 from train.corpora import open_corpora
 from train.engines import open_engine
+from train.evaluate.perplexity import summed_loss
 from train.optim.levels import group_by_level
 from train.parallel.carried import state_of
 from train.parallel.config import ParallelConfig
@@ -196,7 +197,7 @@ def examine(trainer: Trainer, batch: Batch) -> Found:
         tokens, labels = batch.tokens[own].to(device), batch.labels[own].to(device)
         starts = batch.document_starts[own].to(device) if tells else None
         logits = part(tokens, torch.tensor([number]), starts)
-        trainer.engine.loss(logits, labels).backward()
+        summed_loss(logits, labels).backward()
         nats = cross_entropy(logits[0].detach().float(), labels[0], reduction="none")
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         bad = [name for name, grad in gradients.items() if not grad.isfinite().all()]

@@ -37,7 +37,7 @@ class Engine(Protocol):
     speaks: bool
 
     @property
-    def modules(self) -> Sequence[nn.Module]: ...
+    def modules(self) -> Sequence[Part]: ...
 
     def make_cadence(self) -> Cadence: ...
 
@@ -72,7 +72,7 @@ class EngineParts:
             part.keeps_state = config.training.state_carry == "stream"
 
     @property
-    def modules(self) -> Sequence[nn.Module]:
+    def modules(self) -> Sequence[Part]:
         """The parts of the model, first to last."""
         return self.parts
 

@@ -94,7 +94,9 @@ def unsettled(rank: int) -> list[int]:
     found = []
     for call in (lambda one: engine.forward_backward(one, None), engine.held_out):
         call(make_batch(0, 0, ROWS))
-        found.append(len(engine.modules[0].pieces._sent))  # type: ignore[union-attr, arg-type]
+        pieces = engine.modules[0].pieces
+        assert pieces is not None
+        found.append(len(pieces._sent))
     return found
 
 
