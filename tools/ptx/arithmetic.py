@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 Array = np.ndarray
-TYPES: dict[str, type] = {
+TYPES: dict[str, type[np.generic]] = {
     "b8": np.uint8, "u8": np.uint8, "s8": np.int8,
     "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "f32": np.float32,
@@ -70,9 +70,9 @@ def _shift(a: Array, by: Array, left: bool) -> Array:
 def _extract(a: Array, start: Array, length: Array) -> Array:
     """bfe: a field of bits, its sign extended for signed types."""
     width = a.dtype.itemsize * 8
-    start, length = int(start.flat[0]), int(length.flat[0])
-    left = width - start - length
-    return np.right_shift(np.left_shift(a, a.dtype.type(left)), a.dtype.type(width - length))
+    first, size = int(start.flat[0]), int(length.flat[0])
+    left = width - first - size
+    return np.right_shift(np.left_shift(a, a.dtype.type(left)), a.dtype.type(width - size))
 
 
 def _insert(a: Array, into: Array, start: Array, length: Array) -> Array:
@@ -94,6 +94,11 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
         byte = np.where(nibble & np.uint32(8), sign, byte)
         result |= byte.astype(np.uint32) << np.uint32(8 * i)
     return result
+
+
+def _select(a: Array, b: Array, first: Array) -> Array:
+    """selp: a where `first` is true, b elsewhere."""
+    return np.where(first, a, b)
 
 
 def _divide(a: Array, b: Array) -> Array:
@@ -134,11 +139,12 @@ def _convert(to: str, source: str, flags: list[str], values: list[Array]) -> Arr
         return from_bfloat16(x)
     if to == "tf32":
         return tf32(x)
-    if x.dtype.kind == "f" and TYPES[to](0).dtype.kind in "iu":
-        ends = np.iinfo(TYPES[to])
+    dtype = TYPES[to]
+    if x.dtype.kind == "f" and issubclass(dtype, np.integer):
+        ends = np.iinfo(dtype)
         rounded = {"rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}.get(flags[0], np.rint)(x)
-        return np.clip(rounded.astype(np.float64), ends.min, ends.max).astype(TYPES[to])
-    return x.astype(TYPES[to])
+        return np.clip(rounded.astype(np.float64), ends.min, ends.max).astype(dtype)
+    return x.astype(dtype)
 
 
 Operation = Callable[..., Array]
@@ -172,7 +178,7 @@ def operation(name: str) -> tuple[Operation, list[str]] | None:
     if base == "setp":
         return (lambda a, b: _compare(flags, a, b)), [kind, kind]
     if base == "selp":
-        return (lambda a, b, p: np.where(p, a, b)), [kind, kind, "pred"]
+        return _select, [kind, kind, "pred"]
     if base in ("shl", "shr"):
         return (lambda a, by: _shift(a, by, base == "shl")), [kind, "u32"]
     if base == "cvta":  # shared and global addresses are those of all memory
@@ -188,7 +194,7 @@ def operation(name: str) -> tuple[Operation, list[str]] | None:
 
 def _in_bfloat16(base: str, kind: str) -> tuple[Operation, list[str]] | None:
     """Arithmetic on bfloat16, or on pairs of them: in float32, then rounded."""
-    functions = {
+    functions: dict[str, Operation] = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
         "fma": _fused, "min": np.fmin, "max": np.fmax,
     }  # fmt: skip

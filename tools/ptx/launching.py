@@ -82,19 +82,19 @@ def _storage(name: str, z: Tensor) -> tuple[int, int, str]:
 def run(launches: Launches, kernel: Any, grid: tuple[int, ...], given: dict[str, Any]) -> None:
     """One launch; given: the kernel's arguments and options by name."""
     options = {name: given.pop(name) for name in OPTIONS if name in given}
-    constants, signature, aligned, key = {}, {}, {}, []
+    constants, signature, aligned, values = {}, {}, {}, []
     for position, parameter in enumerate(kernel.params):
         value = given[parameter.name]
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             constants[parameter.name], signature[parameter.name] = value, "constexpr"
-            key.append(value)
+            values.append(value)
             continue
         kind, multiple = specialised(value)
         signature[parameter.name] = kind
         if multiple:
             aligned[(position,)] = [["tt.divisibility", 16]]
-        key.append((kind, multiple))
-    key = (kernel.fn.__name__, *key, *sorted(options.items()))
+        values.append((kind, multiple))
+    key = (kernel.fn.__name__, *values, *sorted(options.items()))
     began = time.perf_counter()
     if key not in launches.compiled:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -114,9 +114,9 @@ def run(launches: Launches, kernel: Any, grid: tuple[int, ...], given: dict[str,
         arguments.append(value)
     # Two pointers for scratch memory and profiles, which these kernels have no use for, come last.
     arguments += [0] * (len(machine.kernel.parameters) - len(arguments))
-    whole = (*grid, 1, 1)[:3]
+    x, y, z = (*grid, 1, 1)[:3]
     with np.errstate(all="ignore"):
-        done = machine.launch(whole, arguments, shared, GlobalMemory(storages))
+        done = machine.launch((x, y, z), arguments, shared, GlobalMemory(storages))
     launches.statements += done
     launches.running += time.perf_counter() - began
 

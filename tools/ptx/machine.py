@@ -13,7 +13,7 @@ import numpy as np
 
 from tools.ptx.arithmetic import TYPES
 from tools.ptx.group import Group, ProgramError
-from tools.ptx.memory import AccessError, GlobalMemory
+from tools.ptx.memory import AccessError, Array, GlobalMemory
 from tools.ptx.parsing import Kernel
 from tools.ptx.statements import MEETING, step
 
@@ -41,7 +41,8 @@ class Machine:
         Raises ProgramError with the statement at which something went wrong.
         """
         programs = np.arange(grid[0] * grid[1] * grid[2])
-        done, waiting = 0, []
+        done = 0
+        waiting: list[tuple[Group, int]] = []
         for start in range(0, programs.size, TOGETHER):
             group = Group(self.kernel, grid, programs[start : start + TOGETHER], shared, memory)
             for (name, kind), value in zip(self.kernel.parameters, arguments, strict=True):
@@ -90,7 +91,7 @@ class Machine:
                 group = group.part(np.flatnonzero(~goes))
         return done
 
-    def _apart(self, group: Group, places: np.ndarray) -> tuple[int, int]:
+    def _apart(self, group: Group, places: Array) -> tuple[int, int]:
         """Threads from their places [threads] on, until they meet: statements run, and where."""
         done = 0
         while (places != places[0]).any():
@@ -98,7 +99,7 @@ class Machine:
             group.mask = places == at
             jump = self._step(group, at)
             done += 1
-            after = at + 1
+            after: int | Array = at + 1
             if jump is not None:
                 after = np.where(self._taken(group, at), self._place(jump), after)
             places = np.where(group.mask, after, places)
@@ -111,7 +112,7 @@ class Machine:
         except (AccessError, ProgramError) as fault:
             raise ProgramError(f"{fault}; {self.kernel.instructions[at].where()}") from None
 
-    def _taken(self, group: Group, at: int) -> np.ndarray:
+    def _taken(self, group: Group, at: int) -> Array:
         """Which threads jump at a statement that does."""
         instruction = self.kernel.instructions[at]
         if not instruction.predicate:

@@ -180,13 +180,15 @@ class GlobalMemory:
     byte at an end lies in a word of its own, whose other half no allocator gives to another."""
 
     def __init__(self, storages: list[tuple[int, int, str]]) -> None:
-        self.regions, bases, ends = [], [], []
+        self.regions: list[Region] = []
+        bases: list[int] = []
+        ends: list[int] = []
         for address, size, name in sorted(set(storages)):
             if bases and address < ends[-1]:
                 continue  # the same storage under another name
             size += size % 2
             buffer = (ctypes.c_uint8 * size).from_address(address)
-            words = np.frombuffer(buffer, np.uint16, size // 2)
+            words = np.frombuffer(memoryview(buffer), np.uint16, size // 2)
             self.regions.append(Region(words, name, across=True))
             bases.append(address)
             ends.append(address + size)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from tools.ptx import matrices
-from tools.ptx.arithmetic import TYPES, operation
+from tools.ptx.arithmetic import TYPES, from_bfloat16, operation
 from tools.ptx.group import WARP, Copy, Group, ProgramError, listed
 from tools.ptx.memory import AccessError, Array
 from tools.ptx.parsing import Instruction
@@ -62,7 +62,7 @@ def step(instruction: Instruction) -> Step:
     if base in ("ld", "st") and flags[0] in ("global", "shared", "param"):
         return _move(base, flags, operands, active)
     if name.startswith("cp.async.wait_all"):
-        return lambda group: (group.copies.append([]), _wait(group, 0))[1]
+        return _wait_for_all
     if name.startswith("cp.async.wait"):
         count = int(operands[0]) if operands else 0
         return lambda group: _wait(group, count)
@@ -258,6 +258,12 @@ def _wait(group: Group, count: int) -> None:
     group.copies = [*closed[max(ended, 0) :], is_open]
 
 
+def _wait_for_all(group: Group) -> None:
+    """All copies arrive, also those of no group yet."""
+    group.copies.append([])
+    _wait(group, 0)
+
+
 def _matrices(group: Group, base: str, flags: list[str], operands: tuple[str, ...]) -> None:
     """ldmatrix and stmatrix: one to four 8 x 8 matrices of halfwords a warp."""
     count = int(next(f for f in flags if f in ("x1", "x2", "x4"))[1:])
@@ -341,6 +347,6 @@ def _operand(group: Group, register: str, rows: int, bf16: bool, turns: list[int
                 index, group.access(np.full(where.size, warp)), by_tensor_cores=True
             )
         group.pending.append(np.unique(index))
-        z = matrices.from_bfloat16(words) if bf16 else matrices.cut(words.view(np.uint32))
+        z = from_bfloat16(words) if bf16 else matrices.cut(words.view(np.uint32))
         found.append(z.reshape(rows, -1))
     return np.stack(found)
