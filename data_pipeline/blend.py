@@ -195,6 +195,7 @@ class Blend:
         tiny = [share if t else 0 for share, t in zip(self.shares, _tiny(self.shares), strict=True)]
         others = [share - t for share, t in zip(self.shares, tiny, strict=True)]
         self._tiny: _Served | None = None
+        self._others: _Served
         if any(tiny):
             self._tiny, self._others = _Tiny(tiny, self._total), _Others(others, self._total)
         else:

@@ -97,8 +97,9 @@ class HuggingFaceTokenizer(Tokenizer):
             names = [char for part, _ in mapped for char in part]
         else:
             names = [f"<0x{byte:02X}>" for byte in text.encode()]
-        ids = [self._hf.token_to_id(name) for name in names]
-        if None in ids:
+        found = [self._hf.token_to_id(name) for name in names]
+        ids = [token for token in found if token is not None]
+        if len(ids) < len(found):
             raise DataError(
                 f"the tokenizer takes {text!r} in a text for its special token and has no tokens "
                 "for the single bytes: leave such documents out"

@@ -193,12 +193,12 @@ class Loader:
             for name, mine in identity.items()
             if name not in state or state[name] != mine
         ]
-        count = isinstance(position, int) and not isinstance(position, bool)
-        if not count or not 0 <= position < _END:
+        count = position if isinstance(position, int) and not isinstance(position, bool) else -1
+        if not 0 <= count < _END:
             wrong.append(f"position {position!r} is not a count of rows")
-        if wrong or position is None:
+        if wrong:
             raise DataError("the loader state belongs to another stream: " + "; ".join(wrong))
-        self.seek(position)
+        self.seek(count)
 
     def close(self) -> None:
         """Stop the background thread; next() starts it again."""

@@ -52,7 +52,7 @@ def _fields(data: bytes) -> dict[int, int | bytes]:
 def can_cut(model: bytes, pieces: list[str]) -> bool:
     """Whether a SentencePiece model encodes unit by unit as it encodes the whole text."""
     message = _fields(model)
-    trainer, normalizer = _fields(bytes(message.get(2, b""))), _fields(bytes(message.get(3, b"")))  # type: ignore[arg-type]
+    trainer, normalizer = _fields(bytes(message.get(2, b""))), _fields(bytes(message.get(3, b"")))
     return (
         trainer.get(3, 1) == _BPE
         and not normalizer.get(2)
