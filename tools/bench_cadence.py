@@ -131,17 +131,17 @@ def measure_time(steps: int) -> dict[str, float]:
     }
 
 
-def count_traffic(rank: int) -> dict[tuple[str, str], tuple[float, float]]:
+def count_traffic(rank: int) -> dict[tuple[Reduce, str], tuple[float, float]]:
     """Run on each rank: (bytes sent a step, bytes of accumulator a slow parameter) for both
     policies, of the CMS alone and of the whole model."""
     ranks = Ranks.alone()
     ranks.rank, ranks.size = rank, RANKS
     config = model_config()
-    results = {}
+    results: dict[tuple[Reduce, str], tuple[float, float]] = {}
     for reduce in ("every_step", "at_update"):
         for part in ("cms", "model"):
             model = HopeModel(config)
-            settings = OptimizerConfig(lr=LR, reduce=reduce)  # type: ignore[arg-type]
+            settings = OptimizerConfig(lr=LR, reduce=reduce)
             cadence = build_cadence(model, config, settings, ranks)
             clock = TokenClock(periods(config))
             largest = 0.0
@@ -234,7 +234,7 @@ def main() -> int:
                 [
                     f"{'CMS alone' if part == 'cms' else 'whole model'}, {reduce}",
                     f"{counted:,.0f}",
-                    f"{expected_traffic(reduce, part):,.0f}",  # type: ignore[arg-type]
+                    f"{expected_traffic(reduce, part):,.0f}",
                     f"{held:.2f} B/parameter",
                 ]
                 for (reduce, part), (counted, held) in sorted(traffic.items())

@@ -72,32 +72,36 @@ class Recipe:
 
 
 SCAN = ScanConfig(memory_chunk=64, projection_chunk=64, eta_max=0.5, delta_rule="target")
+TITANS = TitansConfig(initial_eta=0.25, start="aligned", scan=SCAN)
 MODEL = HopeConfig(
     vocab_size=KEYS + VALUES + NOISE,
     dim=64,
     num_layers=2,
     num_heads=1,
-    titans=TitansConfig(initial_eta=0.25, start="aligned", scan=SCAN),
+    titans=TITANS,
     cms=CMSConfig(levels=(LevelConfig(name="every_step", hidden_size=64),)),
     tie_embeddings=False,
 )
 
 
-def _titans(**changes: object) -> HopeConfig:
-    return replace(MODEL, titans=replace(MODEL.titans, **changes))
+def _with(titans: TitansConfig) -> HopeConfig:
+    return replace(MODEL, titans=titans)
 
 
-def _scan(**changes: object) -> HopeConfig:
-    return _titans(scan=replace(SCAN, **changes))
+def _with_scan(scan: ScanConfig) -> HopeConfig:
+    return _with(replace(TITANS, scan=scan))
 
 
 VARIANTS: dict[str, tuple[str, HopeConfig]] = {
     "hope": ("Hope", MODEL),
-    "no_writes": ("writes off", _titans(writes=False)),
-    "independent_start": ("start: independent", _titans(start="independent")),
-    "normalised": ("delta_rule: normalised", _scan(delta_rule="normalised")),
-    "weak": ("initial_eta: 0.0075", _titans(initial_eta=0.0075)),
-    "chunk_start": ("read: chunk_start of 16", _scan(read="chunk_start", memory_chunk=16)),
+    "no_writes": ("writes off", _with(replace(TITANS, writes=False))),
+    "independent_start": ("start: independent", _with(replace(TITANS, start="independent"))),
+    "normalised": ("delta_rule: normalised", _with_scan(replace(SCAN, delta_rule="normalised"))),
+    "weak": ("initial_eta: 0.0075", _with(replace(TITANS, initial_eta=0.0075))),
+    "chunk_start": (
+        "read: chunk_start of 16",
+        _with_scan(replace(SCAN, read="chunk_start", memory_chunk=16)),
+    ),
 }
 """What can be trained: its name -> its title and its model."""
 DEFAULT = ("hope", "no_writes")

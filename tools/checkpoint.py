@@ -273,8 +273,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, action in on_runs.items():
         command = commands.add_parser(name, help=(action.__doc__ or "").splitlines()[0])
         command.set_defaults(on_run=action)
-        many = {} if name == "tag" else {"nargs": "+"}
-        command.add_argument("run", metavar="RUN", **many)  # type: ignore[arg-type]
+        command.add_argument("run", metavar="RUN", nargs=None if name == "tag" else "+")
         if name == "prune":
             command.description = "Delete what has no tag and none of these rules keeps. One that "
             command.description += "is not given is as in the `checkpoint` section of the run's "

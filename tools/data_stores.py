@@ -45,7 +45,7 @@ def _ours(order: str) -> Callable[[Path, int, Any], Reader]:
     return read
 
 
-def _import_streaming() -> Any:
+def _stand_in_for_what_streaming_imports() -> None:
     class Absent:
         pass
 
@@ -64,9 +64,6 @@ def _import_streaming() -> Any:
         module = types.ModuleType(name)
         module.__dict__.update({"__path__": []} | dict.fromkeys(known, Absent))
         sys.modules[name] = module
-    import streaming
-
-    return streaming
 
 
 def _rows(corpus_folder: Path) -> Iterator[Any]:
@@ -78,8 +75,11 @@ def _rows(corpus_folder: Path) -> Iterator[Any]:
 
 
 def write_mds(corpus: Path, folder: Path) -> None:
+    _stand_in_for_what_streaming_imports()
+    from streaming import MDSWriter
+
     columns = {"tokens": "bytes"}
-    with _import_streaming().MDSWriter(
+    with MDSWriter(
         out=str(folder), columns=columns, compression="zstd:3", hashes=["xxh64"]
     ) as writer:
         for row in _rows(corpus):
@@ -90,10 +90,12 @@ def _mds(shuffle: str) -> Callable[[Path, int, Any], Reader]:
     def read(folder: Path, workers: int, state: Any) -> Reader:
         import numpy as np
         import torch
+        from torch.utils.data import DataLoader
 
-        streaming = _import_streaming()
+        _stand_in_for_what_streaming_imports()
+        from streaming import StreamingDataset
 
-        class Tokens(streaming.StreamingDataset):
+        class Tokens(StreamingDataset):
             def __getitem__(self, at: int) -> torch.Tensor:
                 ids = np.frombuffer(super().__getitem__(at)["tokens"], np.uint16)
                 return torch.from_numpy(ids.astype(np.int64))
@@ -108,7 +110,7 @@ def _mds(shuffle: str) -> Callable[[Path, int, Any], Reader]:
         )
         if state is not None:
             data.load_state_dict(state)
-        batches = torch.utils.data.DataLoader(data, batch_size=BATCH, num_workers=workers)
+        batches: DataLoader[torch.Tensor] = DataLoader(data, batch_size=BATCH, num_workers=workers)
         return iter(batches), lambda count: data.state_dict(count * BATCH, True)
 
     return read
@@ -239,7 +241,10 @@ def measure(store: str, folder: Path, workers: int, state: Path | None) -> dict[
 
     torch.set_num_threads(1)
     if store.startswith("mds"):
-        _import_streaming().base.util.clean_stale_shared_memory()
+        _stand_in_for_what_streaming_imports()
+        from streaming.base.util import clean_stale_shared_memory
+
+        clean_stale_shared_memory()
     elif store == "litdata":
         import litdata  # noqa: F401
     elif store == "megatron":

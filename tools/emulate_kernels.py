@@ -30,13 +30,14 @@ from tools.kernel_parity import (
     HEADER,
     SCAN_CASES,
     Call,
+    How,
     compared,
     fused_calls,
     scan_call,
 )
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-KERNELS = ("triton", "cuda")
+KERNELS: tuple[How, ...] = ("triton", "cuda")
 FUSED = ("convolution", "gated_norm", "cross_entropy")
 LIMITS = {torch.bfloat16: (0.01, 0.1), torch.float32: (2e-6, 1e-5)}
 """Errors of outputs and gradients that pass. In bfloat16 the gradients of the gates' biases, sums
@@ -58,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--tokens must be positive")
     reason = why_not_compiled()
     if "cuda" in options.kernels and not reason:
-        reason = library() if isinstance(library(), str) else ""
+        nvrtc = library()
+        reason = nvrtc if isinstance(nvrtc, str) else ""
     if reason:
         print(f"emulate_kernels: {reason}", file=sys.stderr)
         return 2
@@ -104,8 +106,8 @@ def dispatched() -> Iterator[None]:
 
 
 def calls(
-    names: Sequence[str], tokens: int, kernels: Sequence[str]
-) -> Iterator[tuple[str, str, Call, list[Tensor]]]:
+    names: Sequence[str], tokens: int, kernels: Sequence[How]
+) -> Iterator[tuple[How, str, Call, list[Tensor]]]:
     """What was asked for, and of which kernels: convolution, norm and loss, and scans of two rows
     in two segments."""
     if "triton" in kernels:

@@ -58,23 +58,24 @@ def attempt(
     ended = [0.0] * ranks
     for process in processes:
         process.start()
-    waiting = {process.sentinel: rank for rank, process in enumerate(processes)}
+    waiting = {rank: process.sentinel for rank, process in enumerate(processes)}
     deadline, terminated = started + limit_s, False
     try:
         while waiting:
-            for sentinel in wait(list(waiting), timeout=max(0.0, deadline - time.time())):
-                rank = waiting.pop(sentinel)  # type: ignore[index]
+            ready = wait(waiting.values(), timeout=max(0.0, deadline - time.time()))
+            for rank in [rank for rank, sentinel in waiting.items() if sentinel in ready]:
+                del waiting[rank]
                 processes[rank].join()
                 ended[rank] = time.time()
                 if processes[rank].exitcode and not terminated:
                     terminated = True
                     deadline = min(deadline, time.time() + grace_s)
-                    for other in waiting.values():
+                    for other in waiting:
                         processes[other].terminate()
             if waiting and time.time() >= deadline:
                 if not terminated:
-                    raise TimeoutError(f"ranks {sorted(waiting.values())}: {limit_s} s, see {log}")
-                for rank in waiting.values():
+                    raise TimeoutError(f"ranks {list(waiting)}: {limit_s} s, see {log}")
+                for rank in waiting:
                     processes[rank].kill()
                 deadline += 60
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import statistics
 import textwrap
@@ -67,7 +68,7 @@ def make_corpora(folder: Path) -> Path:
         return folder
     texts = {}
     for name, module in (("train", statistics), ("validation", textwrap)):
-        texts[name] = Path(module.__file__).read_text()
+        texts[name] = inspect.getsource(module)
     texts["validation"] = texts["validation"][:4000]
     tokenizer = train_tokenizer(list(texts.values()), 400)
     for name, text in texts.items():

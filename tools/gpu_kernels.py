@@ -46,7 +46,7 @@ def milliseconds(call: Callable[[], Any], repetitions: int) -> float:
     return median(times)
 
 
-def as_graph(step: Callable[[], None]) -> Callable[[], None]:
+def as_graph(step: Callable[[], object]) -> Callable[[], None]:
     """The same work captured once and replayed; the step before it compiles what it needs."""
     stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
     stream.wait_stream(current)
@@ -70,8 +70,7 @@ def scans(repetitions: int) -> Figures:
         x, q, weights = scan_inputs(Shape(batch, 16, tokens, width, width), torch.bfloat16)
         frozen = ScanWeights(*(w.detach() for w in weights))
         for how in ("triton", "cuda"):
-            config = ScanConfig(implementation=how)  # type: ignore[arg-type]
-
+            config = ScanConfig(implementation=how)
             forward = partial(scanned, x.detach(), q.detach(), frozen, config)
             step = partial(scan_step, x, q, weights, config)
             for stage, call in (("forward", forward), ("step", step)):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,8 +17,11 @@ from hope.scan.cuda.call import SIZES
 from tools.kernel_costs import VOCABULARY, Shape
 
 Figures = dict[str, float]
+FusedHow = Literal["torch", "triton"]
+How = Literal[FusedHow, "cuda"]
+"""What computes; of a scan "torch" is "chunked", and only scans have "cuda"."""
 Call = Callable[..., tuple[Tensor, ...]]
-"""(leaves, implementation: "triton", "cuda", or "torch": of a scan "chunked") -> outputs."""
+"""(leaves, how) -> outputs."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def scan_call(
         reset = torch.zeros(rows, tokens, dtype=torch.bool, device=device)
         reset[-1, case.config.projection_chunk] = True
 
-    def call(leaves: Sequence[Tensor], how: str) -> tuple[Tensor, ...]:
+    def call(leaves: Sequence[Tensor], how: How) -> tuple[Tensor, ...]:
         config = replace(case.config, implementation="chunked" if how == "torch" else how)
         x, q, *rest = leaves
         precise = torch.promote_types(x.dtype, torch.float32)
@@ -137,27 +141,39 @@ def fused_calls(
     labels = torch.randint(0, vocabulary, (rows * tokens,), generator=generator, device=device)
     starts = torch.rand(rows, tokens, generator=generator, device=device) < 0.1
 
+    def convolution(leaves: Sequence[Tensor], how: FusedHow) -> tuple[Tensor, ...]:
+        x, weight, tail = leaves
+        return (causal_convolution(x, weight, tail, starts, how),)
+
+    def gated_norm(leaves: Sequence[Tensor], how: FusedHow) -> tuple[Tensor, ...]:
+        read, weight, gate = leaves
+        return (gated_rms_norm(read, weight, gate, 1e-6, how),)
+
+    def loss(leaves: Sequence[Tensor], how: FusedHow) -> tuple[Tensor, ...]:
+        (logits,) = leaves
+        return (cross_entropy(logits, labels, -100, how),)
+
     return [
         (
             "convolution",
-            lambda leaves, how: (causal_convolution(*leaves, starts, how),),
+            convolution,
             [draw(rows, tokens, heads * d), draw(4, heads * d), draw(rows, 3, heads * d)],
         ),
         (
             "gated_norm",
-            lambda leaves, how: (gated_rms_norm(*leaves, 1e-6, how),),
+            gated_norm,
             [draw(rows, heads, tokens, d), draw(heads, d), draw(rows, tokens, heads * d)],
         ),
         (
             "cross_entropy",
-            lambda leaves, how: (cross_entropy(*leaves, labels, -100, how),),
+            loss,
             [draw(rows * tokens, vocabulary)],
         ),
     ]
 
 
 def results(
-    call: Call, leaves: Sequence[Tensor], how: str, dtype: torch.dtype
+    call: Call, leaves: Sequence[Tensor], how: How, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs, and the gradient of every leaf, with the leaves in a dtype."""
     own = [z.detach().to(dtype).requires_grad_() for z in leaves]
@@ -190,18 +206,19 @@ def compared(
     call: Call,
     leaves: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
-    how: str = "triton",
+    how: How = "triton",
 ) -> Iterator[tuple[list[str], Figures]]:
     """For each dtype a line of the table, and its figures: the errors of the kernels' outputs and
     gradients, and those that torch's operators have in the same dtype, from leaves that are rounded
     to it."""
     kind = "" if how == "triton" else f"_{how}"
+    sides: tuple[How, How] = (how, "torch")
     for dtype in dtypes:
         expected = results(call, [z.to(dtype) for z in leaves], "torch", torch.float64)
         name = f"{key}_{str(dtype).removeprefix('torch.')}{kind}"
         errors = [
             worst(actual, exact)
-            for one in (how, "torch")
+            for one in sides
             for actual, exact in zip(results(call, leaves, one, dtype), expected, strict=True)
         ]
         figures = {f"error_out_{name}": errors[0], f"error_gradients_{name}": errors[1]}

@@ -21,9 +21,11 @@ class Node:
     def __init__(self, number: int, address: str, interface: str, prefix: list[str]) -> None:
         self.number, self.address, self.interface = number, address, interface
         self._prefix = prefix
-        self._started: list[subprocess.Popen] = []
+        self._started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    def start(
+        self, command: list[str], environment: dict[str, str], log: Path
+    ) -> subprocess.Popen[bytes]:
         """Run a command on the node; what it prints is added to `log`."""
         with log.open("a") as output:
             process = subprocess.Popen(

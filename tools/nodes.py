@@ -132,7 +132,7 @@ class Nodes:
         started = time.monotonic()
         with network(count) as nodes:
 
-            def start(node: Node) -> subprocess.Popen:
+            def start(node: Node) -> subprocess.Popen[bytes]:
                 environment = {
                     **self.environment,
                     "NNODES": str(count),
@@ -207,7 +207,9 @@ class Nodes:
     def _what(self, run: Path) -> list[str]:
         return [str(self.config), f"run_dir={run}"]
 
-    def _wait_for_middle(self, run: Path, statuses: Callable[[], list], log: Path) -> int:
+    def _wait_for_middle(
+        self, run: Path, statuses: Callable[[], list[int | None]], log: Path
+    ) -> int:
         """Wait for a checkpoint and some steps after it; returns the step reached."""
 
         def steps() -> int:

@@ -259,7 +259,7 @@ def worst_error(found: list[Trace], expected: Trace) -> float:
     A parameter's is that of its norm: |difference| / |expected|.
     """
     errors = []
-    names = set()
+    names: set[str] = set()
     for trace in found:
         errors += [relative(a, b) for a, b in zip(trace.losses, expected.losses, strict=True)]
         for mine, theirs in zip(trace.norms, expected.norms, strict=True):

@@ -14,16 +14,19 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.tensor", "train.engines"])
+Result = TypeVar("Result")
 
 
-def run(world_size: int, function: Callable[..., Any], *arguments: Any, seconds: int = 120) -> list:
+def run(
+    world_size: int, function: Callable[..., Result], *arguments: Any, seconds: int = 120
+) -> list[Result]:
     """`function(rank, *arguments)` on every rank of a gloo group; results in the order of ranks.
 
     function: importable, a module's own. Arguments and results go through torch.save, so tensors
@@ -55,17 +58,18 @@ def run(world_size: int, function: Callable[..., Any], *arguments: Any, seconds:
                 process.join()
 
 
-def _collect(ends: list[Connection], seconds: int) -> list:
+def _collect(ends: list[Connection], seconds: int) -> list[Any]:
     results: dict[int, Any] = {}
     while len(results) < len(ends):
-        waiting = {end: rank for rank, end in enumerate(ends) if rank not in results}
-        ready = wait(list(waiting), timeout=seconds)
+        waiting = {rank: end for rank, end in enumerate(ends) if rank not in results}
+        ready = wait(waiting.values(), timeout=seconds)
         if not ready:
-            raise RuntimeError(f"ranks {sorted(waiting.values())} did not answer in {seconds} s")
-        for end in ready:
-            rank = waiting[end]  # type: ignore[index]
+            raise RuntimeError(f"ranks {list(waiting)} did not answer in {seconds} s")
+        for rank, end in waiting.items():
+            if end not in ready:
+                continue
             try:
-                failed, payload = end.recv()  # type: ignore[union-attr]
+                failed, payload = end.recv()
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if failed:
