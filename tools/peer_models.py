@@ -112,7 +112,7 @@ def our_model(tokens: int, levels: int, cms: int) -> Side:
 
 def lucidrains(tokens: int) -> tuple[Side, Side]:
     """titans-pytorch: NeuralMemory with its defaults at chunk 16, beside the Titans mixer."""
-    from titans_pytorch import NeuralMemory  # type: ignore[import-not-found]
+    from titans_pytorch import NeuralMemory
 
     memory = NeuralMemory(dim=DIM, chunk_size=16)
     starts = memory.memory_model_parameter_dict
@@ -134,8 +134,8 @@ def kmccleary(tokens: int, chunk: int | None = None) -> tuple[Side, Side]:
     then a second forward that writes the memories and the CMS. The preset leaves the size at 0,
     which means the shortest CMS period, 1; `chunk` replaces it.
     """
-    from nested_learning.levels import LevelSpec  # type: ignore[import-not-found]
-    from nested_learning.model import HOPEModel, ModelConfig  # type: ignore[import-not-found]
+    from nested_learning.levels import LevelSpec
+    from nested_learning.model import HOPEModel, ModelConfig
 
     read = _preset(PRESET)
     settings = read["model"] | {"dim": DIM, "num_layers": 1, "vocab_size": VOCAB}
