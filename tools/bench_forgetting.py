@@ -25,7 +25,7 @@ from tools.figures import table, write_figures
 from tools.prepare import run
 from tools.quickstart import CONFIG_FILE
 from train.callbacks.metrics import read_metrics
-from train.run_folder import METRICS
+from train.run_files import METRICS
 
 DATA = Path("data/forgetting")
 RUNS = Path("runs/forgetting")

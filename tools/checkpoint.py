@@ -35,14 +35,8 @@ from train.checkpoint.reading import TensorReader, read_plain
 from train.checkpoint.store import CheckpointStore
 from train.config import CheckpointConfig, ConfigError, flatten, load_config
 from train.parallel.ranks import Ranks
-from train.run_folder import (
-    CHECKPOINTS,
-    CONFIG,
-    RunFolderError,
-    owner_of,
-    run_folder_of,
-    run_lock,
-)
+from train.run_files import CHECKPOINTS, CONFIG
+from train.run_folder import RunFolderError, owner_of, run_folder_of, run_lock
 
 RULES = ("keep_last", "keep_every_tokens", "keep_best")
 

@@ -34,7 +34,7 @@ from tools.prepare import prepare_sotu
 from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
 from train.callbacks.metrics import Curve, plot_loss, read_metrics
 from train.config import ConfigError, RunConfig, load_config
-from train.run_folder import CONFIG, METRICS
+from train.run_files import CONFIG, METRICS
 
 RUNS = Path("runs/compare")
 BASELINE_LEVEL = "mlp"

@@ -23,7 +23,7 @@ from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
 from train.parallel.pulse import FIRST_RANK_PHASES
 from train.parallel.ranks import Ranks
-from train.run_folder import CHECKPOINTS, METRICS
+from train.run_files import CHECKPOINTS, METRICS
 
 STEPS = 24
 STEP_TOKENS = 4 * 32

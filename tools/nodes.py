@@ -44,7 +44,7 @@ from tools.node_network import (
 from train.callbacks.metrics import read_metrics
 from train.checkpoint import CheckpointStore
 from train.parallel.ranks import Ranks
-from train.run_folder import CHECKPOINTS, METRICS
+from train.run_files import CHECKPOINTS, METRICS
 
 ROOT = Path(__file__).parent.parent
 BATCH, STEPS, SAVE_EVERY, KILL_AFTER = 512, 60, 15, 22

@@ -26,7 +26,7 @@ from train.checkpoint import CheckpointStore, open_store
 from train.config import ConfigError, RunConfig, load_config
 from train.evaluate.unigram import count_labels, unigram_loss
 from train.parallel.ranks import Ranks
-from train.run_folder import CONFIG, METRICS
+from train.run_files import CONFIG, METRICS
 
 CONFIG_FILE = Path("configs/quickstart.yaml")
 PROMPT = "Fellow citizens, the state of our Union is"

@@ -35,7 +35,7 @@ from train.parallel.carried import state_of
 from train.parallel.config import ParallelConfig
 from train.parallel.ranks import Ranks
 from train.run import prepare_torch
-from train.run_folder import CONFIG, METRICS
+from train.run_files import CONFIG, METRICS
 from train.signals import StopSignals
 from train.trainer import Trainer
 

@@ -23,14 +23,8 @@ from train.line_file import write_whole
 from train.optim.config import LevelOptimizerConfig
 from train.optim.levels import periods
 from train.parallel.ranks import Ranks
+from train.run_files import CHECKPOINTS, CONFIG, METRICS, MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
 
-CONFIG = "config.yaml"
-CHECKPOINTS = "checkpoints"
-METRICS = "metrics.jsonl"
-PLOTS = "plots"
-MLFLOW_RUN_ID = "mlflow_run_id"
-MLFLOW_BACKLOG = "mlflow_backlog.jsonl"
-MLFLOW_SENT = "mlflow_sent"
 JOB = ".job"
 WENT_BACK = ".went_back"
 OWNER = ".owner"

@@ -16,7 +16,7 @@ from train.checkpoint import CheckpointStore
 from train.config import validate_config
 from train.parallel.ranks import Ranks
 from train.run import train
-from train.run_folder import CHECKPOINTS, METRICS
+from train.run_files import CHECKPOINTS, METRICS
 
 STEP = 256
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -22,7 +22,7 @@ from train.engines.native import NativeEngine
 from train.parallel.part import Part
 from train.parallel.ranks import Ranks
 from train.run import train
-from train.run_folder import CONFIG, METRICS
+from train.run_files import CONFIG, METRICS
 
 ROW, TOKEN = 2, 10
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.callbacks.base import Callback
 from train.line_file import LineFile, tell
-from train.run_folder import METRICS, PLOTS
+from train.run_files import METRICS, PLOTS
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut

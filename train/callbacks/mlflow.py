@@ -23,7 +23,7 @@ from train.callbacks.metrics import LOSS_CURVE
 from train.callbacks.mlflow_sender import Backlog, Sender
 from train.config import ConfigError, MLflowConfig, dump_config, flatten
 from train.line_file import tell
-from train.run_folder import PLOTS
+from train.run_files import PLOTS
 
 if TYPE_CHECKING:
     from train.evaluate.perplexity import HeldOut

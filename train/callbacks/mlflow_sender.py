@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from data_pipeline.redaction import redact
 from train.line_file import LineFile, tell, write_whole
-from train.run_folder import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
+from train.run_files import MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
 
 AT_ONCE = 500  # of one request; MLflow takes 1000 metrics
 FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0

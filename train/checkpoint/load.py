@@ -18,7 +18,7 @@ from train.checkpoint.store import CheckpointError, CheckpointStore, load_parame
 from train.config import ConfigError, InitFromConfig, RunConfig, load_config, validate_config
 from train.parallel.ranks import Ranks
 from train.redaction import revealed
-from train.run_folder import CHECKPOINTS, CONFIG
+from train.run_files import CHECKPOINTS, CONFIG
 
 TRIES = 8
 """To read the newest checkpoint of a run that is writing, and deletes it meanwhile."""

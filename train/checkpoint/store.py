@@ -29,7 +29,7 @@ from train.checkpoint.retention import DRAFT, Retention
 from train.checkpoint.writer import Target, attempt, discard
 from train.parallel.placement import Stored, fill
 from train.parallel.ranks import Ranks
-from train.run_folder import CHECKPOINTS
+from train.run_files import CHECKPOINTS
 
 if TYPE_CHECKING:
     from train.config import RunConfig

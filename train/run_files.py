@@ -1,0 +1,12 @@
+"""What lies in a run folder, by name (`docs/checkpoint-format.md` has what is in a checkpoint)."""
+
+CONFIG = "config.yaml"
+"""The resolved configuration, defaults and what the data decided included."""
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+PLOTS = "plots"
+MLFLOW_RUN_ID = "mlflow_run_id"
+MLFLOW_BACKLOG = "mlflow_backlog.jsonl"
+"""What MLflow has been or is to be sent, in order."""
+MLFLOW_SENT = "mlflow_sent"
+"""How many bytes of that it has taken."""
