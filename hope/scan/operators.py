@@ -62,26 +62,30 @@ def state_of(state1: Tensor | None, state2: Tensor | None) -> tuple[Tensor, Tens
     return None if state1 is None or state2 is None else (state1, state2)
 
 
+def empty_results(x: Tensor, w1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for (out, final w1, final w2) of activations x [B, N, T, d] and start weights w1."""
+    rows, heads, _, width = x.shape
+    memories, _, _, hidden = w1.shape
+    dtype = compute_dtype(x)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        x.new_empty((memories, rows, heads, width, hidden), dtype=dtype),
+        x.new_empty((memories, rows, heads, hidden, width), dtype=dtype),
+    )
+
+
 def empty_outputs(
     x: Tensor, w1: Tensor, config: ScanConfig, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Room for (out, final w1, final w2, and what is kept: Deltas of w1 and w2 between segments
-    [S, M, N, B, ...])."""
-    rows, heads, _, width = x.shape
-    memories, _, _, hidden = w1.shape
-    saved = num_saved(x, config, save)
-    dtype = compute_dtype(x)
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        empty(memories, rows, heads, width, hidden),
-        empty(memories, rows, heads, hidden, width),
-        empty(saved, memories, heads, rows, width, hidden),
-        empty(saved, memories, heads, rows, hidden, width),
+    """`empty_results`, and room for what is kept: Deltas of w1 and w2 between segments
+    [S, M, N, B, ...]."""
+    out, final1, final2 = empty_results(x, w1)
+    memories, rows, heads, width, hidden = final1.shape
+    kept = (num_saved(x, config, save), memories, heads, rows)
+    saved1, saved2 = (
+        final1.new_empty((*kept, *shape)) for shape in ((width, hidden), (hidden, width))
     )
+    return out, final1, final2, saved1, saved2
 
 
 def num_saved(x: Tensor, config: ScanConfig, save: bool) -> int:

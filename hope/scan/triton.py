@@ -22,8 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hope.scan.contract import MemoryState, ScanConfig, ScanWeights, compute_dtype
-from hope.scan.operators import config_of, differentiate, num_saved, scan_by, state_of
+from hope.scan.contract import MemoryState, ScanConfig, ScanWeights
+from hope.scan.operators import (
+    config_of,
+    differentiate,
+    empty_results,
+    num_saved,
+    scan_by,
+    state_of,
+)
 from hope.triton import why_no_kernels
 
 HEAD_WIDTHS = (64, 96, 128)
@@ -130,20 +137,10 @@ def _launcher(on_chip: bool) -> Any:
 def _empty_outputs(
     x: Tensor, w1: Tensor, config: ScanConfig, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, heads, _, width = x.shape
-    memories, _, _, hidden = w1.shape
-    saved = num_saved(x, config, save)
-    dtype = compute_dtype(x)
-
-    def empty(*shape: int) -> Tensor:
-        return x.new_empty(shape, dtype=dtype)
-
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        empty(memories, rows, heads, width, hidden),
-        empty(memories, rows, heads, hidden, width),
-        empty(saved, memories, rows * heads, 2, width, hidden),
-    )
+    out, final1, final2 = empty_results(x, w1)
+    memories, rows, heads, width, hidden = final1.shape
+    saved = (num_saved(x, config, save), memories, rows * heads, 2, width, hidden)
+    return out, final1, final2, final1.new_empty(saved)
 
 
 @_scan_triton.register_fake

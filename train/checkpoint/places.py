@@ -17,6 +17,7 @@ from typing import IO, Any, cast
 
 import xxhash
 
+from data_pipeline.files import sync_folder
 from train.checkpoint.errors import CheckpointError
 
 BLOCK = 1 << 24
@@ -174,13 +175,8 @@ def make_folder(folder: Place) -> None:
 
 def flush_folder(folder: Place) -> None:
     """Flush the names in a local folder to the disk."""
-    if isinstance(folder, URLPath):
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if isinstance(folder, Path):
+        sync_folder(folder)
 
 
 def rename(old: Place, new: Place) -> None:
