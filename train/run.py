@@ -17,9 +17,9 @@ from train.checkpoint import CheckpointError
 from train.checkpoint.load import initial_parameters
 from train.config import ConfigError, RunConfig
 from train.corpora import open_corpora, with_total_tokens, with_vocabulary
-from train.engines import layout_of, open_engine
+from train.engines import check_kernels, layout_of, open_engine
 from train.memory import OutOfMemoryError, building_report, is_out_of_memory, memory_report
-from train.parallel.ranks import Ranks
+from train.parallel.ranks import Ranks, current_device
 from train.run_folder import RunFolderError, claim, continues, goes_back_to, save_config, went_back
 from train.signals import (
     StoppedError,
@@ -114,6 +114,7 @@ def _prepare(
     corpora = open_corpora(config, poll)
     config = with_total_tokens(with_vocabulary(config, corpora), corpora)
     layout_of(config, ranks.size)
+    check_kernels(config, current_device())
     initial = None
     if config.init_from is not None and not continues(config, resume, or_start):
         tokenizer = corpora.validation.tokenizer_sha256

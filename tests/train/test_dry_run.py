@@ -280,6 +280,18 @@ def test_the_scans_own_buffers_are_counted(implementation: str, growth: float) -
     assert peaks[1] > growth * peaks[0]
 
 
+@pytest.mark.parametrize(
+    ("model", "key", "named"),
+    [
+        *(("hope", "titans.scan.implementation", name) for name in ("native", "triton", "cuda")),
+        ("transformer", "attention.backend", "flash"),
+    ],
+)
+def test_kernels_of_another_machine_are_no_obstacle(model: str, key: str, named: str) -> None:
+    config = make_config(model, **{f"model.{key}": named})
+    assert dry_run(config, 1, 0) == dry_run(make_config(model), 1, 0)
+
+
 def test_peak_of_a_schedule_by_hand() -> None:
     part = PartBytes(forward=7, kept=5, backward=12, again=9, left=1, gradients=4)
     forward, backward = Action("F", 0), Action("B", 0)

@@ -368,8 +368,10 @@ def test_kernels_that_can_not_run_here_are_bad_input(
     make_config, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict, words: str
 ) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(make_config(**change).model_dump(mode="json")))
+    config = make_config(**change)
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     assert main([str(file)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert words in error
+    assert not config.run_dir.exists()

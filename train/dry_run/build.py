@@ -94,11 +94,25 @@ def threads_of_a_rank(config: RunConfig, world_size: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def _without_kernels(config: RunConfig) -> RunConfig:
+    """The same run by whatever there is: the kernels that a configuration names may be of another
+    machine than this one."""
+    model = config.model
+    scan, attention = model.titans.scan, model.attention
+    if scan.implementation in ("native", "triton", "cuda"):
+        scan = replace(scan, implementation="auto")
+    if attention.backend == "flash":
+        attention = replace(attention, backend="auto")
+    model = replace(model, titans=replace(model.titans, scan=scan), attention=attention)
+    return config.model_copy(update={"model": model})
+
+
 def dry_run(config: RunConfig, world_size: int, rank: int, device: str = "cpu") -> DryRun:
     """Build rank `rank`; ConfigError where `config` can't be laid out over so many ranks.
 
     device: the type of device that the memory is predicted for ("cpu" or "cuda").
     """
+    config = _without_kernels(config)
     layout = layout_of(config, world_size)
     with threads_of_a_rank(config, world_size), fake_ranks(world_size, rank) as ranks:
         mesh = make_mesh(layout, ranks)
@@ -266,7 +280,7 @@ def _trace(
     part.before = before = _before(config, mesh, part.layers, rows)
     given = [] if before is None else list(before.named_tensors().values())
     inputs = (x, torch.arange(rows), starts)
-    native = device == "cpu" and config.model.titans.scan.implementation in ("auto", "native")
+    native = device == "cpu" and config.model.titans.scan.implementation == "auto"
     scan = "native" if native and not why_not() else device
     if device == "cpu" and why_not():
         for module in part.model.modules():

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from train.parallel.layout import Layout
-from train.parallel.ranks import Ranks
+from train.parallel.ranks import Ranks, current_device
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
@@ -41,9 +41,7 @@ class Mesh:
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
-        if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        return current_device()
 
     @cached_property
     def fsdp(self) -> DeviceMesh | None:

@@ -30,6 +30,13 @@ def own_device(local_rank: int, devices: int) -> int:
     return local_rank if devices > 1 else 0
 
 
+def current_device() -> torch.device:
+    """Where this rank computes: its GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def end_groups(whole: bool) -> None:
     """End all process groups. whole: what was given to devices will be done; destroying would wait
     for it, and that for ranks that know of no failure."""
