@@ -81,8 +81,8 @@ class Stream:
         drawn = np.array(blend.shares, dtype=bool)
         if (rows[drawn] == 0).any():
             raise DataError(
-                f"batch_size {batch_size} is too small for a row of each of the "
-                f"{int(drawn.sum())} corpora at these weights: raise it"
+                f"a batch of {batch_size} rows is too small for a row of each of the "
+                f"{int(drawn.sum())} corpora at these weights: take more rows a batch"
             )
         self._sizes = np.array([packing.num_windows for packing in packings], np.int64)[self._which]
         self._starts = nth * self._sizes // rows[self._which]

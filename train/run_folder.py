@@ -7,7 +7,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,6 +26,7 @@ from train.optim.levels import periods
 from train.parallel.ranks import Ranks
 from train.run_files import CHECKPOINTS, CONFIG, METRICS, MLFLOW_BACKLOG, MLFLOW_RUN_ID, MLFLOW_SENT
 
+LOCK = ".lock"
 JOB = ".job"
 WENT_BACK = ".went_back"
 OWNER = ".owner"
@@ -68,22 +70,39 @@ def no_run(folder: Path) -> RunFolderError:
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process; RunFolderError when another one has it."""
+    lock = _locked(folder)
+    while not _is_named(lock, folder / LOCK):  # a run that did not begin took it away meanwhile
+        os.close(lock)
+        lock = _locked(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise RunFolderError(f"can't write to run folder {folder}: {error.strerror}") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(
-                f"{folder} is in use by another training process; "
-                "wait for it or choose another run_dir"
-            ) from None
         yield
     finally:
         os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """The folder's lock file, open and ours."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunFolderError(f"can't write to run folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RunFolderError(
+            f"{folder} is in use by another training process; wait for it or choose another run_dir"
+        ) from None
+    return lock
+
+
+def _is_named(file: int, path: Path) -> bool:
+    """Whether an open file is the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -92,7 +111,8 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
 
     auto: continue it if it has a checkpoint, begin it if not. A restart by torchrun of what this
     very job began is always `auto`. Raises RunFolderError, on every rank, when another job holds
-    the folder or it has a run that is not to be continued.
+    the folder or it has a run that is not to be continued. An error that comes before anything was
+    written into a new folder leaves none.
     """
     folder, refused = config.run_dir, None
     with ExitStack() as stack:
@@ -101,7 +121,10 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
                 if resume and not folder.exists():  # a slip in run_dir makes no folder
                     raise no_run(folder)
                 check_place(config.checkpoint.url)
+                new = not folder.exists()
                 stack.enter_context(run_lock(folder))
+                if new:
+                    stack.push(partial(_unmake, folder))
                 resume = continues(config, resume, auto)
                 if resume:
                     if accepted := check_same_run(config):
@@ -121,6 +144,15 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
         if refused is not None:
             raise RunFolderError(refused)
         yield resume
+
+
+def _unmake(folder: Path, failed: object, *_: object) -> None:
+    """Remove the folder of a run that was refused before it wrote anything; held by its lock."""
+    if failed and {path.name for path in folder.iterdir()} <= {LOCK, JOB}:
+        with suppress(OSError):
+            (folder / JOB).unlink(missing_ok=True)
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def continues(config: RunConfig, resume: bool, auto: bool) -> bool:

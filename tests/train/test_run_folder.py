@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ from train.run_folder import (
     RunFolderError,
     check_fresh,
     check_same_run,
+    claim,
     goes_back_to,
+    run_lock,
     save_config,
     went_back,
 )
@@ -49,6 +52,43 @@ def test_what_a_resume_may_change(
     with pytest.raises(RunFolderError) as caught:
         check_same_run(changed)
     assert refused in str(caught.value)
+
+
+def test_what_ends_before_it_wrote_anything_leaves_no_folder(tmp_path: Path) -> None:
+    def fails(folder: Path, writes: str | None = None) -> None:
+        with claim(config(folder), ALONE, resume=False, auto=False):
+            if writes is not None:
+                (folder / writes).touch()
+            raise KeyError(writes)
+
+    with pytest.raises(KeyError):
+        fails(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(KeyError):
+        fails(tmp_path / "writes", "metrics.jsonl")
+    assert (tmp_path / "writes/metrics.jsonl").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(KeyError):
+        fails(tmp_path / "old")
+    assert (tmp_path / "old").exists()
+
+
+def test_a_lock_that_was_taken_away_with_its_folder_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a run that did not begin, between this one's opening it and locking it."""
+    folder, lock, taken = tmp_path / "run", fcntl.flock, []
+
+    def slow(file: int, how: int) -> None:
+        if not taken:
+            taken.append(file)
+            (folder / ".lock").unlink()
+            folder.rmdir()
+        lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with run_lock(folder), pytest.raises(RunFolderError, match="is in use"), run_lock(folder):
+        pass
 
 
 def test_a_fresh_start_keeps_nothing_of_a_run_that_saved_nothing(tmp_path: Path) -> None:

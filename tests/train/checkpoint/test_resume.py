@@ -221,18 +221,17 @@ def test_a_run_whose_url_was_forgotten_is_not_begun_again(
 
 
 def test_a_url_that_can_not_be_used_is_named(make_config, tmp_path: Path) -> None:
-    """In one line of every rank, of which the first one alone has looked. What no file system is
-    for makes no folder."""
+    """In one line of every rank, of which the first one alone has looked; and no folder is left."""
     (tmp_path / "file").touch()
     for url, why in (
         ("nosuch://bucket", "can't use nosuch://bucket"),
         (f"file://{tmp_path}/file/bucket", "can't use file:.*/bucket: Not a directory"),
     ):
         config = make_config(**{"checkpoint.url": url})
-        assert not config.run_dir.exists()
         refusal = pytest.raises(RunFolderError, match=why)
         with refusal, claim(config, Ranks.alone(), resume=False, auto=False):
             pass
+        assert not config.run_dir.exists()
 
 
 def test_two_runs_do_not_write_behind_one_url(
