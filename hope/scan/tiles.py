@@ -151,8 +151,10 @@ def run_chunk(
         # Without records the two latest tiles alternate: one holds the state of the other's start.
         place = (slot, number) if slot is not None else ("passing", scratch.turn())
         x_i, q_i = x[:, here].contiguous(), q[:, here].contiguous()
+        # A tile of a long memory chunk may be padding altogether.
+        left = max(0, valid - first)
         projected = project(
-            x_i, frozen, params.readout, params.bias, config.eta_max, valid - first, scratch, place
+            x_i, frozen, params.readout, params.bias, config.eta_max, left, scratch, place
         )
         queried = None
         if frozen.w1.shape[0] > Q:

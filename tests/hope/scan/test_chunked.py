@@ -70,6 +70,7 @@ def test_every_option(
         (4, 8, 2, {"rows": 1, "heads": 1, "tokens": 17, "width": 1}),
         (4, 8, 2, {"rows": 3, "heads": 1, "tokens": 16, "width": 7, "expansion": 3}),
         (128, 128, 1, {"rows": 1, "heads": 2, "tokens": 150, "width": 8}),
+        (128, 256, 1, {"rows": 1, "heads": 2, "tokens": 150, "width": 4}),
         (70, 70, 1, {"rows": 1, "heads": 1, "tokens": 80, "width": 4}),
         (67, 67, 1, {"rows": 1, "heads": 1, "tokens": 70, "width": 4}),
         (16, 32, 4, {"rows": 2, "heads": 1, "tokens": 150, "width": 16, "resets": ((1, 96),)}),
