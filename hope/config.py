@@ -32,7 +32,8 @@ class TitansConfig:
     """Self-modifying Titans (Eqs. 83-91).
 
     memory_expansion: hidden width of each memory over the head's width.
-    adaptive_query: also let a sixth memory M_q produce the query.
+    adaptive_query: a sixth memory makes the query, q = l2norm(M_q(z)), of what the convolution
+        gives, z, as M_k makes the key; without it q = l2norm(z).
     writes: False freezes every memory at its learned start, the memory-off control: only
         M_mem,0 is read, and nothing is written or recurrent beyond the convolution.
     conv_width: taps of the causal depthwise convolutions before the memories.

@@ -55,8 +55,8 @@ class ScanConfig:
     projection_chunk: the same for the other memories (P), a multiple of memory_chunk.
     eta_max: largest step size of a write; 0 switches writes off (a memory-off control).
     delta_rule: "normalised" (delta term on each layer's own unit input), "target" (only W1 is
-        written, towards the unit target M(v) / |M(v)|: bounded up to eta 1), "input" (the letter
-        of Eq. 88: W2 only) or "off" (plain gradient descent).
+        written, towards the unit target M(v) / |M(v)|, and W2 only decays: bounded up to eta 1),
+        "input" (the letter of Eq. 88: W2 only) or "off" (plain gradient descent).
     decay_to: what the weight decay pulls towards: the "initial" weights, or "zero" (Eq. 88).
     read: "causal" reads the state after the previous token (Eq. 83), "chunk_start" the state at
         the start of the token's memory chunk (Eq. 90).
