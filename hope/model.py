@@ -113,8 +113,10 @@ class HopeModel(nn.Module):
 
         tokens: int [B, T]; document_starts: bool [B, T], True where a row begins a new document.
         Returns (logits [B, T, vocab_size], state after the last token). Splitting a sequence into
-        calls that pass the state on gives the logits of one call. Raises ValueError, in one line,
-        for tokens, starts or a state that do not fit together.
+        calls that pass the state on gives the logits of one call, where attention layers have a
+        cache: with them begin from `initial_state(batch, decoding=True)`, for without one each call
+        is a sequence of its own to them. Raises ValueError, in one line, for tokens, starts or a
+        state that do not fit together.
         """
         if tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"tokens must be int32 or int64, got {tokens.dtype}")
