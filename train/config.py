@@ -198,7 +198,8 @@ class RunConfig(Section):
             )
         if self.training.total_tokens > 0:
             self.check_schedules(self.training.total_tokens)
-        beside = {str(fault.phase) for fault in self.faults} & set(FIRST_RANK_PHASES)
+        phases = {phase for fault in self.faults for phase in fault.possible_phases}
+        beside = phases & set(FIRST_RANK_PHASES)
         if beside and self.checkpoint.asynchronous:
             raise ValueError(
                 f"faults: {', '.join(sorted(beside))} happen in another process while checkpoints "

@@ -60,6 +60,14 @@ def test_damage_to_a_checkpoint_waits_for_one(make_config) -> None:
     assert found == [False, True, True]
 
 
+@pytest.mark.parametrize("phase", ["open", "start"])
+def test_what_is_before_the_steps_needs_no_number_of_one(make_config, phase: str) -> None:
+    """A number that was drawn would be of a step that is never in such a phase."""
+    config = make_config(**QUICK, faults=[{"kind": "term", "phase": phase}])
+    assert train(config, resume=False) == 143
+    assert [row["at_step"] for row in read_fired(config.run_dir / FIRED)] == [0]
+
+
 def test_faults_that_can_not_happen(
     make_config, corpora: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +76,10 @@ def test_faults_that_can_not_happen(
     told = capsys.readouterr().err
     assert "faults.0 is of rank 3, and there are 1 ranks" in told
     assert "faults.1 is of step 99, and the last one is 6" in told
+    with pytest.raises(ConfigError, match=r"save-before-marker happen in another process"):
+        make_config(faults=[{"kind": "disk_full"}])
+    with pytest.raises(ConfigError, match="phase open comes before any step"):
+        make_config(faults=[{"kind": "kill", "phase": "open", "step": 2}])
     url = {"checkpoint.url": "s3://bucket"}
     with pytest.raises(ConfigError, match=r"damages local files, and checkpoint.url is a URL"):
         make_config(**url, faults=[{"kind": "truncate_checkpoint"}])

@@ -58,10 +58,12 @@ ONLY = {
     "truncate_checkpoint": STEP_PHASES,
     "remove_from_checkpoint": STEP_PHASES,
 }
+BEFORE_STEPS = ("open", "start")
 
 
 class FaultConfig(Section):
-    """One fault. What is left out is drawn from `seed`: step, rank, phase (of a step), byte, file.
+    """One fault. What is left out is drawn from `seed`: step, rank, phase (of a step), byte, file;
+    in the phases open and start the step is then 0, before the first one.
 
     kind: kill, term, int, usr1, stop (SIGSTOP: a hang) are signals; slow sleeps for `seconds`;
         raise, oom and disk_full are errors; nan_loss, nan_gradient spoil one step; the others
@@ -85,7 +87,14 @@ class FaultConfig(Section):
             raise ValueError(f"faults: {self.kind} happens in {', '.join(allowed)} only")
         if self.phase in FIRST_RANK_PHASES and self.rank not in (None, 0):
             raise ValueError(f"faults: phase {self.phase} is of rank 0 alone")
+        if self.phase == "open" and self.step:
+            raise ValueError("faults: phase open comes before any step: leave step out")
         return self
+
+    @property
+    def possible_phases(self) -> tuple[str, ...]:
+        """Those that it may happen in."""
+        return (self.phase,) if self.phase else ONLY.get(self.kind, STEP_PHASES)
 
 
 class Faults(Callback):
@@ -203,6 +212,8 @@ def _drawn(fault: FaultConfig, number: int, steps: int, ranks: int) -> FaultConf
     step, phase = draw.randint(1, steps), draw.choice(ONLY.get(fault.kind, STEP_PHASES))
     rank = draw.randrange(ranks)
     phase = fault.phase or phase
+    if phase in BEFORE_STEPS:
+        step = 0
     return fault.model_copy(
         update={
             "step": step if fault.step is None else fault.step,
