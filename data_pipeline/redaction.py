@@ -13,7 +13,8 @@ _SECRET = (
 _USER_INFO = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?:[^/\s'\"]+|[^/\s'\":]*:[^\s'\"]*)@", re.I
 )
-_QUERY = re.compile(rf"(?P<key>[?&;][\w.-]*{_SECRET}[\w.-]*=)[^&;#\s'\"]+", re.I)
+_QUERY_NAME = rf"(?:[\w.-]*{_SECRET}[\w.-]*|(?:[\w.-]*[-_.])?key)"
+_QUERY = re.compile(rf"(?P<key>[?&;]{_QUERY_NAME}=)[^&;#\s'\"]+", re.I)
 _HEADER = re.compile(r"(?P<key>\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.I)
 _NAME = re.compile(rf"{_SECRET}|KEY$|_DSN$", re.I)
 _SHORTEST = 8  # of the values of the environment: "1" or "true" is no secret

@@ -18,6 +18,8 @@ SECRET = "hunter2-s3cr3t"
         (f"https://{SECRET}@host/a", "https://***@host/a"),
         (f"s3://b/k?X-Amz-Signature={SECRET}&part=2", "s3://b/k?X-Amz-Signature=***&part=2"),
         (f"https://h/x?token={SECRET}#f", "https://h/x?token=***#f"),
+        (f"https://h/x?key={SECRET}&monkey=1", "https://h/x?key=***&monkey=1"),
+        (f"https://h/x?a=1&subscription-key={SECRET}", "https://h/x?a=1&subscription-key=***"),
         (f"az://c/d?sv=2020&sig={SECRET}", "az://c/d?sv=2020&sig=***"),
         (f"Authorization: Bearer {SECRET}", "Authorization: Bearer ***"),
         (f"'https://u:{SECRET}@h' and http://v:{SECRET}@i/", "'https://***@h' and http://***@i/"),
