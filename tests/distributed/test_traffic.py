@@ -21,15 +21,18 @@ from tools.parity import (
     make_config,
 )
 from tools.processes import run
+from train.__main__ import open_corpora
 from train.clock import TokenClock
-from train.config import RunConfig
+from train.config import RunConfig, validate_config
 from train.dry_run.build import dry_run
-from train.dry_run.traffic import column_products
+from train.dry_run.traffic import TRAINERS_NUMBERS, column_products
 from train.engines import open_engine
 from train.optim.levels import periods
 from train.parallel.counting import CollectiveBytes
 from train.parallel.part import cut_layers
 from train.parallel.ranks import Ranks
+from train.signals import StopSignals
+from train.trainer import Trainer
 
 PERIOD = 2
 """Steps after which every level has fired a whole number of times."""
@@ -81,9 +84,42 @@ def one(config: RunConfig) -> dict[str, float]:
             batch = make_batch(step, first, first + rows)
             loss, carried = engine.forward_backward(batch, carried)
             valid = engine.spoken_for(batch.labels).numel()
-            cadence.agree([loss, valid, 0.0, 0.0])  # as many numbers as the trainer tells
+            cadence.agree([loss, valid, *[0.0] * (TRAINERS_NUMBERS - 2)])
             cadence.step(clock.advance(STEP), STEP, lambda _: 0.0, clock.tokens)
     return {name: size for name, size in found.bytes.items() if size}
+
+
+def of_a_run(rank: int, config: RunConfig) -> list[float]:
+    """Bytes that had been sent when each step of a training run began."""
+    found: list[float] = []
+    step = Trainer.step
+
+    def noted(trainer: Trainer) -> Any:
+        found.append(sum(counting.bytes.values()))
+        return step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch, CollectiveBytes() as counting:
+        patch.setattr(Trainer, "step", noted)
+        engine = open_engine(config, Ranks())
+        trainer = Trainer(config, open_corpora(config), StopSignals(), engine)
+        assert trainer.fit() is None
+    trainer.loader.close()
+    return found
+
+
+def test_a_run_sends_what_a_dry_run_says(raw_config: dict[str, Any]) -> None:
+    """With all that the trainer tells beside the cadence: whether to stop, for one."""
+    raw_config["training"]["total_tokens"] = 8 * 256
+    raw_config["evaluation"]["every_tokens"] = raw_config["checkpoint"]["every_tokens"] = 10**6
+    raw_config["model"]["vocab_size"] = 400
+    raw_config["model"]["cms"]["levels"] = [
+        LEVELS[0],
+        {**LEVELS[1], "update_every_tokens": PERIOD * 256},
+    ]
+    config = validate_config(raw_config, "test")
+    expected = sum(dry_run(config, 2, 0).traffic.values())
+    sent = run(2, of_a_run, config)[0]
+    assert (sent[7] - sent[1]) / 6 == pytest.approx(expected, rel=1e-9)
 
 
 def check(world: int, configs: dict[str, RunConfig]) -> None:

@@ -44,9 +44,11 @@ from train.parallel.mesh import Mesh
 from train.parallel.parallelize import PRECISIONS
 from train.parallel.part import cut_layers, unused_parameters
 from train.parallel.stages import layers_of_rank, stages_of_rank
+from train.signals import REASONS
 
-TRAINERS_NUMBERS = 4
-"""What the trainer tells besides: loss, counted tokens, whether the state is finite, a signal."""
+TRAINERS_NUMBERS = 3 + len(REASONS)
+"""What the trainer tells besides: loss, counted tokens, whether the state is finite; and of each
+reason to stop whether there is one."""
 
 Traffic = defaultdict[tuple[str, str], float]
 """Bytes that this rank sends in a step, a mean over periods, by (axis, collective)."""
