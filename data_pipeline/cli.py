@@ -213,7 +213,13 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer = commands.add_parser("tokenizer", help="train or look at a tokenizer")
     actions = tokenizer.add_subparsers(dest="action", required=True, metavar="ACTION")
     train = command(actions, "train", _tokenizer_train, "train a SentencePiece tokenizer")
-    train.add_argument("--input", nargs="+", required=True, help="files, folders or patterns")
+    train.add_argument(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files, folders or patterns; their text is held in memory, 8 to 16 bytes for each "
+        "byte, so of a large corpus take a sample",
+    )
     train.add_argument("--model-out", required=True, metavar="FILE", help="the .model to write")
     train.add_argument("--vocab-size", type=at_least(300), required=True, metavar="N")
     train.add_argument("--type", choices=("bpe", "unigram"), default="bpe")
