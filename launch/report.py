@@ -30,7 +30,7 @@ class Nodes:
 
     def lines(self, found: dict[int, list[str]]) -> list[str]:
         """One line for every problem of `found` (by rank): the same one of several ranks is told
-        once, with the node and, unless all of its ranks have it, the ranks."""
+        once, with the node and the ranks; "every node" where each has it."""
         by_text: dict[str, list[int]] = {}
         for rank, problems in sorted(found.items()):
             for problem in problems:
