@@ -21,9 +21,9 @@ from tools.parity import (
     make_config,
 )
 from tools.processes import run
-from train.__main__ import open_corpora
 from train.clock import TokenClock
 from train.config import RunConfig, validate_config
+from train.corpora import open_corpora
 from train.dry_run.build import dry_run
 from train.dry_run.traffic import TRAINERS_NUMBERS, column_products
 from train.engines import open_engine
