@@ -8,7 +8,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -111,8 +110,8 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
 
     auto: continue it if it has a checkpoint, begin it if not. A restart by torchrun of what this
     very job began is always `auto`. Raises RunFolderError, on every rank, when another job holds
-    the folder or it has a run that is not to be continued. An error that comes before anything was
-    written into a new folder leaves none.
+    the folder or it has a run that is not to be continued. A new folder into which nothing was
+    written until the end goes again.
     """
     folder, refused = config.run_dir, None
     with ExitStack() as stack:
@@ -124,7 +123,7 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
                 new = not folder.exists()
                 stack.enter_context(run_lock(folder))
                 if new:
-                    stack.push(partial(_unmake, folder))
+                    stack.callback(_unmake, folder)
                 resume = continues(config, resume, auto)
                 if resume:
                     if accepted := check_same_run(config):
@@ -146,9 +145,9 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
         yield resume
 
 
-def _unmake(folder: Path, failed: object, *_: object) -> None:
-    """Remove the folder of a run that was refused before it wrote anything; held by its lock."""
-    if failed and {path.name for path in folder.iterdir()} <= {LOCK, JOB}:
+def _unmake(folder: Path) -> None:
+    """Remove the folder of a run that ended before it wrote anything; held by its lock."""
+    if {path.name for path in folder.iterdir()} <= {LOCK, JOB}:
         with suppress(OSError):
             (folder / JOB).unlink(missing_ok=True)
             (folder / LOCK).unlink()

@@ -64,6 +64,9 @@ def test_what_ends_before_it_wrote_anything_leaves_no_folder(tmp_path: Path) -> 
     with pytest.raises(KeyError):
         fails(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    with claim(config(tmp_path / "stopped"), ALONE, resume=False, auto=False):
+        assert (tmp_path / "stopped/.lock").exists()
+    assert not (tmp_path / "stopped").exists()
     with pytest.raises(KeyError):
         fails(tmp_path / "writes", "metrics.jsonl")
     assert (tmp_path / "writes/metrics.jsonl").exists()
