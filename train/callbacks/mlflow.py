@@ -48,6 +48,8 @@ class MLflow(Callback):
     """
 
     def __init__(self, config: MLflowConfig, run_dir: Path) -> None:
+        import mlflow  # noqa: F401  (takes seconds: not in a thread beside the first steps)
+
         self.config, self.run_dir = config, run_dir
         uri, artifacts = tracking_location(config, run_dir)
         self.backlog = Backlog(run_dir)
