@@ -16,7 +16,7 @@ from data_pipeline.redaction import redact
 from train.checkpoint.errors import CheckpointError
 from train.checkpoint.levels import describe_levels, map_levels
 from train.checkpoint.manifest import MARKER
-from train.checkpoint.places import Place, as_place, check_place, make_folder, read, write
+from train.checkpoint.places import Place, as_place, make_folder, read, write
 from train.checkpoint.retention import complete
 from train.config import ConfigError, RunConfig, dump_config, flatten, load_config
 from train.line_file import write_whole
@@ -70,7 +70,7 @@ def no_run(folder: Path) -> RunFolderError:
 def run_lock(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process; RunFolderError when another one has it."""
     lock = _locked(folder)
-    while not _is_named(lock, folder / LOCK):  # a run that did not begin took it away meanwhile
+    while os.fstat(lock).st_nlink == 0:  # a run that did not begin took it away meanwhile
         os.close(lock)
         lock = _locked(folder)
     try:
@@ -96,14 +96,6 @@ def _locked(folder: Path) -> int:
     return lock
 
 
-def _is_named(file: int, path: Path) -> bool:
-    """Whether an open file is the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 @contextmanager
 def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator[bool]:
     """Hold the run folder for all ranks; yields whether its run is to be continued.
@@ -119,7 +111,6 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
             try:
                 if resume and not folder.exists():  # a slip in run_dir makes no folder
                     raise no_run(folder)
-                check_place(config.checkpoint.url)
                 new = not folder.exists()
                 stack.enter_context(run_lock(folder))
                 if new:
@@ -147,8 +138,8 @@ def claim(config: RunConfig, ranks: Ranks, resume: bool, auto: bool) -> Iterator
 
 def _unmake(folder: Path) -> None:
     """Remove the folder of a run that ended before it wrote anything; held by its lock."""
-    if {path.name for path in folder.iterdir()} <= {LOCK, JOB}:
-        with suppress(OSError):
+    with suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {LOCK, JOB}:
             (folder / JOB).unlink(missing_ok=True)
             (folder / LOCK).unlink()
             folder.rmdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,8 @@ def test_what_ends_before_it_wrote_anything_leaves_no_folder(tmp_path: Path) -> 
     with claim(config(tmp_path / "stopped"), ALONE, resume=False, auto=False):
         assert (tmp_path / "stopped/.lock").exists()
     assert not (tmp_path / "stopped").exists()
+    with claim(config(tmp_path / "gone"), ALONE, resume=False, auto=False):
+        shutil.rmtree(tmp_path / "gone")  # by somebody else: no error at the end
     with pytest.raises(KeyError):
         fails(tmp_path / "writes", "metrics.jsonl")
     assert (tmp_path / "writes/metrics.jsonl").exists()

@@ -76,13 +76,6 @@ def as_place(text: str | Place) -> Place:
     return URLPath(text) if isinstance(text, str) and "://" in text else Path(text)
 
 
-def check_place(text: str | None) -> None:
-    """Raise CheckpointError for a URL of a kind that nothing here can write to."""
-    place = None if text is None else as_place(text)
-    if isinstance(place, URLPath):
-        _ = place.files
-
-
 def names(folder: Place) -> list[str]:
     """What lies in a folder, sorted; nothing where there is no folder."""
     try:
