@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_pipeline.bounded_cache import BoundedCache
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_whole
 from data_pipeline.manifest import canonical
 from data_pipeline.processes import each
-from data_pipeline.recent import Recent
 from data_pipeline.streams import is_url
 
 _PLANS_KEPT = 64  # as many shards as `tokenize` makes of up to 16 GiB
@@ -146,7 +146,7 @@ class BestFit:
         known = _known(corpus, seq_len, align)
         counts = _count(corpus, seq_len, align) if known is None else known
         self._bases = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        self._plans: Recent[int, tuple[np.ndarray, np.ndarray]] = Recent(_PLANS_KEPT)
+        self._plans: BoundedCache[int, tuple[np.ndarray, np.ndarray]] = BoundedCache(_PLANS_KEPT)
         self.num_windows = int(self._bases[-1])
 
     def pieces(self, window: int) -> list[tuple[int, int, int]]:

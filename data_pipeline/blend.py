@@ -32,8 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.bounded_cache import BoundedCache
 from data_pipeline.errors import DataError
-from data_pipeline.recent import Recent
 
 LONGEST_WAIT = 100_000
 _LONGEST_PERIOD = 100_000
@@ -92,7 +92,7 @@ class _Served:
         self._shares, self._ours, self._total = shares, sum(shares), total
         self._wait = -(-self._ours // min(share for share in shares if share)) + 2
         self._size = size or max(_BLOCK_SLOTS, self._wait)
-        self._blocks: Recent[int, _Block] = Recent(_BLOCKS_KEPT)
+        self._blocks: BoundedCache[int, _Block] = BoundedCache(_BLOCKS_KEPT)
 
     def before(self, slot: int) -> int:
         """How many of the first `slot` slots of the blend are served here."""

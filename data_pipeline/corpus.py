@@ -14,11 +14,11 @@ import numpy as np
 import zstandard
 
 from data_pipeline import manifest as manifests
+from data_pipeline.bounded_cache import BoundedCache
 from data_pipeline.cache import DEFAULT_BYTES, ShardCache
 from data_pipeline.errors import CorruptDataError, DataError
 from data_pipeline.manifest import MANIFEST
 from data_pipeline.reader import ShardReader
-from data_pipeline.recent import Recent
 from data_pipeline.shard_format import aligned
 from data_pipeline.streams import is_url
 from data_pipeline.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ _FRAMES_KEPT = 32
 _FETCHES = 16
 
 _numbers = count()
-_readers: Recent[tuple[int, int], ShardReader] = Recent(_SHARDS_OPEN)
+_readers: BoundedCache[tuple[int, int], ShardReader] = BoundedCache(_SHARDS_OPEN)
 """By (number of the corpus, shard). What nobody reads any more goes when others come."""
 
 
@@ -68,7 +68,7 @@ class Corpus:
         self._starts = np.concatenate([[0], np.cumsum(tokens, dtype=np.int64)])
         self._bounds: list[int] = self._starts.tolist()
         self._number = next(_numbers)
-        self._frames: Recent[tuple[int, int], np.ndarray] = Recent(_FRAMES_KEPT)
+        self._frames: BoundedCache[tuple[int, int], np.ndarray] = BoundedCache(_FRAMES_KEPT)
         self._opening = threading.Lock()
         self._scratch = _Scratch()
         if self.num_tokens != int(self._starts[-1]) or self.num_tokens == 0:

@@ -1,9 +1,9 @@
 """Which program encodes: the tokenizer's own library, or gigatoken where that is the same.
 
-gigatoken encodes several times faster. It is believed only where the units of `units.py` hold (a
-lossless byte-pair model) or for a Hugging Face tokenizer, and only after a comparison on strings
-made of the vocabulary itself. Text that names special tokens goes to the tokenizer's own library,
-and while a corpus is written, documents are compared again and again.
+gigatoken encodes several times faster. It is believed only where the units of `cached_encoding.py`
+hold (a lossless byte-pair model) or for a Hugging Face tokenizer, and only after a comparison on
+strings made of the vocabulary itself. Text that names special tokens goes to the tokenizer's own
+library, and while a corpus is written, documents are compared again and again.
 """
 
 from __future__ import annotations

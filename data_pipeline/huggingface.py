@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.cached_encoding import SPACE
 from data_pipeline.errors import DataError
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.units import SPACE
 
 _BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "<|startoftext|>")
 _EOS = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<eos>", "[EOS]")

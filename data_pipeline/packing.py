@@ -19,9 +19,9 @@ from typing import Protocol
 import numpy as np
 
 from data_pipeline.bestfit import BestFit
+from data_pipeline.bounded_cache import BoundedCache
 from data_pipeline.corpus import Corpus
 from data_pipeline.errors import CorruptDataError, DataError
-from data_pipeline.recent import Recent
 from data_pipeline.shard_format import aligned
 
 Piece = tuple[int, int, int]
@@ -61,7 +61,9 @@ class Aligned:
         self._corpus, self._seq_len, self._align = corpus, seq_len, align
         lengths = [corpus.aligned_tokens(shard, align) for shard in range(corpus.num_shards)]
         self._bases = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        self._layouts: Recent[int, tuple[np.ndarray, np.ndarray]] = Recent(_LAYOUTS_KEPT)
+        self._layouts: BoundedCache[int, tuple[np.ndarray, np.ndarray]] = BoundedCache(
+            _LAYOUTS_KEPT
+        )
         self.num_windows = -(-int(self._bases[-1]) // seq_len)
 
     def _layout(self, shard: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
+from data_pipeline.cached_encoding import SPACE, UnitEncoder, can_cut
 from data_pipeline.errors import CorruptDataError, DataError
-from data_pipeline.units import SPACE, UnitEncoder, can_cut
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 TYPES = ("bpe", "unigram")

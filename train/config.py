@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,14 +17,14 @@ from pydantic import Field, model_validator
 
 from hope.config import HopeConfig
 from train.callbacks.faults import FaultConfig
+from train.consistency import check_consistency
 from train.data import DataConfig
-from train.dialect import Dumper, Loader
 from train.optim.config import OptimizerConfig
 from train.parallel.config import ParallelConfig
-from train.parallel.pulse import FIRST_RANK_PHASES
 from train.section import ConfigError, LocalPath, Section
 from train.spikes import SpikesConfig
 from train.watchdog import WatchdogConfig
+from train.yaml_format import Dumper, Loader
 from train.zero.config import DeepSpeedConfig
 
 __all__ = [
@@ -168,94 +167,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        seq_len, batch_tokens = self.data.seq_len, self.training.batch_tokens
-        if batch_tokens % seq_len:
-            nearest = max(1, round(batch_tokens / seq_len)) * seq_len
-            raise ValueError(
-                f"training.batch_tokens={batch_tokens} must be a multiple of "
-                f"data.seq_len={seq_len}; the nearest is {nearest}"
-            )
-        self._check_mode()
-        if self.engine != "deepspeed" and self.deepspeed != DeepSpeedConfig():
-            raise ValueError("deepspeed: is of engine=deepspeed, and engine=native would ignore it")
-        chunk = self.model.titans.scan.projection_chunk
-        remembers = "titans" in self.model.mixers and self.model.titans.writes
-        if remembers and seq_len % chunk:
-            raise ValueError(
-                f"data.seq_len={seq_len} must be a multiple of "
-                f"model.titans.scan.projection_chunk={chunk}; the nearest is "
-                f"{math.ceil(seq_len / chunk) * chunk}"
-            )
-        if self.training.state_carry == "stream" and self.data.order != "stream":
-            raise ValueError(
-                "training.state_carry=stream needs data.order=stream: "
-                "shuffled rows do not continue one another"
-            )
-        known = {"fast", *(level.name for level in self.model.cms.levels)}
-        if unknown := set(self.optimizer.levels) - known:
-            raise ValueError(
-                f"optimizer.levels names {sorted(unknown)}, but the levels are {sorted(known)}"
-            )
-        if self.training.total_tokens > 0:
-            self.check_schedules(self.training.total_tokens)
-        phases = {phase for fault in self.faults for phase in fault.possible_phases}
-        beside = phases & set(FIRST_RANK_PHASES)
-        if beside and self.checkpoint.asynchronous:
-            raise ValueError(
-                f"faults: {', '.join(sorted(beside))} happen in another process while checkpoints "
-                "are written beside training: set checkpoint.asynchronous=false"
-            )
-        if self.checkpoint.asynchronous and (self.checkpoint.url or "").startswith("memory:"):
-            raise ValueError(
-                "checkpoint.url: memory:// is of one process, and checkpoints are written by "
-                "another: set checkpoint.asynchronous=false"
-            )
-        kinds = {fault.kind.rpartition("_")[2]: fault.kind for fault in self.faults}
-        for what, key, url in (
-            ("shard", "data.train.0.path", self.data.train[0].path),
-            ("checkpoint", "checkpoint.url", self.checkpoint.url or ""),
-        ):
-            if what in kinds and "://" in url:
-                raise ValueError(f"faults: {kinds[what]} damages local files, and {key} is a URL")
-        placed = set(self.init_from.levels or ()) if self.init_from else set()
-        if unknown := placed - (known - {"fast"}):
-            raise ValueError(
-                f"init_from.levels names {sorted(unknown)}, but the CMS levels are "
-                f"{sorted(known - {'fast'})}"
-            )
+        check_consistency(self)
         return self
-
-    def check_schedules(self, total: int) -> None:
-        """Raise ValueError for a schedule that does not fit into `total` tokens of training."""
-        for name in ("fast", *(level.name for level in self.model.cms.levels)):
-            schedule = self.optimizer.level(name).schedule
-            needed = schedule.warmup_tokens + (schedule.decay_tokens or 0)
-            if schedule.name == "wsd" and total < needed:
-                raise ValueError(
-                    f"the schedule of level {name!r} warms up and decays for {needed} tokens, more "
-                    f"than training.total_tokens={total}"
-                )
-
-    def _check_mode(self) -> None:
-        """Raise ValueError for what belongs to the other mode."""
-        domains = [source.domain for source in self.data.train]
-        if self.mode == "pretrain":
-            if self.training.total_tokens == 0:
-                raise ValueError("missing key 'training.total_tokens'")
-            for source in self.data.train:
-                for key in ("name", "validation", "tokens"):
-                    if getattr(source, key) is not None:
-                        raise ValueError(f"data.train: {key!r} is of a domain: add mode=continual")
-            return
-        if self.data.order != "stream" or self.training.state_carry != "stream":
-            raise ValueError(
-                "mode=continual reads each domain once, in order, and carries the memories on: it "
-                "needs data.order=stream and training.state_carry=stream"
-            )
-        if any(source.weight != 1.0 for source in self.data.train):
-            raise ValueError("data.train: domains of mode=continual have no weight, but tokens")
-        if len(set(domains)) != len(domains):
-            raise ValueError(f"data.train: domains need names of their own, got {domains}")
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_pipeline import Corpus
 from train.config import ConfigError, RunConfig
+from train.consistency import check_schedules
 from train.continual import steps_of_domains
 from train.evaluate.perplexity import HeldOut
 
@@ -110,7 +111,7 @@ def with_total_tokens(config: RunConfig, corpora: Corpora) -> RunConfig:
             "in whole steps; leave it out to train on all of them"
         )
     try:
-        config.check_schedules(total or there)
+        check_schedules(config, total or there)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     training = config.training.model_copy(update={"total_tokens": total or there})

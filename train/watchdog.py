@@ -18,10 +18,10 @@ from types import TracebackType
 import torch
 from pydantic import Field
 
+from train.collective_waits import Beat, last_words, missing, wait_of_training
 from train.parallel.pulse import REMEMBERED
 from train.parallel.ranks import Ranks
 from train.section import Section
-from train.waiting import Beat, last_words, missing, wait_of_training
 
 HANG = 76  # exit status; also of a rank that lost another one in a collective
 HEARTBEATS = ".heartbeats"

@@ -14,8 +14,8 @@ import torch
 import torch._C._distributed_c10d as c10d
 
 from train import watchdog
+from train.collective_waits import Beat
 from train.parallel.ranks import Ranks
-from train.waiting import Beat
 from train.watchdog import Watchdog, WatchdogConfig
 
 

@@ -2,8 +2,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import Tokenizer, train_tokenizer
-from data_pipeline.units import UnitEncoder, can_cut
+from data_pipeline import Tokenizer, cached_encoding, train_tokenizer
+from data_pipeline.cached_encoding import UnitEncoder, can_cut
 
 TEXT = st.text(st.sampled_from("ab e.\n\t\r\u00e9\U0001f600 th01" + " " * 4), max_size=200)
 
@@ -71,9 +71,7 @@ def test_only_models_that_allow_it_are_cut(texts, tokenizer):
 
 
 def test_the_memory_is_bounded(tokenizer, monkeypatch):
-    from data_pipeline import units
-
-    monkeypatch.setattr(units, "_REMEMBERED", 10)
+    monkeypatch.setattr(cached_encoding, "_REMEMBERED", 10)
     encoder = UnitEncoder(processor(tokenizer))
     for number in range(100):
         text = f" w{number} " + "x" * 200

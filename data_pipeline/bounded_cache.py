@@ -9,7 +9,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Recent(Generic[K, V]):
+class BoundedCache(Generic[K, V]):
     """Keeps the last `size` values put in; an older one is dropped for each new one."""
 
     def __init__(self, size: int) -> None:

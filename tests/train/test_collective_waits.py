@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from train.waiting import Beat, missing, wait_of_training
+from train.collective_waits import Beat, missing, wait_of_training
 
 
 def beat(ticks: int = 2, wait: tuple[str, list[int]] | None = None) -> Beat:
