@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from hope.config import HopeConfig
 from train.callbacks.faults import FaultConfig
+from train.callbacks.profiler import ProfilerConfig
 from train.consistency import check_consistency
 from train.data import DataConfig
 from train.optim.config import OptimizerConfig
@@ -37,6 +38,7 @@ __all__ = [
     "InitFromConfig",
     "MLflowConfig",
     "OptimizerConfig",
+    "ProfilerConfig",
     "RunConfig",
     "SpikesConfig",
     "TrainingConfig",
@@ -59,6 +61,8 @@ class TrainingConfig(Section):
         all of them; after more than so many in a row the run stops with a checkpoint.
     state_carry: "stream" carries fast weights from step to step along each row (data.order:
     stream), detached at the step.
+    peak_tflops: 10^12 operations a second of one rank's device, for the MFU in the metrics; None:
+        of a GPU whose data sheet is known, in bfloat16, that; of others there is no MFU.
     walltime_s: seconds that this process may take, or "slurm" for what Slurm says is left;
         walltime_margin_s before that it stops as on a signal, with exit status 75.
     """
@@ -69,6 +73,7 @@ class TrainingConfig(Section):
     state_carry: Literal["none", "stream"] = "none"
     flush: bool = False
     max_skipped_in_a_row: int = Field(10, ge=0)
+    peak_tflops: float | None = Field(None, gt=0)
     walltime_s: Annotated[float, Field(gt=0)] | Literal["slurm"] | None = None
     walltime_margin_s: float = Field(120.0, ge=0)
 
@@ -158,6 +163,7 @@ class RunConfig(Section):
     mlflow: MLflowConfig = MLflowConfig()
     spikes: SpikesConfig = SpikesConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    profiler: ProfilerConfig = ProfilerConfig()
     faults: tuple[FaultConfig, ...] = ()
 
     @property

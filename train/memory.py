@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from hope.model import num_parameters
 from train.optim.cadence import ACCUMULATOR
 from train.parallel.placement import local
+from train.utilisation import peak_memory
 
 if TYPE_CHECKING:
     from train.config import RunConfig
@@ -63,11 +63,9 @@ def memory_report(trainer: Trainer, error: BaseException) -> str:
         "accumulators of slow levels": there(held[ACCUMULATOR] for held in cadence.state.values()),
         "carried fast weights": there(carried),
     }
+    peak, what = peak_memory(device), "peak of the process, libraries included"
     if device.type == "cuda":
-        peak, what = torch.cuda.max_memory_allocated(device), "peak allocated on the device"
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        what = "peak of the process, libraries included"
+        what = "peak allocated on the device"
     rest = max(0, peak - sum(parts.values()))
     parts |= {"everything else, activations first": rest, what: peak}
     parts_of_rows = trainer.config.parallel.micro_batches

@@ -17,6 +17,9 @@ class StepRecord:
     """What one step did. Rates and counts are over all ranks.
 
     level_norms, learning_rates: of the levels that fired; level_norms before clipping.
+    data_seconds: that this rank waited for its batch. tflops_per_rank, mfu: see
+    `train.utilisation`, mfu None where the device's peak is not known. peak_memory: bytes of this
+    rank, since it began.
     """
 
     step: int
@@ -26,6 +29,10 @@ class StepRecord:
     level_norms: dict[str, float]
     learning_rates: dict[str, float]
     tokens_per_second: float
+    data_seconds: float
+    tflops_per_rank: float
+    mfu: float | None
+    peak_memory: int
 
 
 @dataclass(frozen=True)

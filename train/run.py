@@ -12,6 +12,7 @@ from train.callbacks.base import Callback
 from train.callbacks.faults import Faults
 from train.callbacks.metrics import Metrics
 from train.callbacks.mlflow import MLflow, check_tracking
+from train.callbacks.profiler import profilers
 from train.callbacks.progress import Progress
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import initial_parameters
@@ -72,7 +73,10 @@ def train(
                     went_back(config.run_dir, resume_from)
             if ranks.is_first:
                 save_config(trainer.config)
-            trainer.callbacks = [*trainer.callbacks, faults]
+            beside = profilers(config, ranks)
+            for profiler in beside:
+                stack.callback(profiler.close)
+            trainer.callbacks = [*trainer.callbacks, *beside, faults]
             return trainer.fit() or 0
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):

@@ -34,12 +34,13 @@ OWNER = ".owner"
 # what is done about steps that went wrong.
 FREE_SECTIONS = (
     *("run_dir", "num_threads", "evaluation", "checkpoint", "mlflow", "parallel"),
-    *("engine", "deepspeed", "spikes", "watchdog", "faults"),
+    *("engine", "deepspeed", "spikes", "watchdog", "profiler", "faults"),
 )
 FREE_KEYS = (
     "training.stop_at_tokens",
     "training.flush",
     "training.max_skipped_in_a_row",
+    "training.peak_tflops",
     "training.walltime_s",
     "training.walltime_margin_s",
     "data.prefetch",

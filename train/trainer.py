@@ -32,6 +32,7 @@ from train.records import NonFiniteError, NothingCounts, Problem, SkippedStep, S
 from train.redaction import redact_tree
 from train.signals import StopSignals, agreed_status
 from train.spikes import LeftOut, Rollback, Spike, SpikeWatch
+from train.utilisation import Utilisation, peak_memory
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Trainer:
         self.store = open_store(config, ranks)
         self.spikes = SpikeWatch(config.spikes)
         self.evaluations = Evaluations(self)
+        self.utilisation = Utilisation.of_run(config, ranks.size, self.mesh.device)
         self.domains: DomainStream | None = None
         self.loader: Loader | DomainStream
         if config.mode == "continual":
@@ -85,6 +87,7 @@ class Trainer:
         position = self.loader.position
         domain = 0 if self.domains is None else self.domains.finished
         batch = next(self.loader)
+        data_seconds = time.perf_counter() - started
         if left_out := self.spikes.leaves_out(position, self.config.batch_rows):
             return self._skip(position, left_out)
         loss_sum, carried = self.engine.forward_backward(batch, self.carried)
@@ -109,6 +112,7 @@ class Trainer:
         self.carried = carried
         seconds = time.perf_counter() - started
         self.trained_seconds += seconds
+        rate = self.config.training.batch_tokens / seconds
         return StepRecord(
             step=self.clock.steps,
             tokens=self.clock.tokens,
@@ -116,7 +120,11 @@ class Trainer:
             grad_norm=report.grad_norm,
             level_norms=report.level_norms,
             learning_rates=report.learning_rates,
-            tokens_per_second=self.config.training.batch_tokens / seconds,
+            tokens_per_second=rate,
+            data_seconds=data_seconds,
+            tflops_per_rank=self.utilisation.tflops_per_rank(rate),
+            mfu=self.utilisation.mfu(rate),
+            peak_memory=peak_memory(self.mesh.device),
         )
 
     def _skip(self, position: int, problem: Problem) -> SkippedStep:

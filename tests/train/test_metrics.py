@@ -51,6 +51,7 @@ def test_the_curve_is_drawn_without_reading_the_file_again(
     run.on_start(trainer)
     record = SimpleNamespace(step=3, tokens=12, loss=4.0, grad_norm=1.0, tokens_per_second=1.0)
     record.level_norms = record.learning_rates = {}
+    record.data_seconds, record.tflops_per_rank, record.mfu, record.peak_memory = 0.0, 1.0, None, 9
     run.on_step(trainer, cast(Any, record))
     (tmp_path / "metrics.jsonl").unlink()
     run.on_end(trainer)

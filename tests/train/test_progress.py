@@ -32,7 +32,7 @@ def test_a_terminal_without_a_size_has_lines(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("sys.stderr", screen)
         progress = Progress()
         progress.on_start(trainer)
-        record = SimpleNamespace(loss=10.125, tokens=3, tokens_per_second=1e6)
+        record = SimpleNamespace(loss=10.125, tokens=3, tokens_per_second=1e6, mfu=None)
         progress.on_step(trainer, cast(Any, record))
         assert b"loss 10.125" in os.read(shown, 999)
         progress.on_end(trainer)
@@ -54,7 +54,7 @@ def test_loss_speed_eta_and_every_slow_level_in_80_columns(
     progress.on_start(trainer)
     time.sleep(0.12)  # a bar moves ten times a second at most
     clock.advance(524_288)
-    record = SimpleNamespace(loss=10.125, tokens=clock.tokens, tokens_per_second=1e6)
+    record = SimpleNamespace(loss=10.125, tokens=clock.tokens, tokens_per_second=1e6, mfu=0.1234)
     progress.on_step(trainer, cast(Any, record))
     shown = screen.getvalue()
     progress.on_end(trainer)
@@ -62,7 +62,7 @@ def test_loss_speed_eta_and_every_slow_level_in_80_columns(
     assert not terminal or max(map(len, parts)) <= 80
     for wanted in (r"loss 10\.125", "tok/s", "mid in 524.3K slow in 3.7M slowest in 16.3M"):
         assert re.search(wanted, shown)
-    assert re.search(r"<.*[0-9:]+," if terminal else r"ETA 2:46:39 ", shown)
+    assert re.search(r"<.*[0-9:]+," if terminal else r"MFU 12\.3% \| ETA 2:46:39 ", shown)
 
 
 def test_eta_counts_what_lies_between_steps(
@@ -81,7 +81,7 @@ def test_eta_counts_what_lies_between_steps(
     # Whole steps end behind a total that is no multiple of them.
     for tokens, passed in ((1000, 0), (4000, 30), (500, 15), (2500, 20), (1_001_000, 20)):
         now += passed
-        record = SimpleNamespace(loss=1.0, tokens=tokens, tokens_per_second=1e3)
+        record = SimpleNamespace(loss=1.0, tokens=tokens, tokens_per_second=1e3, mfu=None)
         progress.on_step(trainer, cast(Any, record))
         told.append(re.findall(r"ETA (\S+) ", capsys.readouterr().err))
     assert told == [["16:39"], ["2:46:00"], ["16:39"], ["2:46:15"], ["00:00"]]

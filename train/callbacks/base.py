@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 class Callback:
     """Every hook does nothing unless a subclass says otherwise. Runs on the first rank only,
-    faults on purpose excepted."""
+    the profiler and faults on purpose excepted."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Before the first step of this process."""

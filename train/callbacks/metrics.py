@@ -61,6 +61,10 @@ class Metrics(Callback):
                 "level_norms": record.level_norms,
                 "lr": record.learning_rates,
                 "tokens_per_second": record.tokens_per_second,
+                "data_seconds": record.data_seconds,
+                "tflops_per_rank": record.tflops_per_rank,
+                "mfu": record.mfu,
+                "peak_memory": record.peak_memory,
                 "trained_seconds": trainer.trained_seconds,
             }
         )

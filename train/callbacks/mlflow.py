@@ -73,7 +73,12 @@ class MLflow(Callback):
             "train/loss": record.loss,
             "train/grad_norm": record.grad_norm,
             "train/tokens_per_second": record.tokens_per_second,
+            "train/data_seconds": record.data_seconds,
+            "train/tflops_per_rank": record.tflops_per_rank,
+            "train/peak_memory_gib": record.peak_memory / 2**30,
         }
+        if record.mfu is not None:
+            values["train/mfu"] = record.mfu
         values |= {f"lr/{name}": rate for name, rate in record.learning_rates.items()}
         values |= {f"grad_norm/{name}": norm for name, norm in record.level_norms.items()}
         values |= {f"firings/{name}": float(n) for name, n in trainer.clock.firings.items()}

@@ -78,7 +78,9 @@ class Progress(Callback):
             left = max(trainer.target_tokens - record.tokens, 0) / self._rate(record)
             self._write(
                 f"{record.tokens:,}/{trainer.target_tokens:,} tokens | "
-                f"{record.tokens_per_second:,.0f} tok/s | ETA {tqdm.format_interval(left)} | "
+                f"{record.tokens_per_second:,.0f} tok/s | "
+                + ("" if record.mfu is None else f"MFU {record.mfu:.1%} | ")
+                + f"ETA {tqdm.format_interval(left)} | "
                 + domain
                 + " | ".join(filter(None, (loss, levels)))
             )
