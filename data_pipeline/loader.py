@@ -251,6 +251,22 @@ class _Steps:
         return self._finish(*self._reader.rows(which[mine], windows[mine]))
 
 
+class FiniteBatches(Iterator[Batch]):
+    """So many batches, made as they are asked for; len(): those that are left."""
+
+    def __init__(self, count: int, make: Callable[[int], Batch]) -> None:
+        self._count, self._make, self._given = count, make, 0
+
+    def __len__(self) -> int:
+        return self._count - self._given
+
+    def __next__(self) -> Batch:
+        if not len(self):
+            raise StopIteration
+        self._given += 1
+        return self._make(self._given - 1)
+
+
 def _skips(on_corrupt: str) -> bool:
     """Whether windows with damaged data are left out. Raises DataError for an unknown word."""
     if on_corrupt not in ("raise", "skip"):
@@ -269,7 +285,7 @@ def evaluation_batches(
     align: int = 64,
     max_tokens: int | None = None,
     on_corrupt: str = "raise",
-) -> Iterator[Batch]:
+) -> FiniteBatches:
     """Every window of `corpus` once, in order: a finite iterator of this rank's batches.
 
     The windows are the same for every dp_size; the last batch is filled up with rows that are
@@ -286,12 +302,11 @@ def evaluation_batches(
         number = min(number, max(1, max_tokens // seq_len))
     skip = _skips(on_corrupt)
     reader = RowReader([corpus], [windows], seq_len, corpus.pad_id, skip)
+    which = np.zeros(last - first, np.int64)
 
-    def batches() -> Iterator[Batch]:
-        which = np.zeros(last - first, np.int64)
-        for start in range(0, number, batch_size):
-            place = np.arange(start + first, start + last)
-            wanted = np.where(place < number, place * whole // number, -1)
-            yield make_batch(*reader.rows(which, wanted), corpus.eos_id, corpus.pad_id)
+    def batch(number_of_it: int) -> Batch:
+        place = number_of_it * batch_size + np.arange(first, last)
+        wanted = np.where(place < number, place * whole // number, -1)
+        return make_batch(*reader.rows(which, wanted), corpus.eos_id, corpus.pad_id)
 
-    return batches()
+    return FiniteBatches(-(-number // batch_size), batch)

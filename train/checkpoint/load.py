@@ -34,20 +34,28 @@ def load_run(path: Path) -> tuple[RunConfig, HopeModel]:
     return config, _model(config, tensors)
 
 
-def load_run_and_tokenizer(path: Path) -> tuple[RunConfig, HopeModel, Tokenizer]:
-    """What `load_run` gives, and the tokenizer of the run's data, which the model's ids are of.
+def load_run_and_corpus(path: Path, data: str | None = None) -> tuple[RunConfig, HopeModel, Corpus]:
+    """What `load_run` gives, and a corpus of the tokens that the model's ids are of.
 
-    Raises also DataError where the run's validation data can't be opened, and CheckpointError where
-    it has been made again with another tokenizer.
+    data: where its shards are, a folder or URL; None: the run's validation data. Raises also
+    DataError where it can't be opened, and CheckpointError where it is of another tokenizer.
     """
     config, tensors, plain = _open_run(path)
-    corpus = Corpus.open(**config.data.where(config.data.validation))
+    data = data or config.data.validation
+    corpus = Corpus.open(**config.data.where(data))
     if plain.get("tokenizer", corpus.tokenizer_sha256) != corpus.tokenizer_sha256:
         raise CheckpointError(
-            f"{path} was trained with another tokenizer than that of {config.data.validation}: "
+            f"{path} was trained with another tokenizer than that of {data}: "
             "tokenize that data with the run's own again"
         )
-    return config, _model(config, tensors), corpus.tokenizer
+    return config, _model(config, tensors), corpus
+
+
+def load_run_and_tokenizer(path: Path) -> tuple[RunConfig, HopeModel, Tokenizer]:
+    """What `load_run` gives, and the tokenizer of the run's validation data; raises as
+    `load_run_and_corpus` does."""
+    config, model, corpus = load_run_and_corpus(path)
+    return config, model, corpus.tokenizer
 
 
 def _model(config: RunConfig, tensors: dict[str, Tensor]) -> HopeModel:

@@ -43,6 +43,14 @@ class HeldOut:
         return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
 
 
+def nothing_to_predict(name: str) -> DataError:
+    """The error of held-out data of that name in which no label counts."""
+    return DataError(
+        f"{name}: held out, and no token in it to predict: its documents are of one token "
+        "each, or damaged (data.on_corrupt=skip leaves those out)"
+    )
+
+
 class EvaluationInterruptedError(Exception):
     """Evaluation was asked to stop; nothing was lost, since it changes nothing."""
 
@@ -87,8 +95,5 @@ def evaluate(
         size += int(bytes_of[counted].sum())
     nats, total, size_total = ranks.sum([nats, count, size])
     if total == 0:
-        raise DataError(
-            f"{name}: held out, and no token in it to predict: its documents are of one token "
-            "each, or damaged (data.on_corrupt=skip leaves those out)"
-        )
+        raise nothing_to_predict(name)
     return HeldOut(nats / total, int(total), int(size_total))
