@@ -231,7 +231,6 @@ def trace_part(
     parameters = dict(part.model.named_parameters())
     ignored = [_local(p) for p in parameters.values()]
     ignored += [one for one in (*inputs, *given) if isinstance(one, Tensor) and one.is_meta]
-    found: list[PartBytes] = []
     early: list[int] = []
     handles = []
 
@@ -249,40 +248,70 @@ def trace_part(
         if isinstance(module, Attention):
             module.flash = FusedAttention()  # type: ignore[assignment]
     with LiveBytes(scan, ignored) as counted:
-        for _ in range(2):
-            before = counted.live
-            early.clear()
-            counted.reset_peak()
-            y = part(*inputs)
-            held = y if piped else None
-            y = y if loss is None else loss(y)
-            forward, kept = counted.peak - before, counted.live - before
-            counted.reset_peak()
-            backward, between, groups = kept, kept, None
-            if halves and not part.first:
-                # As torch's schedules do it; a first stage has no inputs to derive by.
-                _, groups = stage_backward_input([y], [torch.empty_like(y)], [inputs[0]], _of(part))
-                backward, between = counted.peak - before, counted.live - before
-                counted.reset_peak()
-            if groups is not None:
-                stage_backward_weight(_of(part), groups)
-                del groups
-            else:
-                y.backward(torch.empty_like(y))
-            last = counted.peak - before
-            del y, held
-            if isinstance(inputs[0], Tensor):
-                inputs[0].grad = None
-            grads = sum(_local(p.grad).nbytes for p in parameters.values() if p.grad is not None)
-            left = counted.live - before - (grads if not found else 0)
-            part._after.clear()
-            first = backward if halves else last
-            sizes = (forward, kept, first, first, left, grads, between, last, last)
-            found.append(PartBytes(*sizes, early[0] - before if early else first))
+        once, twice = (
+            _trace_pass(part, inputs, loss, counted, early, halves, piped) for _ in range(2)
+        )
     for handle in handles:
         handle.remove()
-    once, twice = found
     return replace(once, again=twice.backward, weights_again=twice.weights)
+
+
+def _trace_pass(
+    part: Part,
+    inputs: tuple[Any, ...],
+    loss: Callable[[Tensor], Tensor] | None,
+    counted: LiveBytes,
+    early: list[int],
+    halves: bool,
+    piped: bool,
+) -> PartBytes:
+    """One micro-batch, forward and backward; see `trace_part`. `again` is as `backward`, and
+    `weights_again` as `weights`. early: taken for where the hooks of released gradients note the
+    peak before the first of them."""
+    before, had = counted.live, _gradients(part)
+    early.clear()
+    counted.reset_peak()
+    y = part(*inputs)
+    held = y if piped else None
+    y = y if loss is None else loss(y)
+    forward, kept = counted.peak - before, counted.live - before
+    counted.reset_peak()
+    backward, between, groups = kept, kept, None
+    if halves and not part.first:
+        # As torch's schedules do it; a first stage has no inputs to derive by.
+        _, groups = stage_backward_input([y], [torch.empty_like(y)], [inputs[0]], _of(part))
+        backward, between = counted.peak - before, counted.live - before
+        counted.reset_peak()
+    if groups is not None:
+        stage_backward_weight(_of(part), groups)
+        del groups
+    else:
+        y.backward(torch.empty_like(y))
+    last = counted.peak - before
+    del y, held
+    if isinstance(inputs[0], Tensor):
+        inputs[0].grad = None
+    gradients = _gradients(part)
+    left = counted.live - before - (gradients - had)
+    part._after.clear()
+    first = backward if halves else last
+    return PartBytes(
+        forward=forward,
+        kept=kept,
+        backward=first,
+        again=first,
+        left=left,
+        gradients=gradients,
+        between=between,
+        weights=last,
+        weights_again=last,
+        early=early[0] - before if early else first,
+    )
+
+
+def _gradients(part: Part) -> int:
+    """Bytes of the gradients that parameters have."""
+    return sum(_local(p.grad).nbytes for p in _of(part) if p.grad is not None)
 
 
 def _of(part: Part) -> Iterator[Parameter]:
