@@ -11,17 +11,16 @@ less that before it, and means little without what was learned of code, which st
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.command import as_command
 from tools.figures import table, write_figures
+from tools.jobs import run_jobs, train_alone
 from tools.prepare import run
 from tools.quickstart import CONFIG_FILE
 from train.callbacks.metrics import read_metrics
@@ -54,24 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(arguments)
-    started = time.monotonic()
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
     try:
         prepare()
-        jobs = [(variant, seed) for seed in range(SEEDS) for variant in VARIANTS]
-        running = [pool.submit(train_one, *job) for job in jobs]
-        for number, job in enumerate(as_completed(running), start=1):
-            passed = time.monotonic() - started
-            left = passed / number * (len(jobs) - number)
-            print(f"{number}/{len(jobs)} {job.result()} | about {left:.0f} s left", flush=True)
     except subprocess.CalledProcessError as error:
-        print(f"error: {' '.join(map(str, error.cmd))} failed", file=sys.stderr)
-        return int(error.returncode)
-    except KeyboardInterrupt:
-        print("stopping: each run writes its checkpoint, the next call goes on", file=sys.stderr)
-        return 130
-    finally:
-        pool.shutdown(cancel_futures=True)
+        return int(error.returncode)  # the step has said why
+    jobs = [(variant, seed) for seed in range(SEEDS) for variant in VARIANTS]
+    if status := run_jobs([partial(train_one, *job) for job in jobs]):
+        return status
     print("\n" + report())
     return 0
 
@@ -124,10 +112,7 @@ def train_one(variant: str, seed: int) -> str:
             f"evaluation={{every_tokens: {10 * DOMAIN_TOKENS}, max_tokens: {EVALUATED_TOKENS}}}",
             "mlflow.experiment=forgetting",
         ]
-        resume = ["--resume"] if list(folder.glob("checkpoints/*/COMPLETE")) else []
-        command = [sys.executable, "-m", "train", *map(str, words), *resume]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True, env=environment)
+        train_alone(words, resume=bool(list(folder.glob("checkpoints/*/COMPLETE"))))
     return folder.name
 
 

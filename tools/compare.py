@@ -14,13 +14,11 @@ overrides, one thread each, as many at a time as there are cores.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from data_pipeline.command import as_command
 from hope import AttentionConfig, CMSConfig, HopeConfig, LevelConfig
 from hope.model import num_parameters
 from tools.figures import table, write_figures
+from tools.jobs import run_jobs, train_alone
 from tools.prepare import prepare_sotu
 from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
 from train.callbacks.metrics import Curve, plot_loss, read_metrics
@@ -68,25 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         return int(error.returncode)  # the step has said why
     variants = make_variants(base)
     jobs = [(variant, seed) for seed in range(options.seeds) for variant in variants]
-    started = time.monotonic()
-    pool = ThreadPoolExecutor(os.cpu_count() or 1)
-    try:
-        running = [pool.submit(train_one, *job, options.overrides) for job in jobs]
-        for number, job in enumerate(as_completed(running), start=1):
-            name = job.result()
-            passed = time.monotonic() - started
-            left = passed / number * (len(jobs) - number)
-            print(
-                f"{number}/{len(jobs)} {name} | {passed:.0f} s, about {left:.0f} s left", flush=True
-            )
-    except subprocess.CalledProcessError as error:
-        print(f"error: {' '.join(error.cmd)}: {error.stderr.strip()}", file=sys.stderr)
-        return int(error.returncode)
-    except KeyboardInterrupt:
-        print("stopping: each run writes its checkpoint, the next call goes on", file=sys.stderr)
-        return 130
-    finally:
-        pool.shutdown(cancel_futures=True)
+    if status := run_jobs([partial(train_one, *job, options.overrides) for job in jobs]):
+        return status
     print("\n" + report(base, variants, options.seeds))
     return 0
 
@@ -142,13 +124,7 @@ def train_one(variant: Variant, seed: int, overrides: list[str]) -> str:
     ]
     config = load_config(words[0], words[1:])
     if not finished(config):
-        resume = ["--resume"] if checkpoints(config).complete() else []
-        subprocess.run(
-            [sys.executable, "-m", "train", *words, *resume],
-            check=True,
-            text=True,
-            capture_output=True,
-        )
+        train_alone(words, resume=bool(checkpoints(config).complete()))
     return f"{variant.title}, seed {seed}"
 
 

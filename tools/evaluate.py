@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.without_writes:
             models["without writes"] = without_writes(model)
         found = {
-            name: _losses(one, config, corpus, options.max_tokens, name)
+            name: losses_of(one, config, corpus, options.max_tokens, name)
             for name, one in models.items()
         }
         whole = {name: one.whole(str(corpus.path)) for name, one in found.items()}
@@ -100,7 +100,7 @@ def _with_rows_of(config: RunConfig, seq_len: int) -> RunConfig:
     return changed
 
 
-def _losses(
+def losses_of(
     model: HopeModel, config: RunConfig, corpus: Corpus, max_tokens: int | None, name: str
 ) -> LossByContext:
     """On the GPU where there is one, in the precision that the run computes in."""
