@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-gpu bench-model bench-parallel bench-peers bench-recall bench-stability faults kernels nodes clean
+.PHONY: help install install-dev quickstart test test-slow lint format compare bench-cadence bench-checkpoint bench-data bench-forgetting bench-gpu bench-memory bench-model bench-parallel bench-peers bench-recall bench-stability faults kernels nodes clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ bench-forgetting: install ## English, then code: what is left of English, with s
 
 bench-gpu: install ## on a GPU: scan, kernels, layers and models beside a Transformer++ (docs/gpu.md has shorter parts)
 	$(BIN)/python -m tools.bench_gpu
+
+bench-memory: install ## what the memories' writes are worth to a language model of code (twenty minutes)
+	$(BIN)/python -m tools.bench_memory
 
 bench-peers: install ## one layer of Hope beside public implementations, which are installed apart (ten minutes)
 	$(BIN)/python -m tools.bench_peers
