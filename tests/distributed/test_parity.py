@@ -25,6 +25,8 @@ from tools.parity import (
     make_config,
     several,
     table,
+    trained,
+    worst_error,
 )
 from tools.processes import run
 from train.config import RunConfig
@@ -144,9 +146,18 @@ def test_no_schedule_runs_a_compiled_layer_twice() -> None:
     assert found == [[4, 4]] * 2
 
 
+def test_memories_behind_one_another_follow_one_process() -> None:
+    """Frozen ones: M_q and M_mem have the same parameters, which a schedule of halves goes to."""
+    changes = {"model.titans.writes": False, "model.titans.adaptive_query": True}
+    layout = {"pp": 2, "micro_batches": 4, "schedule": "zero-bubble"}
+    found = run(2, several, [make_config("hope", layout, **changes)], seconds=60)
+    expected = trained(0, make_config("hope", **changes), ranks=Ranks.alone())
+    assert worst_error([trace for (trace,) in found], expected) <= TOLERANCE
+
+
 def test_backward_passes_go_in_halves_where_that_repeats_nothing() -> None:
-    def halves(model: str, **parallel: Any) -> bool:
-        config = make_config(model)
+    def halves(model: str, changes: dict[str, Any] | None = None, **parallel: Any) -> bool:
+        config = make_config(model, **(changes or {}))
         part = Part(cut_layers(config.model, range(2)), range(2))
         return in_halves(ParallelConfig(**parallel), part)
 
@@ -156,6 +167,9 @@ def test_backward_passes_go_in_halves_where_that_repeats_nothing() -> None:
     assert not halves("transformer", schedule="zbv", compile=True)
     assert not halves("transformer", schedule="zbv", activation_checkpointing="selective")
     assert not halves("hope-attention", schedule="zbv")
+    frozen = {"model.titans.writes": False}
+    assert halves("hope", frozen, schedule="zbv")
+    assert not halves("hope", frozen | {"model.titans.adaptive_query": True}, schedule="zbv")
 
 
 SCHEDULES = ("1f1b", "gpipe", "interleaved", "zero-bubble", "zbv")

@@ -38,10 +38,13 @@ def in_halves(parallel: ParallelConfig, part: Part) -> bool:
 
     The zero-bubble schedules place the halves apart. Where the second half would do work of the
     first again, the scan's recurrence or a layer that is recomputed or compiled (its backward pass
-    is one call), the first half does it all.
+    is one call), the first half does it all. So it does where memories that are not written make
+    the query too: M_q and M_mem are of the same parameters, one behind the other, and torch's
+    second half would go through M_mem for M_q's share.
     """
-    writing = any(isinstance(m, SelfModifyingTitans) and m.writes for m in part.model.modules())
-    whole = writing or parallel.activation_checkpointing != "none" or parallel.compile
+    mixers = [m for m in part.model.modules() if isinstance(m, SelfModifyingTitans)]
+    chained = any(mixer.writes or mixer.adaptive_query for mixer in mixers)
+    whole = chained or parallel.activation_checkpointing != "none" or parallel.compile
     return parallel.schedule in ("zero-bubble", "zbv") and not whole
 
 
