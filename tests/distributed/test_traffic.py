@@ -268,6 +268,24 @@ def test_replicas_add_up_a_level_when_it_fires(levels: dict[str, Any]) -> None:
     compare(4, "hope", LATE, **SMALL, **{"optimizer.levels": levels})
 
 
+def test_matrices_that_are_cut_are_gathered_to_be_orthogonalised() -> None:
+    """By Muon once each time their level fires, by M3 twice; stacks are cut between matrices."""
+    optimizer = {"optimizer.name": "muon", "optimizer.levels": {"b": {"name": "m3"}}}
+    compare(2, "hope", [{"tp": 2}, {"dp_replicate": 1, "dp_shard": 2}], **SMALL, **optimizer)
+
+
+@pytest.mark.slow
+def test_matrices_that_are_cut_twice_are_gathered_along_both_axes() -> None:
+    layouts = [
+        {"tp": 2, "dp_replicate": 1, "dp_shard": 2, **SP},
+        {"tp": 2, "dp_replicate": 2},
+        {"pp": 2, "tp": 2, "micro_batches": 2},
+        {"dp_replicate": 1, "dp_shard": 2, "cp": 2},
+    ]
+    for name in ("muon", "m3"):
+        compare(4, "hope-attention", layouts, **SMALL, **{"optimizer.name": name})
+
+
 def test_replicas_add_up_no_more_than_they_have_of_what_does_not_come_out_even() -> None:
     """The parameters once: five memories on two ranks are three and two."""
     config = make_config(

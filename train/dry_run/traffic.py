@@ -15,6 +15,7 @@ cp    A Titans layer: its state, forward, and the gradient of it, backward, from
       A softmax layer: eight all-to-alls of A.
 dp    Ranks with whole parameters, a level of P parameters that fires every N steps, R ranks: see
       `_gradients`, and docs/levels.md. FSDP2: see `_sharded`.
+      Muon and M3 of matrices that are cut, by tp or FSDP2: see `_orthogonalised`.
 all   Counts, flags and norms, 8 bytes each, on which the ranks agree.
 """
 
@@ -31,6 +32,7 @@ from hope.sharding import Replicate, Shard
 from hope.titans import SelfModifyingTitans
 from train.config import RunConfig
 from train.memory import NUMBER
+from train.optim.build import is_matrix
 from train.optim.levels import group_by_level, late_levels, level_of, periods, reset_by
 from train.parallel.counting import (
     ALL_GATHER,
@@ -49,6 +51,9 @@ from train.signals import REASONS
 TRAINERS_NUMBERS = 3 + len(REASONS)
 """What the trainer tells besides: loss, counted tokens, whether the state is finite; and of each
 reason to stop whether there is one."""
+
+MOMENTA = {"muon": 1, "m3": 2}
+"""What these orthogonalise of each matrix when its level fires."""
 
 Traffic = defaultdict[tuple[str, str], float]
 """Bytes that this rank sends in a step, a mean over periods, by (axis, collective)."""
@@ -132,7 +137,11 @@ def predict_traffic(config: RunConfig, mesh: Mesh, numbers: int = TRAINERS_NUMBE
         parts.append(_gradients(config, mesh, sizes))
     if layout.world > 1:
         parts.append(_agreement(config, mesh, sizes, numbers))
-    return Traffic(float, {key: number for part in parts for key, number in part.items()})
+        parts.append(_orthogonalised(config, mesh, sizes))
+    found = Traffic(float)
+    for key, number in [pair for part in parts for pair in part.items()]:
+        found[key] += number
+    return found
 
 
 def _replicated(sizes: Sizes, shard: int) -> int:
@@ -289,6 +298,30 @@ def _gradients(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
             continue
         found["dp", REDUCE_SCATTER] += sent(REDUCE_SCATTER, ranks, padded)
         found["dp", ALL_GATHER] += sent(ALL_GATHER, ranks, padded) / every[level]
+    return found
+
+
+def _orthogonalised(config: RunConfig, mesh: Mesh, sizes: Sizes) -> Traffic:
+    """What Muon, and M3 for each of its two momenta, gather when a level fires: matrices of which a
+    rank has a part, in float32, over tp and then over FSDP2's ranks. Of a stack that is cut between
+    its matrices nothing."""
+    found = Traffic(float)
+    layout, every = mesh.layout, steps_of_periods(config)
+    shards = layout.dp_shard * layout.cp if layout.sharded else 1
+    for part, shapes in zip(sizes.parts, sizes.trained, strict=True):
+        plan, parameters = part.shard_plan(), dict(part.named_parameters())
+        for name, shape in shapes.items():
+            level, where = level_of(name, config.model), plan[name]
+            momenta = MOMENTA.get(config.optimizer.level(level).optimizer, 0)
+            tp = layout.tp if isinstance(where, Shard) else 1
+            cut = [where.dim] if isinstance(where, Shard) and tp > 1 else []
+            cut += [0] if shards > 1 else []
+            if not is_matrix(name, parameters[name]) or all(axis < len(shape) - 2 for axis in cut):
+                continue
+            whole = tp * _padded(shape, shards) * NUMBER
+            times = momenta / every[level]
+            found["tp", ALL_GATHER] += times * sent(ALL_GATHER, tp, whole / shards)
+            found["dp", ALL_GATHER] += times * sent(ALL_GATHER, shards, whole)
     return found
 
 
