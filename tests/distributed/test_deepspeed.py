@@ -55,6 +55,20 @@ MORE: list[Case] = [
 """Beside `tools.parity.DEEPSPEED_LAYOUTS`, which test_parity.py goes through."""
 
 
+def phases(rank: int, config: RunConfig) -> list[str]:
+    """What this rank enters between reading a batch and adding up its gradients."""
+    engine, found = open_engine(config, Ranks()), list[str]()
+    engine.mesh.world.pulse.listeners.append(found.append)
+    engine.forward_backward(make_batch(0, 0, ROWS), None)
+    return found
+
+
+@pytest.mark.parametrize("engine", [make_config, partial(deepspeed_config, stage=1)])
+def test_a_pipelines_step_has_the_phases_that_faults_are_aimed_at(engine: Any) -> None:
+    config = engine("transformer", parallel={"pp": 2, "micro_batches": 2})
+    assert run(2, phases, config) == [["forward", "backward"]] * 2
+
+
 def check(ranks: int, cases: list[Case]) -> None:
     found = run(ranks, several, [deepspeed_config(*case) for case in cases], seconds=600)
     errors = {}

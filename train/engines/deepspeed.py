@@ -155,7 +155,9 @@ class DeepSpeedEngine(EngineParts):
         (part,) = self.parts
         part.before = None if carried is None else state_of(carried, part.layers)
         if self._pipeline is not None:
+            self.mesh.world.pulse.enter("forward")
             total = self._pipeline.step(tokens, labels, starts)
+            self.mesh.world.pulse.enter("backward")
         else:
             total = self._in_order(tokens, labels, starts)
         return total if self.speaks else 0.0, self._after()
