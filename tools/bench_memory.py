@@ -21,7 +21,7 @@ from tools.compare import make_variants
 from tools.evaluate import losses_of
 from tools.figures import table, write_figures
 from tools.jobs import run_jobs, train_alone
-from tools.prepare import run
+from tools.prepare import prepare_corpus
 from tools.quickstart import CONFIG_FILE, checkpoints, finished
 from train.callbacks.metrics import read_metrics
 from train.checkpoint.load import load_run_and_corpus
@@ -30,7 +30,6 @@ from train.run_files import METRICS
 
 DATA = Path("data/code")
 RUNS = Path("runs/memory")
-VOCABULARY = 1024
 EVALUATED_TOKENS = 262_144
 """Of the losses by context; a run's own evaluation at its end reads everything."""
 
@@ -68,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=at_least(1), default=3)
     options = parser.parse_args(arguments)
     try:
-        prepare()
+        prepare_corpus("stdlib", DATA)
     except subprocess.CalledProcessError as error:
         return int(error.returncode)  # the step has said why
     variants = all_variants()
@@ -77,21 +76,6 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     print("\n" + report(dict(variants), options.seeds))
     return 0
-
-
-def prepare() -> None:
-    """Python's standard library as token shards of a tokenizer of its own; reuses what is there."""
-    text, model = DATA / "text", DATA / "tokenizer.model"
-    run("data_pipeline", "corpus", "stdlib", "--out", text)
-    run(
-        "data_pipeline", "tokenizer", "train", "--input", text / "train",
-        "--model-out", model, "--vocab-size", VOCABULARY,
-    )  # fmt: skip
-    for split in ("train", "validation"):
-        run(
-            "data_pipeline", "tokenize", "--input", text / split,
-            "--tokenizer", model, "--out", DATA / split, "--workers", 2,
-        )  # fmt: skip
 
 
 def all_variants() -> list[tuple[str, tuple[str, tuple[str, ...]]]]:

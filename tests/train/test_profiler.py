@@ -70,6 +70,18 @@ def test_a_run_that_ends_within_the_steps_leaves_those_it_took(make_config: Any)
     assert [one["name"] for one in events].count("train/optimizer") == 2
 
 
+def test_steps_that_never_come_are_said_not_to(
+    make_config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for first, told in ((5, False), (6, True), (7, True), (9, True)):
+        config = make_config(**FEW, profiler={"first_step": first})
+        config = config.model_copy(update={"run_dir": config.run_dir.with_name(f"run{first}")})
+        assert train(config, resume=False) == 0
+        assert (config.run_dir / "profiles").exists() is not told
+        line = f"profiler.first_step={first} never came: the run ended after step 5"
+        assert (line in capsys.readouterr().err) is told
+
+
 def test_steps_that_are_past_are_said_to_be(
     make_config: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

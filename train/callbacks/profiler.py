@@ -83,12 +83,17 @@ class Profiler(Callback):
         if self._profile is None:
             return
         self._leave()
-        self._profile.step()
         self._left -= 1
+        self._profile.step()
         if self._left == 0:
             self.close()
 
     def on_end(self, trainer: Trainer) -> None:
+        if self._left >= self.config.steps and trainer.finished:
+            tell(
+                f"profiler.first_step={self.config.first_step} never came: the run ended after "
+                f"step {trainer.clock.steps}"
+            )
         self.close()
 
     def close(self) -> None:
@@ -111,6 +116,8 @@ class Profiler(Callback):
             self._phase = None
 
     def _write(self, recorded: profile) -> None:
+        if self._left >= self.config.steps:  # the run ended before the first of them
+            return
         name = f"step{self.config.first_step}-rank{self.ranks.rank}"
         trace, part = self.folder / f"{name}.json.gz", self.folder / f"{name}.part.json.gz"
         device = "device" if torch.cuda.is_available() else "cpu"
