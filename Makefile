@@ -43,7 +43,7 @@ bench-forgetting: install ## English, then code: what is left of English, with s
 bench-gpu: install ## on a GPU: scan, kernels, layers and models beside a Transformer++ (docs/gpu.md has shorter parts)
 	$(BIN)/python -m tools.bench_gpu
 
-bench-memory: install ## what the memories' writes are worth to a language model of code (twenty minutes)
+bench-memory: install ## what the memories' writes are worth to a language model of code (half an hour)
 	$(BIN)/python -m tools.bench_memory
 
 bench-peers: install ## one layer of Hope beside public implementations, which are installed apart (ten minutes)
