@@ -103,7 +103,8 @@ def _with_rows_of(config: RunConfig, seq_len: int) -> RunConfig:
 def losses_of(
     model: HopeModel, config: RunConfig, corpus: Corpus, max_tokens: int | None, name: str
 ) -> LossByContext:
-    """On the GPU where there is one, in the precision that the run computes in."""
+    """A run's losses on at most max_tokens tokens of a corpus, in rows as its own: on the GPU where
+    there is one, in the precision that the run computes in. name: of the progress bar."""
     model = model.to(current_device(), PRECISIONS[config.parallel.precision]).eval()
     batches = evaluation_batches(
         corpus,
@@ -115,7 +116,9 @@ def losses_of(
         on_corrupt=config.data.on_corrupt,
     )
     shown = tqdm(batches, desc=name, unit="batch", disable=None)
-    return loss_by_context(model, shown, config.data.seq_len, corpus.token_bytes)
+    return loss_by_context(
+        model, shown, config.data.seq_len, corpus.token_bytes, config.data.tells_documents
+    )
 
 
 def figures(found: dict[str, LossByContext], whole: dict[str, HeldOut]) -> dict[str, object]:

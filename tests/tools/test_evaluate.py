@@ -22,18 +22,30 @@ from train.checkpoint.load import load_run
 from train.config import RunConfig
 from train.run import train
 
+MODEL = {
+    "model.num_layers": 3,
+    "model.pattern": ["titans", "attention"],
+    "training.total_tokens": 6 * 256,
+    "checkpoint.asynchronous": False,
+}
+
+
+@pytest.fixture
+def short(corpora: dict[str, Path], tmp_path: Path) -> Path:
+    """Held-out documents of 3 to 500 tokens, several in a row."""
+    text = (corpora["validation"].parent / "text" / "validation" / "0.txt").read_text()
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for number, size in enumerate((300, 9, 1200, 40, 700, 150, 500, 20)):
+        (folder / f"{number}.txt").write_text(text[number * 1200 :][:size])
+    tokenize([str(folder)], Corpus.open(corpora["train"]).tokenizer, tmp_path / "short")
+    return tmp_path / "short"
+
 
 @pytest.fixture
 def trained(make_config: Any) -> RunConfig:
     """A run of a memory and an attention layer whose weights have moved."""
-    config = make_config(
-        **{
-            "model.num_layers": 3,
-            "model.pattern": ["titans", "attention"],
-            "training.total_tokens": 6 * 256,
-            "checkpoint.asynchronous": False,
-        }
-    )
+    config = make_config(**MODEL)
     assert train(config, resume=False) == 0
     return config
 
@@ -43,12 +55,18 @@ def measured(config: RunConfig, file: Path, *options: str) -> dict[str, Any]:
     return dict(json.loads(file.read_text()))
 
 
-def by_context(model: HopeModel, corpus: Corpus, seq_len: int) -> dict[int, list[float]]:
-    """Losses by floor(log2(context)): each document of each row by itself, token by token."""
+def by_context(
+    model: HopeModel, corpus: Corpus, seq_len: int, packing: str = "aligned"
+) -> dict[int, list[float]]:
+    """Losses by floor(log2(context)): each document of each row by itself, token by token; with
+    concat, of which models are not told, each row."""
     found = defaultdict(list)
-    for batch in evaluation_batches(corpus, seq_len=seq_len, batch_size=1, align=16):
+    for batch in evaluation_batches(
+        corpus, seq_len=seq_len, batch_size=1, packing=packing, align=16
+    ):
         (begins,) = batch.document_starts[0].nonzero(as_tuple=True)
-        bounds = sorted({0, *begins.tolist(), seq_len})
+        inside = [] if packing == "concat" else begins.tolist()
+        bounds = sorted({0, *inside, seq_len})
         for begin, end in itertools.pairwise(bounds):
             tokens, labels = batch.tokens[:, begin:end], batch.labels[0, begin:end]
             with torch.no_grad():
@@ -59,13 +77,17 @@ def by_context(model: HopeModel, corpus: Corpus, seq_len: int) -> dict[int, list
     return dict(found)
 
 
-@pytest.mark.parametrize("seq_len", [64, 208])
+@pytest.mark.parametrize(
+    ("seq_len", "packing"), [(64, "aligned"), (208, "aligned"), (64, "concat"), (64, "best-fit")]
+)
 def test_every_class_is_a_loop_over_documents_and_tokens(
-    trained: RunConfig, corpora: dict[str, Path], tmp_path: Path, seq_len: int
+    short: Path, make_config: Any, tmp_path: Path, seq_len: int, packing: str
 ) -> None:
-    found = measured(trained, tmp_path / "found.json", "--seq-len", str(seq_len))["trained"]
-    _, model = load_run(trained.run_dir)
-    wanted = by_context(model.eval(), Corpus.open(corpora["validation"]), seq_len)
+    config = make_config(**MODEL, **{"data.packing": packing, "data.validation": str(short)})
+    assert train(config, resume=False) == 0
+    found = measured(config, tmp_path / "found.json", "--seq-len", str(seq_len))["trained"]
+    _, model = load_run(config.run_dir)
+    wanted = by_context(model.eval(), Corpus.open(short), seq_len, packing)
     assert [row["from"] for row in found["by_context"]] == [1 << k for k in sorted(wanted)]
     for row, losses in zip(found["by_context"], (wanted[k] for k in sorted(wanted)), strict=True):
         assert row["tokens"] == len(losses)

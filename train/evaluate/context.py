@@ -20,7 +20,8 @@ would be 4 GB a row."""
 
 class LossByContext:
     """Sums of -log p, in nats. Class k has the predictions that could look back on 2^k to
-    2^(k+1) - 1 tokens: those of their document in their row, the one just read included.
+    2^(k+1) - 1 tokens: those of their document in their row, the one just read included, or where
+    the model is not told of documents, all of the row.
 
     token_bytes: UTF-8 bytes of each token id.
     """
@@ -32,13 +33,17 @@ class LossByContext:
         self._bytes = 0
         self._bytes_of = torch.from_numpy(token_bytes.astype(np.int64))
 
-    def add(self, losses: Tensor, batch: Batch) -> None:
-        """Take in the losses [b, T] of a batch; what they are where no label counts is ignored."""
-        counts = batch.labels != IGNORE
-        size = _class_of(batch.document_starts)[counts]
+    def add(self, losses: Tensor, labels: Tensor, document_starts: Tensor | None) -> None:
+        """Take in the losses [b, T] of labels [b, T]; what they are where none counts is ignored.
+
+        document_starts: bool [b, T], as the model was told of them; None where it was not.
+        """
+        counts = labels != IGNORE
+        begins = torch.zeros_like(counts) if document_starts is None else document_starts
+        size = _class_of(begins)[counts]
         self.nats.index_add_(0, size, losses[counts].double())
         self.tokens += torch.bincount(size, minlength=len(self.tokens))
-        self._bytes += int(self._bytes_of[batch.labels[counts]].sum())
+        self._bytes += int(self._bytes_of[labels[counts]].sum())
 
     def whole(self, name: str) -> HeldOut:
         """All classes together. Raises DataError where there was nothing to predict; name: of the
@@ -69,21 +74,29 @@ def _class_of(document_starts: Tensor) -> Tensor:
 
 @torch.no_grad()
 def loss_by_context(
-    model: HopeModel, batches: Iterable[Batch], seq_len: int, token_bytes: np.ndarray
+    model: HopeModel,
+    batches: Iterable[Batch],
+    seq_len: int,
+    token_bytes: np.ndarray,
+    tells_documents: bool,
 ) -> LossByContext:
     """The losses of `batches` of rows of seq_len tokens, each row from a fresh state, on the device
-    and in the precision of the model's parameters."""
+    and in the precision of the model's parameters.
+
+    tells_documents: whether the model is told where documents begin.
+    """
     found = LossByContext(seq_len, token_bytes)
     device = model.embedding.weight.device
     for batch in batches:
-        starts = batch.document_starts.to(device)
-        x, _ = model.transform(model.embed(batch.tokens.to(device)), None, starts)
+        starts = batch.document_starts if tells_documents else None
+        told = None if starts is None else starts.to(device)
+        x, _ = model.transform(model.embed(batch.tokens.to(device)), None, told)
         labels = batch.labels.to(device)
         losses = [
             _losses(model.logits(some), its)
             for some, its in zip(x.split(SLICE, 1), labels.split(SLICE, 1), strict=True)
         ]
-        found.add(torch.cat(losses, dim=1).cpu(), batch)
+        found.add(torch.cat(losses, dim=1).cpu(), batch.labels, starts)
     return found
 
 
