@@ -20,9 +20,9 @@ from data_pipeline.command import as_command
 from tools.compare import make_variants
 from tools.evaluate import losses_of
 from tools.figures import table, write_figures
-from tools.jobs import run_jobs, train_alone
+from tools.jobs import run_jobs, train_to_the_end
 from tools.prepare import prepare_corpus
-from tools.quickstart import CONFIG_FILE, checkpoints, finished
+from tools.quickstart import CONFIG_FILE
 from train.callbacks.metrics import read_metrics
 from train.checkpoint.load import load_run_and_corpus
 from train.config import load_config
@@ -94,9 +94,7 @@ def train_one(key: str, overrides: tuple[str, ...], seed: int) -> str:
     """Train one variant with one seed on one thread, unless it is there; returns its name."""
     folder = run_dir(key, seed)
     words = [*COMMON, *overrides, f"run_dir={folder}", f"seed={seed}", "num_threads=1"]
-    config = load_config(CONFIG_FILE, words)
-    if not finished(config):
-        train_alone([CONFIG_FILE, *words], resume=bool(checkpoints(config).complete()))
+    train_to_the_end(CONFIG_FILE, words)
     return folder.name
 
 

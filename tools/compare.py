@@ -28,9 +28,9 @@ from data_pipeline.command import as_command
 from hope import AttentionConfig, CMSConfig, HopeConfig, LevelConfig
 from hope.model import num_parameters
 from tools.figures import table, write_figures
-from tools.jobs import run_jobs, train_alone
+from tools.jobs import run_jobs, train_to_the_end
 from tools.prepare import prepare_sotu
-from tools.quickstart import CONFIG_FILE, checkpoints, finished, held_out_unigram
+from tools.quickstart import CONFIG_FILE, held_out_unigram
 from train.callbacks.metrics import Curve, plot_loss, read_metrics
 from train.config import ConfigError, RunConfig, load_config
 from train.run_files import CONFIG, METRICS
@@ -114,7 +114,6 @@ def run_dir(variant: Variant, seed: int) -> Path:
 def train_one(variant: Variant, seed: int, overrides: list[str]) -> str:
     """Train one variant with one seed on one thread, unless it is there; returns its name."""
     words = [
-        str(CONFIG_FILE),
         *variant.overrides,
         *overrides,
         f"run_dir={run_dir(variant, seed)}",
@@ -122,9 +121,7 @@ def train_one(variant: Variant, seed: int, overrides: list[str]) -> str:
         "num_threads=1",
         "mlflow.experiment=compare",
     ]
-    config = load_config(words[0], words[1:])
-    if not finished(config):
-        train_alone(words, resume=bool(checkpoints(config).complete()))
+    train_to_the_end(CONFIG_FILE, words)
     return f"{variant.title}, seed {seed}"
 
 

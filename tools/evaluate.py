@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data_pipeline import Corpus, DataError, evaluation_batches
+from data_pipeline import Corpus, DataError
 from data_pipeline.arguments import at_least
 from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
@@ -20,9 +20,9 @@ from tools.figures import table
 from train.checkpoint import CheckpointError
 from train.checkpoint.load import load_run_and_corpus
 from train.config import ConfigError, RunConfig
-from train.consistency import check_rows
+from train.consistency import check_chunks
 from train.evaluate.context import LossByContext, loss_by_context
-from train.evaluate.perplexity import HeldOut
+from train.evaluate.perplexity import HeldOut, held_out_batches
 from train.parallel.parallelize import PRECISIONS
 from train.parallel.ranks import current_device
 
@@ -92,11 +92,10 @@ def _with_rows_of(config: RunConfig, seq_len: int) -> RunConfig:
     changed = config.model_copy(
         update={
             "data": config.data.model_copy(update={"seq_len": seq_len}),
-            "training": config.training.model_copy(update={"batch_tokens": seq_len}),
             "evaluation": config.evaluation.model_copy(update={"batch_rows": rows}),
         }
     )
-    check_rows(changed)
+    check_chunks(changed)
     return changed
 
 
@@ -106,15 +105,7 @@ def losses_of(
     """A run's losses on at most max_tokens tokens of a corpus, in rows as its own: on the GPU where
     there is one, in the precision that the run computes in. name: of the progress bar."""
     model = model.to(current_device(), PRECISIONS[config.parallel.precision]).eval()
-    batches = evaluation_batches(
-        corpus,
-        seq_len=config.data.seq_len,
-        batch_size=config.evaluation.batch_rows,
-        packing=config.data.packing,
-        align=config.model.titans.scan.projection_chunk,
-        max_tokens=max_tokens,
-        on_corrupt=config.data.on_corrupt,
-    )
+    batches = held_out_batches(config, corpus, max_tokens)
     shown = tqdm(batches, desc=name, unit="batch", disable=None)
     return loss_by_context(
         model, shown, config.data.seq_len, corpus.token_bytes, config.data.tells_documents

@@ -8,6 +8,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tools.quickstart import checkpoints, finished
+from train.config import load_config
 
 
 def run_jobs(jobs: Sequence[Callable[[], str]]) -> int:
@@ -38,6 +42,13 @@ def run_jobs(jobs: Sequence[Callable[[], str]]) -> int:
     finally:
         pool.shutdown(cancel_futures=True)
     return 0
+
+
+def train_to_the_end(config_file: Path, overrides: Sequence[str]) -> None:
+    """`train_alone`, from the last checkpoint where there is one; nothing where the run is over."""
+    config = load_config(config_file, list(overrides))
+    if not finished(config):
+        train_alone([config_file, *overrides], resume=bool(checkpoints(config).complete()))
 
 
 def train_alone(words: Sequence[object], resume: bool) -> None:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_pipeline import Corpus, evaluation_batches
+from data_pipeline import Corpus
 from data_pipeline.command import as_command
 from data_pipeline.redaction import redact
 from tools.figures import table
@@ -24,6 +24,7 @@ from train.callbacks.metrics import read_metrics
 from train.callbacks.mlflow import tracking_location
 from train.checkpoint import CheckpointStore, open_store
 from train.config import ConfigError, RunConfig, load_config
+from train.evaluate.perplexity import held_out_batches
 from train.evaluate.unigram import count_labels, unigram_loss
 from train.parallel.ranks import Ranks
 from train.run_files import CONFIG, METRICS
@@ -129,14 +130,7 @@ def held_out_unigram(config: RunConfig) -> float:
     counts = []
     for path in (config.data.train[0].path, config.data.validation):
         corpus = Corpus.open(**config.data.where(path))
-        batches = evaluation_batches(
-            corpus,
-            seq_len=config.data.seq_len,
-            batch_size=64,
-            packing=config.data.packing,
-            align=config.model.titans.scan.projection_chunk,
-        )
-        counts.append(count_labels(batches, corpus.vocab_size))
+        counts.append(count_labels(held_out_batches(config, corpus), corpus.vocab_size))
     return unigram_loss(*counts)
 
 

@@ -21,6 +21,7 @@ def check_consistency(config: RunConfig) -> None:
     check_rows(config)
     check_mode(config)
     check_engine(config)
+    check_chunks(config)
     check_carry(config)
     check_levels(config)
     check_checkpoints(config)
@@ -28,7 +29,7 @@ def check_consistency(config: RunConfig) -> None:
 
 
 def check_rows(config: RunConfig) -> None:
-    """Batches are whole rows, and rows whole chunks of the memories."""
+    """Batches are whole rows."""
     seq_len, batch_tokens = config.data.seq_len, config.training.batch_tokens
     if batch_tokens % seq_len:
         nearest = max(1, round(batch_tokens / seq_len)) * seq_len
@@ -36,7 +37,11 @@ def check_rows(config: RunConfig) -> None:
             f"training.batch_tokens={batch_tokens} must be a multiple of "
             f"data.seq_len={seq_len}; the nearest is {nearest}"
         )
-    chunk = config.model.titans.scan.projection_chunk
+
+
+def check_chunks(config: RunConfig) -> None:
+    """Rows are whole chunks of the memories that write."""
+    seq_len, chunk = config.data.seq_len, config.model.titans.scan.projection_chunk
     remembers = "titans" in config.model.mixers and config.model.titans.writes
     if remembers and seq_len % chunk:
         raise ValueError(

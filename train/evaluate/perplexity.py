@@ -6,15 +6,19 @@ import math
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline import IGNORE, Batch, DataError
+from data_pipeline import IGNORE, Batch, Corpus, DataError, evaluation_batches
+from data_pipeline.loader import FiniteBatches
 from hope.fused import cross_entropy
 from train.parallel.ranks import Ranks
+
+if TYPE_CHECKING:
+    from train.config import RunConfig
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -41,6 +45,28 @@ class HeldOut:
     def bits_per_byte(self) -> float:
         """Total information in bits over the bytes of the predicted text; tokenizer-independent."""
         return self.loss * self.tokens / math.log(2) / max(1, self.bytes)
+
+
+def held_out_batches(
+    config: RunConfig,
+    corpus: Corpus,
+    max_tokens: int | None = None,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+) -> FiniteBatches:
+    """A data-parallel rank's batches of at most max_tokens tokens (None: all) of `corpus`, in rows
+    like those that the run trains on."""
+    return evaluation_batches(
+        corpus,
+        seq_len=config.data.seq_len,
+        batch_size=max(config.evaluation.batch_rows, dp_size),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        packing=config.data.packing,
+        align=config.model.titans.scan.projection_chunk,
+        max_tokens=max_tokens,
+        on_corrupt=config.data.on_corrupt,
+    )
 
 
 def nothing_to_predict(name: str) -> DataError:

@@ -5,8 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline import Corpus, evaluation_batches
-from train.evaluate.perplexity import EvaluationInterruptedError, HeldOut, evaluate
+from data_pipeline import Corpus
+from train.evaluate.perplexity import (
+    EvaluationInterruptedError,
+    HeldOut,
+    evaluate,
+    held_out_batches,
+)
 
 if TYPE_CHECKING:
     from train.trainer import Trainer
@@ -95,18 +100,8 @@ class Evaluations:
     def _over(self, corpus: Corpus, max_tokens: int | None) -> HeldOut:
         """Held-out loss over at most max_tokens tokens (None: all) of `corpus`."""
         trainer = self._trainer
-        data, ranks = trainer.config.data, trainer.mesh.data
-        batches = evaluation_batches(
-            corpus,
-            seq_len=data.seq_len,
-            batch_size=max(trainer.config.evaluation.batch_rows, ranks.size),
-            dp_rank=ranks.rank,
-            dp_size=ranks.size,
-            packing=data.packing,
-            align=trainer.config.model.titans.scan.projection_chunk,
-            max_tokens=max_tokens,
-            on_corrupt=data.on_corrupt,
-        )
+        ranks = trainer.mesh.data
+        batches = held_out_batches(trainer.config, corpus, max_tokens, ranks.rank, ranks.size)
         return evaluate(
             trainer.engine,
             batches,
